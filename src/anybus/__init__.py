@@ -1,0 +1,35 @@
+"""anybus: an at-least-once event bus for AnyIO."""
+
+from . import abc as abc
+from ._backoff import ExponentialBackoff as ExponentialBackoff
+from ._bus import BatchOutcome as BatchOutcome
+from ._bus import StreamBus as StreamBus
+from ._connect import connect as connect
+from ._delivery import Delivery as Delivery
+from ._delivery import DeliveryState as DeliveryState
+from ._errors import AlreadySettledError as AlreadySettledError
+from ._errors import BackendError as BackendError
+from ._errors import ClosedError as ClosedError
+from ._errors import EventBusError as EventBusError
+from ._errors import GroupLostError as GroupLostError
+from ._errors import LeaseLostError as LeaseLostError
+from ._errors import SerializationError as SerializationError
+from ._errors import UnsupportedError as UnsupportedError
+from ._errors import ValidationError as ValidationError
+from ._message import Headers as Headers
+from ._message import Message as Message
+from ._options import DROP as DROP
+from ._options import PublishOptions as PublishOptions
+from ._options import StreamBusOptions as StreamBusOptions
+from ._options import SubscriptionConfig as SubscriptionConfig
+from ._runtime._pool import Handler as Handler
+from ._runtime._pull import DeliveryStream as DeliveryStream
+from ._runtime._subscription import Subscription as Subscription
+from ._schema import Schema as Schema
+from ._statistics import SubscriptionStatistics as SubscriptionStatistics
+from ._trace import TraceContext as TraceContext
+from ._verdicts import Reject as Reject
+from ._verdicts import Retry as Retry
+from .abc import BusEvent as BusEvent
+from .abc import Observer as Observer
+from .backends.memory import MemoryBackend as MemoryBackend

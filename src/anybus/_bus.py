@@ -1,0 +1,338 @@
+"""The bus: publish, subscribe, and the end of it all."""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import anyio
+from anyio import AsyncContextManagerMixin
+from anyio.abc import TaskStatus
+
+from ._checks import refuse
+from ._copies import retry_stream
+from ._errors import BackendError, ClosedError, EventBusError, ValidationError
+from ._message import Message
+from ._options import Drop, PublishOptions, StreamBusOptions, SubscriptionConfig
+from ._reporting import Notices, Reporter
+from ._runtime._context import Context, Counters, SuspectSlot
+from ._runtime._ledger import Budget, Ledger
+from ._runtime._pool import Handler
+from ._runtime._pull import DeliveryStream, PullTaker
+from ._runtime._subscription import Subscription
+from ._settlement import Policy
+from .abc import StreamBackend
+
+
+@dataclass(frozen=True)
+class BatchOutcome:
+    """What became of a batch.
+
+    :ivar results: one per message, in order: the entry's id, or the error.
+    """
+
+    results: tuple[str | EventBusError, ...]
+
+    @property
+    def all_ok(self) -> bool:
+        return not self.errors
+
+    @property
+    def ok_count(self) -> int:
+        return len(self.results) - len(self.errors)
+
+    @property
+    def errors(self) -> tuple[EventBusError, ...]:
+        return tuple(result for result in self.results if isinstance(result, EventBusError))
+
+    def raise_for_errors(self) -> None:
+        """
+        :raises EventBusError: the only error, or the first of several with their number in a note of its text.
+        """
+        errors = self.errors
+        if not errors:
+            return
+        if len(errors) == 1:
+            raise errors[0]
+        may_have_happened = any(not isinstance(error, BackendError) or error.may_have_happened for error in errors)
+        text = f"{len(errors)} of {len(self.results)} messages were not published; the first error: {errors[0]}"
+        raise BackendError(text, may_have_happened=may_have_happened) from errors[0]
+
+
+class StreamBus(AsyncContextManagerMixin):
+    """An event bus over a backend. An async context manager; it enters and leaves the backend.
+
+    Leaving it ends its subscriptions first; afterwards every call raises :class:`ClosedError`. It belongs to the event
+    loop in which it was entered.
+
+    :param backend: where the streams are.
+    :param options: durations, sizes and the observer.
+    """
+
+    def __init__(self, backend: StreamBackend, options: StreamBusOptions | None = None) -> None:
+        if not isinstance(backend, StreamBackend):
+            refuse("backend", backend, "an anybus.abc.StreamBackend (for a URL use anybus.connect)")
+        if options is not None and not isinstance(options, StreamBusOptions):
+            refuse("options", options, "an anybus.StreamBusOptions, or None")
+        self._backend = backend
+        self._options = options or StreamBusOptions()
+        self._reporter = Reporter(self._options.observer)
+        self._notices = Notices()
+        self._suspects = SuspectSlot()
+        self._subscriptions: set[Subscription] = set()
+        self._dead_letter_topics: set[str] = set()
+        self._state = "not entered"
+
+    def __repr__(self) -> str:
+        return f"<StreamBus {self._state} backend={self._backend!r} subscriptions={len(self._subscriptions)}>"
+
+    @property
+    def backend(self) -> StreamBackend:
+        return self._backend
+
+    @property
+    def options(self) -> StreamBusOptions:
+        return self._options
+
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[StreamBus, None]:
+        if self._state != "not entered":
+            raise ClosedError("a bus is entered once; make another one")
+        async with self._backend:
+            self._state = "open"
+            try:
+                yield self
+            except BaseException:
+                await self._end_subscriptions(gracefully=False)
+                raise
+            else:
+                await self._end_subscriptions(gracefully=True)
+            finally:
+                self._state = "closed"
+
+    async def _end_subscriptions(self, *, gracefully: bool) -> None:
+        self._state = "closing"
+        live = list(self._subscriptions)
+        try:
+            for subscription in live:
+                subscription.close() if gracefully else subscription.abort()
+            if gracefully:
+                for subscription in live:
+                    await subscription.wait_closed()
+        finally:
+            # Each end is bounded by its own timeouts; leaving the backend before would take away what they need.
+            with anyio.CancelScope(shield=True):
+                for subscription in live:
+                    if subscription in self._subscriptions:
+                        subscription.abort()
+                        await subscription.wait_closed()
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise ClosedError(f"the bus is {self._state}: use it inside its 'async with' block")
+
+    def _prepare(self, message: Message, options: PublishOptions | None) -> Message:
+        if not isinstance(message, Message):
+            refuse("message", message, "an anybus.Message")
+        limit = self._options.max_payload_bytes
+        if limit and len(message.payload) > limit:
+            raise ValidationError(
+                f"payload must be at most {limit} bytes (max_payload_bytes), not {len(message.payload)}"
+            )
+        if options is not None and options.metadata:
+            return message.replace(headers={**message.headers, **options.metadata})
+        return message
+
+    async def publish(self, message: Message, options: PublishOptions | None = None) -> str:
+        """Publish a message to its topic; return the entry's id. Never repeated by the bus.
+
+        :raises ValidationError: if the message is refused; nothing was sent.
+        :raises BackendError: if the backend failed, or ``publish_timeout`` passed: ``may_have_happened`` tells
+            whether the message may have been stored all the same.
+        :raises ClosedError: if the bus is not open.
+        """
+        self._check_open()
+        message = self._prepare(message, options)
+        entry_id = ""
+        try:
+            with anyio.move_on_after(self._options.publish_timeout) as scope:
+                entry_id = await self._backend.publish(message.topic, message)
+            if not entry_id and scope.cancelled_caught:
+                raise self._timed_out()
+        except Exception as error:
+            self._reporter.error("publish", error, detail=f"message {message.uid}", topic=message.topic)
+            raise
+        if self._reporter.hears_published:
+            self._reporter.tell("on_published", "published", topic=message.topic, message_id=entry_id)
+        return entry_id
+
+    async def publish_batch(self, messages: Iterable[Message], options: PublishOptions | None = None) -> BatchOutcome:
+        """Publish many, appended in order per topic; one result per message, in order.
+
+        A message that is refused, or that the backend fails on, does not hold up the others.
+
+        :raises ClosedError: if the bus is not open. Only what concerns the whole call is raised.
+        """
+        self._check_open()
+        results: list[str | EventBusError] = []
+        accepted: list[int] = []
+        items: list[tuple[str, Message, None]] = []
+        for index, message in enumerate(messages):
+            try:
+                message = self._prepare(message, options)
+            except ValidationError as error:
+                results.append(error)
+            else:
+                # What stands here if the batch is cut off by its timeout.
+                results.append("")
+                accepted.append(index)
+                items.append((message.topic, message, None))
+        outcomes: list[str | EventBusError] = []
+        if items:
+            with anyio.move_on_after(self._options.publish_timeout):
+                outcomes = await self._backend.publish_many(items)
+        if len(outcomes) < len(items):
+            outcomes = [self._timed_out() for _ in items]
+        for index, outcome in zip(accepted, outcomes, strict=True):
+            results[index] = outcome
+            if isinstance(outcome, EventBusError):
+                self._reporter.error("publish", outcome, detail="a message of a batch", topic=None)
+            elif self._reporter.hears_published:
+                self._reporter.tell("on_published", "published", message_id=outcome)
+        return BatchOutcome(tuple(results))
+
+    def _timed_out(self) -> BackendError:
+        text = f"no answer within publish_timeout ({self._options.publish_timeout} s)"
+        return BackendError(text, may_have_happened=True, can_pass=True)
+
+    def subscribe(self, config: SubscriptionConfig, handler: Handler) -> AbstractAsyncContextManager[Subscription]:
+        """Handle the messages of a topic, as a member of a group, while the body of the ``async with`` runs.
+
+        Entering returns once the group exists. When the body ends, the subscription ends gracefully; when it raises
+        or is cancelled, handlers are cancelled at once, and what they had is handed back.
+
+        :param handler: an async function of one :class:`Delivery`.
+        :raises ValidationError: if the configuration, or the handler, is refused.
+        :raises ClosedError: if the bus is not open.
+        """
+        _check_handler(handler)
+        return self._subscription(self._checked(config), handler)
+
+    async def consume(
+        self,
+        config: SubscriptionConfig,
+        handler: Handler,
+        *,
+        task_status: TaskStatus[Subscription] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """``subscribe`` as one call, for ``await tg.start(bus.consume, config, handler)``, which gives the
+        :class:`Subscription`. Returns when that is closed. Raises as ``subscribe`` does.
+        """
+        async with self.subscribe(config, handler) as subscription:
+            task_status.started(subscription)
+            await subscription.wait_closed()
+
+    def deliveries(self, config: SubscriptionConfig) -> AbstractAsyncContextManager[DeliveryStream]:
+        """The pull form: a stream of deliveries, each settled by hand.
+
+        They are renewed until they are settled, or the block is left, which releases the rest.
+
+        :raises ValidationError: if the configuration is refused; ``ack_mode`` can only be ``manual`` here.
+        :raises ClosedError: if the bus is not open.
+        """
+        config = self._checked(config)
+        if config.ack_mode not in (None, "manual"):
+            refuse("ack_mode", config.ack_mode, "'manual' or unset for deliveries(), which are settled by hand")
+        if config.handler_timeout is not None:
+            refuse("handler_timeout", config.handler_timeout, "unset for deliveries(), which have no handler")
+        if config.on_lease_lost != "continue":
+            refuse("on_lease_lost", config.on_lease_lost, "'continue' for deliveries(), which have no handler")
+        return self._delivery_stream(config)
+
+    @asynccontextmanager
+    async def _delivery_stream(self, config: SubscriptionConfig) -> AsyncGenerator[DeliveryStream, None]:
+        async with self._subscription(config, None) as subscription:
+            taker = cast("PullTaker", subscription._taker)
+            yield DeliveryStream(taker, subscription.close)
+
+    @asynccontextmanager
+    async def _subscription(
+        self, config: SubscriptionConfig, handler: Handler | None
+    ) -> AsyncGenerator[Subscription, None]:
+        self._check_open()
+        subscription = Subscription(self._context(config, pulled=handler is None), handler)
+        self._subscriptions.add(subscription)
+        try:
+            async with subscription._open():
+                yield subscription
+        finally:
+            self._subscriptions.discard(subscription)
+
+    def _checked(self, config: SubscriptionConfig) -> SubscriptionConfig:
+        self._check_open()
+        if not isinstance(config, SubscriptionConfig):
+            refuse("config", config, "an anybus.SubscriptionConfig")
+        if config.dead_letter_topic is None and (
+            config.topic.endswith(".dead") or config.topic in self._dead_letter_topics
+        ):
+            refuse("dead_letter_topic", None, "named (or DROP) for a subscription that is itself on dead letters")
+        return config
+
+    def _context(self, config: SubscriptionConfig, *, pulled: bool) -> Context:
+        options = self._options
+        features = self._backend.features
+        consumer = f"{config.consumer}-{secrets.token_hex(8)}"
+        counts = {"delivery_count", "renew"} <= features
+        if not counts:
+            self._notices.once(
+                f"{type(self._backend).__name__} cannot count deliveries and renew leases: max_deliveries has no "
+                "effect, and a message that kills its process comes back for ever"
+            )
+        dead_letter_topic = config.dead_letter_topic
+        if dead_letter_topic is None:
+            dead_letter_topic = f"{config.topic}.dead"
+        if isinstance(dead_letter_topic, Drop):
+            dead_letter_topic = None
+        else:
+            self._dead_letter_topics.add(dead_letter_topic)
+        max_pending_acks = config.max_pending_acks or 2 * config.max_in_flight
+        streams = (config.topic, retry_stream(config.topic, config.group))
+        return Context(
+            backend=self._backend,
+            topic=config.topic,
+            group=config.group,
+            consumer=consumer,
+            policy=Policy(
+                ack_mode="manual" if pulled else config.ack_mode or "auto-on-handler-success",
+                max_retry=config.max_retry,
+                max_deliveries=config.max_deliveries,
+                backoff=config.retry_backoff,
+                counts_crashes=counts,
+            ),
+            options=options,
+            group_start_id=config.group_start_id or options.group_start_id,
+            max_in_flight=config.max_in_flight,
+            dead_letter_topic=dead_letter_topic,
+            handler_timeout=config.handler_timeout,
+            on_lease_lost=config.on_lease_lost,
+            reporter=Reporter(options.observer, topic=config.topic, group=config.group, consumer=consumer),
+            notices=self._notices,
+            suspects=self._suspects,
+            ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
+            counters=Counters(),
+            clock=anyio.current_time,
+        )
+
+
+def _check_handler(handler: Any) -> None:
+    function = handler
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is async is a fine handler
+    ):
+        refuse("handler", handler, "an async function of one Delivery")

@@ -1,0 +1,104 @@
+"""Copies that the bus makes of a message: for a retry, and for the dead letters. Pure functions of headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from ._message import Headers, Message
+
+MAX_REASON_BYTES: Final = 1024
+MAX_COPY_BYTES: Final = 8 * 1024 * 1024
+
+RETRY_ATTEMPT: Final = "retry-attempt"
+RETRY_REASON: Final = "retry-reason"
+RETRY_FIRST_ID: Final = "retry-first-id"
+"""The id of the topic's entry, which a dead letter has to name however often its copies were retried."""
+
+_MAX_ATTEMPTS: Final = 2**32 - 1
+
+
+def retry_stream(topic: str, group: str) -> str:
+    """The name of a group's own retry stream, the same on every backend. It shares the topic's hash slot."""
+    has_tag = "{" in topic and "}" in topic[topic.index("{") + 1 :] and not topic.partition("{")[2].startswith("}")
+    return f"anybus:{topic if has_tag else '{' + topic + '}'}:retry:{group}"
+
+
+def failed_attempts(headers: Mapping[str, str]) -> int:
+    """The count of failed handlings that a retry copy carries: ASCII digits that fit 32 bits, else 0 (as in Rust)."""
+    text = headers.get(RETRY_ATTEMPT, "")
+    digits = text.removeprefix("+")
+    if not (digits.isascii() and digits.isdigit()) or len(digits.lstrip("0")) > 10:
+        return 0
+    count = int(digits)
+    return count if count <= _MAX_ATTEMPTS else 0
+
+
+def cut(text: str, limit: int = MAX_REASON_BYTES) -> str:
+    """The text, cut to so many bytes of UTF-8, never within a character; what UTF-8 cannot carry is replaced."""
+    encoded = text.encode(errors="replace")
+    return encoded[:limit].decode(errors="ignore")
+
+
+def retry_copy(message: Message, *, failures: int, reason: str | None, first_id: str) -> Message:
+    """The message as it goes to the retry stream. It keeps its topic.
+
+    :param failures: how often it has failed so far.
+    :param reason: why; None leaves what an earlier retry wrote (a release is no failure).
+    """
+    headers = {**message.headers, RETRY_ATTEMPT: str(failures), RETRY_FIRST_ID: first_id}
+    if reason is not None:
+        headers[RETRY_REASON] = cut(reason)
+    return message.replace(headers=Headers(headers))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a dead letter comes from: the first entry's place, and how often it was tried."""
+
+    topic: str
+    id: str
+    group: str
+    consumer: str
+    attempts: int
+    deliveries: int | None
+
+
+def dead_letter(
+    message: Message, topic: str, origin: Origin, *, code: str, reason: str, error_type: str, at: datetime
+) -> Message:
+    """The message as it goes to the dead-letter topic: payload and other headers untouched."""
+    headers = {name: value for name, value in message.headers.items() if name != RETRY_FIRST_ID}
+    headers.update(
+        {
+            "dead-letter-reason": cut(reason),
+            "dead-letter-code": code,
+            "dead-letter-topic": origin.topic,
+            "dead-letter-id": origin.id,
+            "dead-letter-group": origin.group,
+            "dead-letter-consumer": origin.consumer,
+            "dead-letter-attempts": str(origin.attempts),
+            "dead-letter-at": at.isoformat().replace("+00:00", "Z"),
+        }
+    )
+    if error_type:
+        headers["dead-letter-error-type"] = cut(error_type)
+    if origin.deliveries is not None:
+        headers["dead-letter-deliveries"] = str(origin.deliveries)
+    return message.replace(topic=topic, headers=Headers(headers))
+
+
+def undecodable(topic: str, raw: Mapping[str, bytes], *, keep_bytes: bool) -> Message:
+    """A message that stands for an entry nobody could decode.
+
+    :param keep_bytes: keep what the ``message`` field held as payload, for a backend that cannot carry raw fields;
+        what exceeds 8 MiB is cut, and a header says so.
+    """
+    if not keep_bytes:
+        return Message(topic)
+    payload = bytes(raw.get("message", b""))
+    if len(payload) <= MAX_COPY_BYTES:
+        return Message(topic, payload)
+    return Message(topic, payload[:MAX_COPY_BYTES], headers={"dead-letter-payload-cut-from": str(len(payload))})

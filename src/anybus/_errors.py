@@ -1,0 +1,73 @@
+"""Every error that the library raises."""
+
+from __future__ import annotations
+
+
+class EventBusError(Exception):
+    """Base of every error that the library raises."""
+
+
+class ValidationError(EventBusError, ValueError):
+    """A value was refused at the door: the text names the field, the value and what is allowed."""
+
+
+class UnsupportedError(EventBusError):
+    """The backend cannot do what was asked, and no fallback keeps the promise."""
+
+
+class AlreadySettledError(EventBusError):
+    """The delivery has been settled already; a delivery is settled exactly once."""
+
+
+class LeaseLostError(EventBusError):
+    """The backend says that the entry is no longer ours: another consumer has it, or it is settled."""
+
+
+class ClosedError(EventBusError):
+    """The bus or the subscription has ended; nothing can be done with it any more."""
+
+
+class SerializationError(EventBusError):
+    """A payload could not be turned into bytes, or bytes not into what was asked for."""
+
+
+class BackendError(EventBusError):
+    """The backend failed.
+
+    :ivar may_have_happened: true if the server may have carried the command out all the same; false = surely not.
+    :ivar can_pass: true if trying again later may succeed (a broken connection, a server that is loading);
+        false if it will not until somebody changes something (a wrong type, no permission).
+    """
+
+    def __init__(self, message: str, *, may_have_happened: bool = True, can_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_have_happened = may_have_happened
+        self.can_pass = can_pass
+
+
+class GroupLostError(BackendError):
+    """The consumer group (or its whole stream) has vanished from the backend. The bus makes it again.
+
+    :ivar safe_id: the id up to which every member of the group had settled everything, if the backend knows;
+        the group is made again there, else at ``"0"``.
+    """
+
+    def __init__(self, stream: str, group: str, safe_id: str | None = None) -> None:
+        super().__init__(
+            f"group {group!r} of stream {stream!r} no longer exists", may_have_happened=False, can_pass=True
+        )
+        self.stream = stream
+        self.group = group
+        self.safe_id = safe_id
+
+
+def can_pass(error: BaseException) -> bool:
+    """Whether trying again may help: what a backend says of its own errors, and what the operating system raises."""
+    if isinstance(error, BackendError):
+        return error.can_pass
+    return isinstance(error, OSError)
+
+
+def may_have_happened(error: BaseException) -> bool:
+    """Whether the backend may have done the work all the same; only a backend can say no."""
+    return not isinstance(error, EventBusError) or (isinstance(error, BackendError) and error.may_have_happened)

@@ -1,0 +1,206 @@
+"""The message: what applications publish and handle. Immutable, its headers too."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from typing import Any, TypeVar, overload
+
+import msgspec
+
+from ._checks import check_name, check_text, check_time, check_topic, refuse
+from ._errors import SerializationError, ValidationError
+from ._schema import Schema
+from ._trace import TraceContext
+
+T = TypeVar("T")
+
+
+class Headers(Mapping[str, str]):
+    """An immutable mapping of header names to values. Names are case-sensitive, as on the wire."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, str] | None = None) -> None:
+        self._items: dict[str, str] = dict(items) if items else {}
+        for name, value in self._items.items():
+            check_text("header name", name)
+            check_text(f"header {name!r}", value)
+
+    def __getitem__(self, name: str) -> str:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return f"Headers({self._items!r})"
+
+    def __or__(self, other: Mapping[str, str]) -> Headers:
+        """A copy with the other's headers added; the other wins where a name is in both."""
+        return Headers({**self._items, **other})
+
+
+NO_HEADERS = Headers()
+
+
+def new_uid() -> str:
+    """A time-ordered UUID (version 7, RFC 9562 section 5.7): 48 bits of Unix milliseconds, 74 random bits."""
+    # os.urandom and not the random module: two processes forked from one must never agree.
+    value = (time.time_ns() // 1_000_000 << 80) | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+class _Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    uid: str = msgspec.field(default_factory=new_uid)
+    key: str = ""
+    kind: str = ""
+    source: str = ""
+    occurred_at: datetime = msgspec.field(default_factory=_now)
+    headers: Mapping[str, str] = NO_HEADERS
+    content_type: str | None = None
+    event_version: str | None = None
+    idempotency_key: str | None = None
+    expires_at: datetime | None = None
+    trace_uid: str | None = None
+    correlation_uid: str | None = None
+
+
+class Message(_Envelope, frozen=True):
+    """One message. ``Message(topic, payload, key=...)`` is enough to make one.
+
+    :param topic: where it is published.
+    :param payload: the bytes that the application sends.
+    :param uid: its identity wherever it goes; a time-ordered UUID unless given.
+    :param key: what it is about (an order's number), for ordering and filters.
+    :param kind: the event's type (``OrderCreated``).
+    :param source: who made it.
+    :param occurred_at: when it happened, UTC; now unless given.
+    :param headers: text by name; kept immutable.
+    :param content_type: the payload's media type.
+    :param event_version: the version of the payload's schema.
+    :param idempotency_key: what makes two messages the same to their receiver; not blank, at most 256 bytes.
+    :param expires_at: when it loses its meaning, UTC. Carried, and left to the application.
+    :param trace_uid: the trace it belongs to.
+    :param correlation_uid: the conversation it belongs to.
+    :raises ValidationError: if a field's value is refused; the text names the field and what is allowed.
+    """
+
+    topic: str
+    payload: bytes = b""
+
+    def __post_init__(self) -> None:
+        check_topic("topic", self.topic)
+        if type(self.payload) is not bytes:
+            if not isinstance(self.payload, (bytes, bytearray, memoryview)):
+                refuse("payload", self.payload, "bytes (for JSON use Message.from_json)")
+            _set(self, "payload", bytes(self.payload))
+        for field in ("uid", "key", "kind", "source"):
+            value = getattr(self, field)
+            if type(value) is not str or not value.isascii():
+                check_text(field, value)
+        if type(self.headers) is not Headers:
+            if not isinstance(self.headers, Mapping):
+                refuse("headers", self.headers, "a mapping of str to str")
+            _set(self, "headers", Headers(self.headers))
+        if self.occurred_at.__class__ is not datetime or self.occurred_at.tzinfo is not timezone.utc:
+            _set(self, "occurred_at", check_time("occurred_at", self.occurred_at))
+        if self.expires_at is not None:
+            _set(self, "expires_at", check_time("expires_at", self.expires_at))
+        for field in ("content_type", "event_version", "trace_uid", "correlation_uid"):
+            value = getattr(self, field)
+            if value is not None:
+                check_text(field, value)
+        if self.idempotency_key:
+            check_name("idempotency_key", self.idempotency_key)
+        elif self.idempotency_key is not None and self.idempotency_key != "":
+            refuse("idempotency_key", self.idempotency_key, "a str")
+
+    @classmethod
+    def from_json(cls, topic: str, obj: Any, **fields: Any) -> Message:
+        """A message whose payload is ``obj`` as JSON, its content type ``application/json`` unless given.
+
+        :param obj: anything msgspec can encode: builtins, dataclasses, Structs, datetimes, UUIDs...
+        :param fields: further fields, as of the class itself.
+        :raises SerializationError: if ``obj`` cannot be written as JSON.
+        """
+        try:
+            payload = msgspec.json.encode(obj)
+        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+            raise SerializationError(f"{type(obj).__name__} cannot be written as JSON: {error}") from error
+        fields.setdefault("content_type", "application/json")
+        return cls(topic, payload, **fields)
+
+    @overload
+    def json(self) -> Any: ...
+
+    @overload
+    def json(self, type: type[T]) -> T: ...
+
+    def json(self, type: Any = None) -> Any:
+        """The payload, read as JSON; with ``type`` (a dataclass, a Struct, ``list[int]``...) checked against it.
+
+        :raises SerializationError: if the payload is not JSON, or not of that type.
+        """
+        try:
+            return msgspec.json.decode(self.payload, type=Any if type is None else type)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise SerializationError(f"the payload of message {self.uid} could not be read: {error}") from error
+
+    def replace(self, **changes: Any) -> Message:
+        """A copy with some fields changed.
+
+        :raises ValidationError: if a new value is refused, or there is no such field.
+        """
+        try:
+            return msgspec.structs.replace(self, **changes)
+        except TypeError as error:
+            raise ValidationError(f"Message.replace: {error}") from None
+
+    @property
+    def trace_context(self) -> TraceContext | None:
+        """The W3C trace context in the headers; None if there is none, or it is not valid."""
+        return TraceContext.from_headers(self.headers)
+
+    @property
+    def schema(self) -> Schema:
+        """What describes the payload: kind, content type and version."""
+        return Schema(self.kind, self.content_type, self.event_version)
+
+    def __repr__(self) -> str:
+        # Payload and headers may be large, or secret: neither belongs in a log by accident.
+        return f"<Message {self.uid} topic={self.topic!r} key={self.key!r} payload={len(self.payload)} bytes>"
+
+
+def _set(message: Message, field: str, value: Any) -> None:
+    msgspec.structs.force_setattr(message, field, value)
+
+
+_LIFTED = {"content-type": "content_type", "event-version": "event_version", "idempotency-key": "idempotency_key"}
+
+
+def lift_headers(message: Message) -> Message:
+    """Headers that double a field fill that field where it is unset (never where it is set, even if empty)."""
+    if not message.headers:
+        return message
+    changes = {
+        field: message.headers[header]
+        for header, field in _LIFTED.items()
+        if header in message.headers and getattr(message, field) is None
+    }
+    return message.replace(**changes) if changes else message

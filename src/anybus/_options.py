@@ -1,0 +1,162 @@
+"""Options of the bus, of a subscription and of a publish: frozen, checked when made."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from ._backoff import ExponentialBackoff
+from ._checks import check_delay, check_int, check_name, check_topic, refuse
+from ._message import Headers
+from .abc._observer import Observer
+
+AckMode = Literal["auto-on-handler-success", "manual", "auto-on-receive"]
+OnLeaseLost = Literal["continue", "cancel"]
+
+ACK_MODES: Final = ("auto-on-handler-success", "manual", "auto-on-receive")
+LABEL_SUFFIX_BYTES: Final = 17
+
+
+class Drop(enum.Enum):
+    """The type of :data:`DROP`."""
+
+    DROP = "DROP"
+
+    def __repr__(self) -> str:
+        return "anybus.DROP"
+
+
+DROP: Final = Drop.DROP
+"""As ``dead_letter_topic``: what would become a dead letter is acknowledged and dropped instead."""
+
+
+def _check_start_id(value: object) -> None:
+    check_name("group_start_id", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamBusOptions:
+    """Options of a bus. Durations are seconds, sizes are bytes.
+
+    :param block_timeout: how long one read waits for new entries before it asks again.
+    :param claim_idle_timeout: the lease: for how long a pending entry belongs to its consumer unless renewed. All
+        members of a group must use the same value, since whoever reclaims enforces it.
+    :param claim_scan_batch_size: how many entries one reclaim takes at most.
+    :param reclaim_interval: the pause between passes over idle entries and retries that are due.
+    :param group_start_id: where a group that is made begins: ``"$"`` = only what comes after, ``"0"`` = from the start.
+    :param publish_timeout: bounds a publish, waiting for a connection included.
+    :param ack_batch_size: so many acknowledgements waiting are sent at once.
+    :param ack_flush_interval: at the latest after this long they are sent anyway.
+    :param max_payload_bytes: larger payloads are refused; 0 = no limit.
+    :param close_timeout: how long a graceful end waits for handlers before it cancels them.
+    :param cleanup_timeout: how long the settling of what is left may take at the end.
+    :param observer: told of everything that happens; None = errors go to the ``anybus`` logger.
+    :raises ValidationError: if a value is refused.
+    """
+
+    block_timeout: float = 2.0
+    claim_idle_timeout: float = 60.0
+    claim_scan_batch_size: int = 64
+    reclaim_interval: float = 0.5
+    group_start_id: str = "$"
+    publish_timeout: float = 5.0
+    ack_batch_size: int = 64
+    ack_flush_interval: float = 0.002
+    max_payload_bytes: int = 4 * 1024 * 1024
+    close_timeout: float = 30.0
+    cleanup_timeout: float = 5.0
+    observer: Observer | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_timeout", "claim_idle_timeout", "reclaim_interval", "publish_timeout", "cleanup_timeout"):
+            check_delay(name, getattr(self, name), positive=True)
+        check_delay("ack_flush_interval", self.ack_flush_interval)
+        check_delay("close_timeout", self.close_timeout)
+        check_int("claim_scan_batch_size", self.claim_scan_batch_size, least=1)
+        check_int("ack_batch_size", self.ack_batch_size, least=1)
+        check_int("max_payload_bytes", self.max_payload_bytes, least=0)
+        _check_start_id(self.group_start_id)
+        if self.observer is not None and not isinstance(self.observer, Observer):
+            refuse("observer", self.observer, "an instance of anybus.Observer, or None")
+
+
+@dataclass(frozen=True)
+class SubscriptionConfig:
+    """What a subscription does. Keyword-only after topic and group. Durations are seconds.
+
+    :param topic: the topic whose messages are handled.
+    :param group: the consumer group that shares the work.
+    :param consumer: a label for this member; its name on the server is ``<label>-<unique>``, new each time.
+    :param ack_mode: ``auto-on-handler-success`` (the default), ``manual`` or ``auto-on-receive``; None = unset.
+    :param max_in_flight: at most so many handlers run at once.
+    :param max_pending_acks: at most so many entries are held at once; None = twice ``max_in_flight``.
+    :param max_retry: the number of retries after the first handling: 3 means four handlings.
+    :param max_deliveries: hand-overs of one entry that may end without an outcome (a crash), at least 4.
+    :param retry_backoff: how long a failed message waits for its retry.
+    :param dead_letter_topic: where what is given up on goes; None = ``<topic>.dead``; :data:`DROP` = nowhere.
+    :param handler_timeout: after this long the handler is cancelled, and that is a failure; None = never.
+    :param group_start_id: where the group begins if it is made; None = as the bus's options say.
+    :param on_lease_lost: ``continue`` (``delivery.lease_lost`` warns) or ``cancel`` the handler.
+    :raises ValidationError: if a value is refused.
+    """
+
+    topic: str
+    group: str
+    consumer: str = field(default="consumer", kw_only=True)
+    ack_mode: AckMode | None = field(default=None, kw_only=True)
+    max_in_flight: int = field(default=16, kw_only=True)
+    max_pending_acks: int | None = field(default=None, kw_only=True)
+    max_retry: int = field(default=3, kw_only=True)
+    max_deliveries: int = field(default=10, kw_only=True)
+    retry_backoff: ExponentialBackoff = field(default=ExponentialBackoff(), kw_only=True)
+    dead_letter_topic: str | Drop | None = field(default=None, kw_only=True)
+    handler_timeout: float | None = field(default=None, kw_only=True)
+    group_start_id: str | None = field(default=None, kw_only=True)
+    on_lease_lost: OnLeaseLost = field(default="continue", kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_topic("topic", self.topic)
+        check_name("group", self.group)
+        check_name("consumer", self.consumer, max_bytes=256 - LABEL_SUFFIX_BYTES)
+        if self.ack_mode is not None and self.ack_mode not in ACK_MODES:
+            refuse("ack_mode", self.ack_mode, f"one of {', '.join(ACK_MODES)}, or None")
+        check_int("max_in_flight", self.max_in_flight, least=1)
+        if self.max_pending_acks is not None:
+            check_int("max_pending_acks", self.max_pending_acks, least=1)
+            if self.max_pending_acks < self.max_in_flight:
+                refuse("max_pending_acks", self.max_pending_acks, f"at least max_in_flight ({self.max_in_flight})")
+        check_int("max_retry", self.max_retry, least=0)
+        # Below four an entry would be given up on before it had once been handled alone, as a suspect.
+        check_int("max_deliveries", self.max_deliveries, least=4)
+        if not isinstance(self.retry_backoff, ExponentialBackoff):
+            refuse("retry_backoff", self.retry_backoff, "an anybus.ExponentialBackoff")
+        if self.dead_letter_topic is not None and self.dead_letter_topic is not DROP:
+            check_topic("dead_letter_topic", self.dead_letter_topic)
+            if self.dead_letter_topic == self.topic:
+                refuse("dead_letter_topic", self.dead_letter_topic, "another topic than the subscription's own")
+        if self.dead_letter_topic is None:
+            check_topic("dead_letter_topic", f"{self.topic}.dead")
+        if self.handler_timeout is not None:
+            check_delay("handler_timeout", self.handler_timeout, positive=True)
+        if self.group_start_id is not None:
+            _check_start_id(self.group_start_id)
+        if self.on_lease_lost not in ("continue", "cancel"):
+            refuse("on_lease_lost", self.on_lease_lost, "'continue' or 'cancel'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishOptions:
+    """Options of a publish.
+
+    :param metadata: headers merged into the message's; these win where a name is in both.
+    :raises ValidationError: if a header is not text.
+    """
+
+    metadata: Mapping[str, str] = Headers()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metadata, Mapping):
+            refuse("metadata", self.metadata, "a mapping of str to str")
+        object.__setattr__(self, "metadata", Headers(self.metadata))

@@ -1,0 +1,1 @@
+"""The inside of a subscription. Nothing here is public."""

@@ -1,0 +1,87 @@
+"""What the parts of one subscription share: names, limits, counters, and the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .._copies import retry_stream
+from .._options import OnLeaseLost, StreamBusOptions
+from .._reporting import Notices, Reporter
+from .._settlement import Policy
+from ..abc import StreamBackend
+from ._ledger import Held, Ledger, Stage
+
+
+class Counters:
+    """Counts of a subscription's life, for its statistics."""
+
+    __slots__ = (
+        "dead_lettered",
+        "failed",
+        "handled",
+        "leases_lost",
+        "received",
+        "reclaimed",
+        "released",
+        "retried",
+    )
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.handled = 0
+        self.failed = 0
+        self.retried = 0
+        self.dead_lettered = 0
+        self.released = 0
+        self.reclaimed = 0
+        self.leases_lost = 0
+
+
+class SuspectSlot:
+    """A bus holds one suspect at a time: two that kill the process must not take each other down."""
+
+    def __init__(self) -> None:
+        self._suspect: Held | None = None
+
+    def take(self, held: Held) -> bool:
+        """Make this entry the bus's suspect, unless the last one is still held."""
+        if self._suspect is not None and self._suspect.stage is not Stage.GONE:
+            return False
+        self._suspect = held
+        return True
+
+
+@dataclass(frozen=True)
+class Context:
+    """Fixed for a subscription's life. ``clock`` is AnyIO's, in seconds."""
+
+    backend: StreamBackend
+    topic: str
+    group: str
+    consumer: str
+    policy: Policy
+    options: StreamBusOptions
+    group_start_id: str
+    max_in_flight: int
+    dead_letter_topic: str | None
+    handler_timeout: float | None
+    on_lease_lost: OnLeaseLost
+    reporter: Reporter
+    notices: Notices
+    suspects: SuspectSlot
+    ledger: Ledger
+    counters: Counters
+    clock: Callable[[], float]
+
+    @property
+    def retry_stream(self) -> str:
+        return retry_stream(self.topic, self.group)
+
+    @property
+    def lease(self) -> float:
+        return self.options.claim_idle_timeout
+
+    @property
+    def streams(self) -> tuple[str, str]:
+        return self.topic, self.retry_stream

@@ -1,0 +1,334 @@
+"""The intake: reads what is new, reclaims what is idle, takes what is due for a retry."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timezone
+
+import anyio
+
+from .._backoff import recovery_delay
+from .._copies import failed_attempts, undecodable
+from .._errors import BackendError, GroupLostError, SerializationError, can_pass
+from .._settlement import Outcome, Result, Verdict, on_taken
+from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, Output
+from ..abc._observer import ErrorScope
+from ._context import Context
+from ._leases import Leases
+from ._ledger import Held, Stage
+from ._settler import Settler
+
+SUSPECT, PAUSED, ENDING = "suspect", "paused", "ending"
+
+_WORN_OUT = Result(Outcome.WORN_OUT)
+_MISSING = Result(Outcome.MISSING)
+
+
+class Intake:
+    """The read task and the reclaim task, and the gate that both respect."""
+
+    def __init__(self, context: Context, settler: Settler, leases: Leases, wake: Callable[[], None]) -> None:
+        self._context = context
+        self._settler = settler
+        self._leases = leases
+        self._wake = wake
+        self._ledger = context.ledger
+        self._budget = context.ledger.budget
+        self._shut_by: set[str] = set()
+        self._opened = anyio.Event()
+        self._reading: anyio.CancelScope | None = None
+        self._step = 0
+        self._suspects_released = 0
+        self._no_suspect_before = 0.0
+        self.scope = anyio.CancelScope()
+        self.ended = anyio.Event()
+
+    def shut(self, reason: str) -> None:
+        """Take nothing more; what waits is handed back, and so is what a call under way still brings."""
+        self._shut_by.add(reason)
+        for held in self._ledger.all():
+            if held.stage is Stage.WAITING and not (held.suspect and reason == SUSPECT):
+                self._settler.release(held)
+        self._ledger.waiting.clear()
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def open(self, reason: str) -> None:
+        self._shut_by.discard(reason)
+        if not self._shut_by:
+            self._opened.set()
+            self._opened = anyio.Event()
+
+    async def run(self) -> None:
+        try:
+            with self.scope:
+                if self._budget.takes_turns:
+                    await self._take_turns()
+                else:
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(self._keep_reading)
+                        tasks.start_soon(self._keep_reclaiming)
+        finally:
+            self.ended.set()
+
+    async def _until_open(self) -> None:
+        while self._shut_by:
+            await self._opened.wait()
+
+    async def _keep_reading(self) -> None:
+        recovery = _Recovery(self._context, "read")
+        while True:
+            await self._until_open()
+            await self._ledger.wait_for_read_room()
+            await recovery.attempt(self._read, self._context.options.block_timeout)
+
+    async def _keep_reclaiming(self) -> None:
+        recovery = _Recovery(self._context, "reclaim")
+        releases = self._releases()
+        while True:
+            await self._until_open()
+            full = await recovery.attempt(self._pass)
+            before, releases = releases, self._releases()
+            if full and before == releases:
+                await self._ledger.wait_for_reclaim_room()
+            else:
+                # What a handler has just released would be taken again at once, and again: no spinning.
+                await anyio.sleep(self._context.options.reclaim_interval)
+
+    async def _take_turns(self) -> None:
+        """Nothing lies beyond ``max_in_flight``: a pass after each read, which blocks no longer than a pass may wait."""
+        options = self._context.options
+        read, reclaim = _Recovery(self._context, "read"), _Recovery(self._context, "reclaim")
+        while True:
+            await self._until_open()
+            await self._ledger.wait_for_read_room()
+            await read.attempt(self._read, min(options.block_timeout, options.reclaim_interval))
+            await self._until_open()
+            await self._ledger.wait_for_reclaim_room()
+            await reclaim.attempt(self._pass)
+
+    def _releases(self) -> int:
+        return self._settler.releases_by_handlers + self._suspects_released
+
+    async def _read(self, timeout: float) -> None:
+        context = self._context
+        room = self._budget.read_room()
+        if room <= 0 or self._shut_by:
+            return
+        entries: list[FetchedEntry] = []
+        self._budget.by_read += room
+        try:
+            with anyio.CancelScope() as self._reading:
+                entries = await context.backend.read_new(
+                    context.topic, context.group, context.consumer, count=room, timeout=timeout
+                )
+        finally:
+            self._reading = None
+            self._budget.by_read -= room
+            self._ledger.changed()
+        suspect = self._accept(context.topic, entries, by_reclaim=False)
+        if suspect is not None:
+            await self._handle_alone(suspect)
+
+    async def _pass(self) -> bool:
+        """Look once at what is idle and what is due. True: some of it was left for want of room."""
+        full = False
+        steps = (self._reclaim_topic, self._read_retries, self._reclaim_retries)
+        self._step += 1
+        for offset in range(len(steps)):
+            if self._shut_by:
+                break
+            room = self._budget.reclaim_room()
+            if room <= 0:
+                return True
+            # The steps take turns at going first: with room for one only, none of them starves.
+            full = await self._take(steps[(self._step + offset) % len(steps)], room) or full
+        return full
+
+    async def _take(self, fetch: Callable[[int], Awaitable[tuple[str, list[FetchedEntry]]]], room: int) -> bool:
+        room = min(room, self._context.options.claim_scan_batch_size)
+        entries: list[FetchedEntry] = []
+        stream = self._context.topic
+        self._budget.by_reclaim += room
+        try:
+            stream, entries = await fetch(room)
+        finally:
+            self._budget.by_reclaim -= room
+            self._ledger.changed()
+        suspect = self._accept(stream, entries, by_reclaim=True)
+        if suspect is not None:
+            await self._handle_alone(suspect)
+        return len(entries) >= room
+
+    async def _reclaim_topic(self, room: int) -> tuple[str, list[FetchedEntry]]:
+        return self._context.topic, await self._reclaim(self._context.topic, room)
+
+    async def _reclaim_retries(self, room: int) -> tuple[str, list[FetchedEntry]]:
+        return self._context.retry_stream, await self._reclaim(self._context.retry_stream, room)
+
+    async def _reclaim(self, stream: str, room: int) -> list[FetchedEntry]:
+        context = self._context
+        entries = await context.backend.reclaim_idle(
+            stream, context.group, context.consumer, min_idle=context.lease, count=room
+        )
+        context.counters.reclaimed += len(entries)
+        return entries
+
+    async def _read_retries(self, room: int) -> tuple[str, list[FetchedEntry]]:
+        context = self._context
+        stream = context.retry_stream
+        return stream, await context.backend.read_new(stream, context.group, context.consumer, count=room, timeout=0)
+
+    def _accept(self, stream: str, entries: Sequence[FetchedEntry], *, by_reclaim: bool) -> Held | None:
+        """Enter what was taken into the ledger. Returns a suspect that has the bus's one place, not yet started."""
+        context = self._context
+        ledger = self._ledger
+        table = ledger.tables[stream]
+        received_at = datetime.now(timezone.utc)
+        lease_until = self._leases.lease_from(context.clock())
+        is_retry = stream != context.topic
+        suspect: Held | None = None
+        for entry in entries:
+            known = table.get(entry.id)
+            if known is not None:
+                if known.stage is not Stage.RETURNED:
+                    # Held already, and the server has just said that it is ours: its handling goes on.
+                    known.lease_until = max(known.lease_until, lease_until)
+                    known.lost = False
+                    continue
+                ledger.remove(known)
+            message = (
+                entry.message if isinstance(entry, ClaimedMessage) else undecodable(context.topic, {}, keep_bytes=False)
+            )
+            deliveries = None if isinstance(entry, MissingEntry) else entry.deliveries
+            published_at = entry.published_at if isinstance(entry, ClaimedMessage) else None
+            attempt = 1 + failed_attempts(message.headers) if is_retry else 1
+            held = Held(
+                stream,
+                entry.id,
+                message,
+                attempt,
+                deliveries,
+                published_at,
+                received_at,
+                lease_until,
+                by_reclaim,
+            )
+            ledger.add(held)
+            context.counters.received += 1
+            if context.reporter.hears_received:
+                context.reporter.tell("on_received", "received", message_id=entry.id, attempt=attempt)
+            if isinstance(entry, ClaimedMessage):
+                if self._admit(held):
+                    suspect = held
+            else:
+                self._refuse(held, entry)
+        if ledger.waiting:
+            self._wake()
+        return suspect
+
+    def _admit(self, held: Held) -> bool:
+        """Let an entry wait for its handler, unless something speaks against it. True: it is the bus's suspect now."""
+        context = self._context
+        if self._ledger.was_handled(held.stream, held.id):
+            self._settler.ack(held)
+            return False
+        verdict = on_taken(held.deliveries, context.policy)
+        if verdict is Verdict.GIVE_UP:
+            self._settler.give_up(held, _WORN_OUT)
+        elif self._shut_by:
+            self._settler.release(held)
+        elif verdict is Verdict.HANDLE:
+            self._ledger.waiting.append(held)
+        elif context.clock() >= self._no_suspect_before and context.suspects.take(held):
+            held.suspect = True
+            held.gone = anyio.Event()
+            self.shut(SUSPECT)
+            return True
+        else:
+            self._suspects_released += 1
+            self._settler.release(held)
+        return False
+
+    def _refuse(self, held: Held, entry: MalformedEntry | MissingEntry) -> None:
+        context = self._context
+        scope: ErrorScope = "reclaim" if held.by_reclaim else "read"
+        if isinstance(entry, MissingEntry):
+            error: Exception = BackendError("the entry is pending, but its body is gone: somebody has trimmed it")
+            context.reporter.error(scope, error, detail="acknowledged unhandled", message_id=held.id)
+            self._settler.give_up(held, _MISSING)
+            return
+        error = SerializationError(entry.error)
+        context.reporter.error(scope, error, detail="a malformed entry becomes a dead letter", message_id=held.id)
+        if "raw" not in context.backend.features:
+            held.message = undecodable(context.topic, entry.raw, keep_bytes=True)
+        raw = Output(held.stream, held.message, raw=entry.raw)
+        self._settler.give_up(held, Result(Outcome.MALFORMED, entry.error), raw)
+
+    async def _handle_alone(self, suspect: Held) -> None:
+        """A message that may have killed three processes is handled while this subscription holds nothing else."""
+        context = self._context
+        try:
+            assert suspect.gone is not None
+            with anyio.move_on_after(context.lease):
+                await self._ledger.wait_for_only(suspect)
+            if len(self._ledger) > 1 and suspect.stage is Stage.WAITING:
+                self._no_suspect_before = context.clock() + context.lease
+                self._suspects_released += 1
+                self._settler.release(suspect)
+            elif suspect.stage is Stage.WAITING:
+                self._ledger.waiting.append(suspect)
+                self._wake()
+            await suspect.gone.wait()
+        finally:
+            self.open(SUSPECT)
+
+
+class _Recovery:
+    """Errors that can pass are reported and the work is tried again, later with every failure; others end it."""
+
+    def __init__(self, context: Context, scope: ErrorScope) -> None:
+        self._context = context
+        self._scope: ErrorScope = scope
+        self._failures = 0
+
+    async def attempt(self, work: Callable[..., Awaitable[bool | None]], /, *args: float) -> bool:
+        try:
+            result = await work(*args)
+        except Exception as error:
+            await self._recover(error)
+            return False
+        self._failures = 0
+        return bool(result)
+
+    async def _recover(self, error: Exception) -> None:
+        if not can_pass(error):
+            raise error
+        self._failures += 1
+        if isinstance(error, GroupLostError):
+            made = await self._make_again(error)
+            if made and self._failures == 1:
+                return
+        else:
+            self._context.reporter.error(self._scope, error, detail="tried again soon")
+        await anyio.sleep(recovery_delay(self._failures, random.random()))
+
+    async def _make_again(self, lost: GroupLostError) -> bool:
+        """Make a lost group again where every member had settled everything, else at the start: never a gap."""
+        context = self._context
+        position = lost.safe_id or "0"
+        try:
+            made = await context.backend.create_group(lost.stream, context.group, position)
+        except Exception as error:
+            if not can_pass(error):
+                raise
+            context.reporter.error(
+                self._scope, error, detail=f"the lost group of {lost.stream!r} is not made again yet"
+            )
+            return False
+        if made:
+            detail = f"made again at {position}"
+            context.reporter.error(self._scope, lost, detail=detail, topic=lost.stream)
+            context.reporter.tell("on_group_made_again", "group-made-again", topic=lost.stream, detail=detail)
+        return True

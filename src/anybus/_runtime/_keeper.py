@@ -1,0 +1,45 @@
+"""What the deliveries of one subscription ask: their state, their settlement, their lease."""
+
+from __future__ import annotations
+
+from .._delivery import DeliveryState
+from .._errors import AlreadySettledError, LeaseLostError
+from .._settlement import Result
+from ._context import Context
+from ._leases import Leases
+from ._ledger import Held, Stage
+from ._settler import Settler
+
+
+class EntryKeeper:
+    """The :class:`~anybus._delivery.Keeper` of one subscription."""
+
+    def __init__(self, context: Context, settler: Settler, leases: Leases) -> None:
+        self._context = context
+        self._settler = settler
+        self._leases = leases
+
+    def describe(self, entry: Held, /) -> DeliveryState:
+        return DeliveryState(
+            attempt=entry.attempt,
+            max_attempts=self._context.policy.max_attempts,
+            deliveries=entry.deliveries,
+            published_at=entry.published_at,
+            received_at=entry.received_at,
+            redelivered=entry.attempt > 1 or entry.by_reclaim or (entry.deliveries or 1) > 1,
+        )
+
+    def is_lease_lost(self, entry: Held, /) -> bool:
+        if entry.stage is Stage.GONE:
+            return entry.lost
+        return entry.lost or self._context.clock() >= entry.lease_until
+
+    async def settle(self, entry: Held, result: Result | None, /) -> None:
+        await self._settler.settle(entry, result)
+
+    async def extend(self, entry: Held, /) -> None:
+        if entry.stage not in (Stage.OPEN, Stage.RETURNED):
+            if entry.lost:
+                raise LeaseLostError(f"entry {entry.id} of {entry.stream!r} is no longer ours")
+            raise AlreadySettledError(f"entry {entry.id} of {entry.stream!r} has been settled already")
+        await self._leases.extend(entry)

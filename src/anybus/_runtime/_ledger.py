@@ -1,0 +1,255 @@
+"""The ledger: every entry that this subscription holds, from the moment it is taken until it is settled.
+
+Channels only carry; the ledger owns (a cancelled hand-over can lose what it carried). All of it is synchronous, so
+that no await stands between a decision and its bookkeeping. It also keeps the one budget, ``max_pending_acks``, on
+which reads and reclaims draw.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+import anyio
+
+from .._message import Message
+from .._settlement import Result
+from ..abc import Output
+
+_REMEMBERED = 4096
+
+
+class Stage(enum.IntEnum):
+    WAITING = 0
+    """Taken, not started (or held until its backoff is over)."""
+    OPEN = 1
+    """With a handler, not settled."""
+    RETURNED = 2
+    """The handler returned without settling (manual mode): held without renewal."""
+    SETTLING = 3
+    """On its way to the server."""
+    GONE = 4
+    """No longer held."""
+
+
+class Waiter:
+    """Somebody awaits the server's answer to a settlement."""
+
+    __slots__ = ("done", "error")
+
+    def __init__(self) -> None:
+        self.done = anyio.Event()
+        self.error: Exception | None = None
+
+
+class Held:
+    """One entry that is pending and ours."""
+
+    __slots__ = (
+        "attempt",
+        "by_reclaim",
+        "deliveries",
+        "gone",
+        "id",
+        "intent",
+        "lease_until",
+        "lost",
+        "message",
+        "outputs",
+        "published_at",
+        "received_at",
+        "result",
+        "scope",
+        "stage",
+        "started_at",
+        "stream",
+        "suspect",
+        "tries",
+        "uncertain",
+        "unsettled",
+        "waiter",
+    )
+
+    def __init__(
+        self,
+        stream: str,
+        entry_id: str,
+        message: Message,
+        attempt: int,
+        deliveries: int | None,
+        published_at: datetime | None,
+        received_at: datetime,
+        lease_until: float,
+        by_reclaim: bool,
+    ) -> None:
+        self.stream = stream
+        self.id = entry_id
+        self.message = message
+        self.attempt = attempt
+        self.deliveries = deliveries
+        self.published_at = published_at
+        self.received_at = received_at
+        self.lease_until = lease_until
+        self.by_reclaim = by_reclaim
+        self.stage = Stage.WAITING
+        self.lost = False
+        self.suspect = False
+        self.started_at = 0.0
+        self.tries = 0
+        self.uncertain = False
+        self.intent: str = ""
+        self.outputs: Sequence[Output] = ()
+        self.waiter: Waiter | None = None
+        self.result: Result | None = None
+        self.scope: anyio.CancelScope | None = None
+        self.gone: anyio.Event | None = None
+        self.unsettled = Stage.OPEN
+
+
+class Budget:
+    """How many entries may be held, and whose turn it is to take more (promises 2 and 3).
+
+    A part is always reclaim's: a quarter, at least 1, but only of what lies beyond ``max_in_flight``. Beyond its part
+    reclaim takes only while no read waits for room.
+    """
+
+    def __init__(self, max_in_flight: int, max_pending_acks: int) -> None:
+        self.limit = max_pending_acks
+        self.reclaim_part = min(max(max_pending_acks // 4, 1), max_pending_acks - max_in_flight)
+        self.read_part = max_pending_acks - self.reclaim_part
+        self.by_read = 0
+        self.by_reclaim = 0
+        self.read_waits = False
+
+    @property
+    def takes_turns(self) -> bool:
+        """Nothing lies beyond ``max_in_flight``: read and reclaim take turns."""
+        return self.reclaim_part == 0
+
+    def read_room(self) -> int:
+        return min(self.read_part - self.by_read, self.limit - self.by_read - self.by_reclaim)
+
+    def reclaim_room(self) -> int:
+        free = self.limit - self.by_read - self.by_reclaim
+        if self.takes_turns or not self.read_waits:
+            return free
+        return min(free, self.reclaim_part - self.by_reclaim)
+
+
+class Ledger:
+    """What is held, stream by stream, in the order taken."""
+
+    def __init__(self, streams: Sequence[str], budget: Budget) -> None:
+        self.budget = budget
+        self.tables: dict[str, dict[str, Held]] = {stream: {} for stream in streams}
+        self.waiting: deque[Held] = deque()
+        self._handled: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._read_room: anyio.Event | None = None
+        self._reclaim_room: anyio.Event | None = None
+        self._watched: anyio.Event | None = None
+        self.on_removed: Callable[[], None] | None = None
+
+    def __len__(self) -> int:
+        return sum(len(table) for table in self.tables.values())
+
+    def all(self) -> list[Held]:
+        return [held for table in self.tables.values() for held in table.values()]
+
+    def add(self, held: Held) -> None:
+        self.tables[held.stream][held.id] = held
+        if held.by_reclaim:
+            self.budget.by_reclaim += 1
+        else:
+            self.budget.by_read += 1
+
+    def remove(self, held: Held) -> None:
+        if held.stage is Stage.GONE:
+            return
+        held.stage = Stage.GONE
+        del self.tables[held.stream][held.id]
+        if held.by_reclaim:
+            self.budget.by_reclaim -= 1
+        else:
+            self.budget.by_read -= 1
+        if held.gone is not None:
+            held.gone.set()
+        if self._read_room is not None or self._reclaim_room is not None or self._watched is not None:
+            self.changed()
+        if self.on_removed is not None:
+            self.on_removed()
+
+    def take(self) -> Held | None:
+        """The next entry that waits, now with a handler."""
+        while self.waiting:
+            held = self.waiting.popleft()
+            if held.stage is Stage.WAITING:
+                if self._read_room is not None and not self.waiting:
+                    self.changed()
+                return held
+        return None
+
+    def has_waiting(self) -> bool:
+        while self.waiting and self.waiting[0].stage is not Stage.WAITING:
+            self.waiting.popleft()
+        return bool(self.waiting)
+
+    def remember_handled(self, held: Held) -> None:
+        """An entry that was handled here, but whose ack nobody confirmed: should it come back, it is only acked."""
+        self._handled[held.stream, held.id] = None
+        if len(self._handled) > _REMEMBERED:
+            self._handled.popitem(last=False)
+
+    def was_handled(self, stream: str, entry_id: str) -> bool:
+        """Whether it is such an entry; asking forgets it, since it is about to be acked."""
+        key = (stream, entry_id)
+        if key not in self._handled:
+            return False
+        del self._handled[key]
+        return True
+
+    async def wait_for_read_room(self) -> int:
+        """How many a read may take. Waits for a worthwhile number while there is work to do meanwhile."""
+        while not self._worth_reading():
+            self.budget.read_waits = True
+            self._read_room = anyio.Event()
+            try:
+                await self._read_room.wait()
+            finally:
+                self._read_room = None
+                self.budget.read_waits = False
+        return self.budget.read_room()
+
+    def _worth_reading(self) -> bool:
+        room = self.budget.read_room()
+        return room >= max(1, self.budget.read_part // 4) or (room > 0 and not self.has_waiting())
+
+    async def wait_for_reclaim_room(self) -> int:
+        while True:
+            room = self.budget.reclaim_room()
+            if room > 0:
+                return room
+            self._reclaim_room = anyio.Event()
+            try:
+                await self._reclaim_room.wait()
+            finally:
+                self._reclaim_room = None
+
+    async def wait_for_only(self, held: Held) -> None:
+        """Wait until nothing else is held, or this one no longer waits."""
+        while len(self) > 1 and held.stage is Stage.WAITING:
+            self._watched = anyio.Event()
+            try:
+                await self._watched.wait()
+            finally:
+                self._watched = None
+
+    def changed(self) -> None:
+        """Wake those who wait for room, or for the others to be gone."""
+        if self._read_room is not None and self._worth_reading():
+            self._read_room.set()
+        if self._reclaim_room is not None and self.budget.reclaim_room() > 0:
+            self._reclaim_room.set()
+        if self._watched is not None:
+            self._watched.set()

@@ -1,0 +1,215 @@
+"""The handlers' pool: as many workers as there is work for, and no more than ``max_in_flight``.
+
+A worker takes what is ready without waiting; before it calls the handler it makes sure that one spare worker exists
+if more is waiting; it ends when nothing is ready. So handlers that never wait are called in a plain loop, and handlers
+that do wait run side by side. A fixed pool would be woken one by one for every batch, and a task for every message
+costs more than most handlers.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Awaitable, Callable
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
+
+from .._delivery import Delivery
+from .._settlement import CANCELLED, RETURNED, Outcome, Result
+from .._verdicts import Reject, Retry
+from ._cancellation import is_stray, sole
+from ._context import Context
+from ._keeper import EntryKeeper
+from ._ledger import Held, Ledger, Stage
+from ._settler import Settler
+
+Handler = Callable[[Delivery], Awaitable[None]]
+
+_STREAK = 64
+
+handled_by: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("anybus_handled_by", default=frozenset())
+"""The pools in whose handlers the current code runs."""
+
+
+class Taker:
+    """Takes what waits: what pool and pull stream have in common."""
+
+    def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper) -> None:
+        self._context = context
+        self._ledger: Ledger = context.ledger
+        self._settler = settler
+        self._keeper = keeper
+        self._clock = context.clock
+        self._stopping = anyio.Event()
+        self.scope = anyio.CancelScope(shield=True)
+        self.ended = anyio.Event()
+        self.running: set[Held] = set()
+
+    def next_entry(self) -> Held | None:
+        """The next entry that may start; its lease is looked at, since a process can be frozen at any moment."""
+        while not self._stopping.is_set():
+            held = self._ledger.take()
+            if held is None:
+                return None
+            held.started_at = now = self._clock()
+            if now >= held.lease_until:
+                self._settler.release(held)
+                continue
+            held.stage = Stage.OPEN
+            self.running.add(held)
+            return held
+        return None
+
+    def stop(self) -> None:
+        """Take nothing more."""
+        self._stopping.set()
+
+    def wake(self) -> None:
+        """There is something to take."""
+        raise NotImplementedError
+
+    async def run(self) -> None:
+        raise NotImplementedError
+
+    def oldest(self) -> float | None:
+        """For how many seconds the oldest entry has been in flight."""
+        started = [held.started_at for held in self.running]
+        return self._clock() - min(started) if started else None
+
+
+class HandlerPool(Taker):
+    """Calls the handler."""
+
+    def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper, handler: Handler) -> None:
+        super().__init__(context, settler, keeper)
+        self._handler = handler
+        self._limit = context.max_in_flight
+        self._needs_scope = context.handler_timeout is not None or context.on_lease_lost == "cancel"
+        self._on_receive = context.policy.ack_mode == "auto-on-receive"
+        self._workers = 0
+        self._spares = 0
+        self._tasks: TaskGroup | None = None
+        self._home: contextvars.Context | None = None
+
+    def wake(self) -> None:
+        if (
+            self._tasks is not None
+            and not self._spares
+            and self._workers < self._limit
+            and not self._stopping.is_set()
+            and self._ledger.has_waiting()
+        ):
+            self._spawn()
+
+    async def run(self) -> None:
+        handled_by.set(handled_by.get() | {id(self)})
+        # Workers start from here, whoever wakes them: no handler inherits what another one put in its context.
+        self._home = contextvars.copy_context()
+        try:
+            with self.scope:
+                async with anyio.create_task_group() as tasks:
+                    self._tasks = tasks
+                    self.wake()
+                    await self._stopping.wait()
+        finally:
+            self._tasks = None
+            self.ended.set()
+
+    def _spawn(self) -> None:
+        assert self._tasks is not None
+        assert self._home is not None
+        self._workers += 1
+        self._spares += 1
+        self._home.run(self._tasks.start_soon, self._work)
+
+    async def _work(self) -> None:
+        self._spares -= 1
+        streak = 0
+        ledger = self._ledger
+        try:
+            while (held := self.next_entry()) is not None:
+                if not self._spares and ledger.waiting and self._workers < self._limit:
+                    self._spawn()
+                try:
+                    if self._on_receive:
+                        await self._handle_acked(held)
+                    else:
+                        await self._handle(held)
+                finally:
+                    self.running.discard(held)
+                streak += 1
+                if streak == _STREAK:
+                    streak = 0
+                    await checkpoint()
+        finally:
+            self._workers -= 1
+
+    async def _handle(self, held: Held) -> None:
+        try:
+            result = await self._call(held)
+        except anyio.get_cancelled_exc_class():
+            self._settler.conclude(held, CANCELLED)
+            raise
+        self._settler.conclude(held, result)
+
+    async def _handle_acked(self, held: Held) -> None:
+        if not await self._settler.ack_first(held):
+            return
+        result = await self._call(held)
+        if result is RETURNED:
+            self._context.counters.handled += 1
+            return
+        self._context.counters.failed += 1
+        if result.outcome is Outcome.REJECTED:
+            await self._settler.publish_rejected(held, result)
+
+    async def _call(self, held: Held) -> Result:
+        """Call the handler; return how it ended. Only a real cancellation comes out, and what is no ``Exception``."""
+        delivery = Delivery(held, self._keeper)
+        try:
+            if self._needs_scope:
+                return await self._call_scoped(held, delivery)
+            await self._handler(delivery)
+        except Exception as error:
+            return self._judge(held, error)
+        except BaseException as error:
+            if not is_stray(error):
+                raise
+            return self._judge(held, error)
+        return RETURNED
+
+    async def _call_scoped(self, held: Held, delivery: Delivery) -> Result:
+        timeout = self._context.handler_timeout
+        returned = False
+        with anyio.CancelScope() as scope:
+            if timeout is not None:
+                scope.deadline = self._clock() + timeout
+            held.scope = scope
+            await self._handler(delivery)
+            returned = True
+        held.scope = None
+        if returned or not scope.cancelled_caught:
+            return RETURNED
+        if held.lost and self._context.on_lease_lost == "cancel":
+            return CANCELLED
+        late = TimeoutError(f"the handler was cancelled after handler_timeout ({timeout} s)")
+        self._report(held, late, "timed out")
+        return Result(Outcome.TIMED_OUT, str(late), "HandlerTimeout")
+
+    def _judge(self, held: Held, error: BaseException) -> Result:
+        held.scope = None
+        verdict = sole(error)  # a handler with a task group of its own: its Retry arrives wrapped
+        settled = held.stage is not Stage.OPEN
+        if isinstance(verdict, Retry) and not settled:
+            return Result(Outcome.RETRY, verdict.reason, "Retry", verdict.delay)
+        if isinstance(verdict, Reject) and (self._on_receive or not settled):
+            return Result(Outcome.REJECTED, verdict.reason, "Reject")
+        self._report(held, error, "raised after it had settled its delivery" if settled else "failed")
+        text = str(verdict) or type(verdict).__name__
+        return Result(Outcome.FAILED, text, f"{type(verdict).__module__}.{type(verdict).__qualname__}")
+
+    def _report(self, held: Held, error: BaseException, what: str) -> None:
+        self._context.reporter.error(
+            "handler", error, detail=f"the handler {what}", message_id=held.id, attempt=held.attempt
+        )

@@ -1,0 +1,94 @@
+"""The pull form: a stream of deliveries, settled by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import anyio
+from anyio.abc import ObjectReceiveStream
+from anyio.lowlevel import checkpoint
+
+from .._delivery import Delivery
+from ._context import Context
+from ._keeper import EntryKeeper
+from ._ledger import Stage
+from ._pool import Taker
+from ._settler import Settler
+
+
+class PullTaker(Taker):
+    """Hands out deliveries to whoever asks; at most ``max_in_flight`` are out unsettled."""
+
+    def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper) -> None:
+        super().__init__(context, settler, keeper)
+        self._limit = context.max_in_flight
+        self._changed = anyio.Event()
+        context.ledger.on_removed = self.wake
+
+    def wake(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def stop(self) -> None:
+        super().stop()
+        self.wake()
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def _forget_settled(self) -> None:
+        self.running = {held for held in self.running if held.stage in (Stage.OPEN, Stage.SETTLING)}
+
+    async def take(self) -> Delivery | None:
+        """The next delivery; None when there will be none. Between taking and returning nothing is awaited."""
+        await checkpoint()
+        while not self.is_stopping:
+            if len(self.running) >= self._limit:
+                self._forget_settled()
+            if len(self.running) < self._limit and (held := self.next_entry()) is not None:
+                return Delivery(held, self._keeper)
+            await self._changed.wait()
+        return None
+
+    async def run(self) -> None:
+        try:
+            with self.scope:
+                await self._stopping.wait()
+                self._forget_settled()
+                while self.running:
+                    await self._changed.wait()
+                    self._forget_settled()
+        finally:
+            self.ended.set()
+
+
+class DeliveryStream(ObjectReceiveStream[Delivery]):
+    """Deliveries as they come. Ends (``EndOfStream``) when the subscription is closed.
+
+    Each delivery is settled by hand; it is renewed until then, or until the block is left, which releases it.
+    """
+
+    def __init__(self, taker: PullTaker, close: Callable[[], None]) -> None:
+        self._taker = taker
+        self._close = close
+        self._closed = False
+
+    async def receive(self) -> Delivery:
+        """Wait for the next delivery. At most ``max_in_flight`` are out unsettled; beyond that it waits.
+
+        :raises anyio.EndOfStream: when the subscription has been closed.
+        :raises anyio.ClosedResourceError: when this stream has been closed.
+        """
+        if self._closed:
+            raise anyio.ClosedResourceError
+        delivery = await self._taker.take()
+        if delivery is None:
+            raise anyio.EndOfStream
+        return delivery
+
+    async def aclose(self) -> None:
+        """End the stream: nothing more is taken."""
+        self._closed = True
+        self._close()
+        await checkpoint()

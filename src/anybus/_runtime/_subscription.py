@@ -1,0 +1,280 @@
+"""The subscription: its parts wired together, its beginning and its end.
+
+The shape of the end. The parts are siblings in one task group that the caller's ``async with`` owns. Only the intake
+can be cancelled from outside; the pool, the lease renewal and the settler's lanes run in shielded scopes that they
+enter themselves, and a supervisor ends them in order: the intake stops (what waits is released at once), the handlers
+end or are cancelled, what is left is settled within ``cleanup_timeout``, the consumer is forgotten. A sentinel, not
+shielded, notices a cancellation from outside and turns it into an abort.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+
+from .._backoff import recovery_delay
+from .._errors import can_pass
+from .._statistics import SubscriptionStatistics
+from ..abc import StreamInspector
+from ._cancellation import sole
+from ._context import Context
+from ._intake import ENDING, PAUSED, Intake
+from ._keeper import EntryKeeper
+from ._leases import Leases
+from ._ledger import Stage
+from ._pool import Handler, HandlerPool, Taker, handled_by
+from ._pull import PullTaker
+from ._settler import Settler
+
+
+class Subscription:
+    """A running subscription: what ``bus.subscribe`` gives. Made by the bus, never directly."""
+
+    def __init__(self, context: Context, handler: Handler | None) -> None:
+        self._context = context
+        self._settler = Settler(context)
+        self._leases = Leases(context, self._settler)
+        keeper = EntryKeeper(context, self._settler, self._leases)
+        self._taker: Taker
+        if handler is None:
+            self._taker = PullTaker(context, self._settler, keeper)
+        else:
+            self._taker = HandlerPool(context, self._settler, keeper, handler)
+        self._intake = Intake(context, self._settler, self._leases, self._taker.wake)
+        self._settler.on_due = self._taker.wake
+        self._body = anyio.CancelScope()
+        self._background_scopes: list[anyio.CancelScope] = []
+        self._grace = anyio.CancelScope()
+        self._ending = anyio.Event()
+        self._aborted = False
+        self._ended = anyio.Event()
+        self._failure: BaseException | None = None
+
+    def __repr__(self) -> str:
+        context = self._context
+        state = "ended" if self._ended.is_set() else "ending" if self._ending.is_set() else "running"
+        return f"<Subscription {state} topic={context.topic!r} group={context.group!r} consumer={context.consumer!r}>"
+
+    @property
+    def consumer(self) -> str:
+        """This member's name on the server: its label and a unique part, new for every subscription."""
+        return self._context.consumer
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes messages, or would if it were not paused. False from the beginning of its end."""
+        return not self._ending.is_set()
+
+    def statistics(self) -> SubscriptionStatistics:
+        """Counts and gauges as of now, as an immutable value."""
+        counters = self._context.counters
+        held = self._context.ledger.all()
+        return SubscriptionStatistics(
+            waiting=sum(entry.stage is Stage.WAITING for entry in held),
+            in_flight=len(self._taker.running),
+            held=len(held),
+            oldest_in_flight=self._taker.oldest(),
+            received=counters.received,
+            handled=counters.handled,
+            failed=counters.failed,
+            retried=counters.retried,
+            dead_lettered=counters.dead_lettered,
+            released=counters.released,
+            reclaimed=counters.reclaimed,
+            leases_lost=counters.leases_lost,
+        )
+
+    def pause(self) -> None:
+        """Take nothing more, and hand back what waits. What is in flight goes on. Pausing twice is fine."""
+        self._intake.shut(PAUSED)
+
+    def resume(self) -> None:
+        """Take messages again."""
+        self._intake.open(PAUSED)
+
+    def close(self) -> None:
+        """Begin a graceful end: take nothing more, release what waits, wait up to ``close_timeout`` for handlers.
+
+        Allowed in handlers. The body of ``subscribe`` goes on. Closing twice is fine.
+        """
+        self._begin_end()
+
+    def abort(self) -> None:
+        """Begin to end at once: handlers are cancelled, and what they had is released. Allowed in handlers."""
+        self._aborted = True
+        self._begin_end()
+        self._grace.cancel()
+
+    async def wait_closed(self) -> None:
+        """Wait until the end is over: everything settled or released, the consumer forgotten.
+
+        :raises RuntimeError: in one of the subscription's own handlers, which would wait for itself.
+        """
+        if id(self._taker) in handled_by.get():
+            raise RuntimeError(
+                "a handler cannot wait for the end of its own subscription: call close() or abort() and return"
+            )
+        await self._ended.wait()
+
+    async def aclose(self) -> None:
+        """``close()`` and ``wait_closed()``. Raises as the latter does."""
+        if id(self._taker) not in handled_by.get():
+            self.close()
+        await self.wait_closed()
+
+    def _begin_end(self) -> None:
+        if not self._ending.is_set():
+            self._ending.set()
+            self._intake.shut(ENDING)
+            self._intake.scope.cancel()
+            self._taker.stop()
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+        else:
+            self._context.reporter.error("close", error, detail="a second failure while the subscription ends")
+        self.abort()
+        self._body.cancel()
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncGenerator[Subscription, None]:
+        await self._make_groups()
+        body_error: BaseException | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._watch)
+            tasks.start_soon(self._supervise)
+            tasks.start_soon(self._guard, self._intake.run)
+            tasks.start_soon(self._guard, self._taker.run)
+            for lane in self._settler.lanes:
+                tasks.start_soon(self._in_background, lane.run)
+            tasks.start_soon(self._in_background, self._leases.run)
+            tasks.start_soon(self._in_background, self._settler.run_held_back)
+            self._context.reporter.tell("on_started", "started")
+            with self._body:
+                try:
+                    yield self
+                except anyio.get_cancelled_exc_class():
+                    self.abort()
+                    raise
+                except BaseException as error:
+                    self.abort()
+                    body_error = error
+                else:
+                    self._leave()
+        self._context.reporter.tell("on_ended", "ended", error=self._failure)
+        if body_error is not None and (self._failure is None or isinstance(self._failure, Exception)):
+            raise body_error
+        if self._failure is not None:
+            raise self._failure
+
+    def _leave(self) -> None:
+        """The body has ended. Deliveries that were pulled end with their block; handlers get their time."""
+        if isinstance(self._taker, PullTaker):
+            self.abort()
+        else:
+            self.close()
+
+    async def _make_groups(self) -> None:
+        context = self._context
+        failures = 0
+        for stream, start in ((context.topic, context.group_start_id), (context.retry_stream, "0")):
+            while True:
+                try:
+                    made = await context.backend.create_group(stream, context.group, start)
+                    if made and start == "$" and stream == context.topic:
+                        await self._mention_backlog()
+                    break
+                except Exception as error:
+                    if not can_pass(error):
+                        raise
+                    context.reporter.error("read", error, detail=f"the group of {stream!r} is not made yet")
+                    failures += 1
+                    await anyio.sleep(recovery_delay(failures, random.random()))
+
+    async def _mention_backlog(self) -> None:
+        context = self._context
+        if "inspect" in context.backend.features and isinstance(context.backend, StreamInspector):
+            count = await context.backend.count_entries(context.topic)
+            if count:
+                context.notices.once(
+                    f"group {context.group!r} was made at the end of {context.topic!r} (group_start_id '$'), which "
+                    f"already holds {count} entries: the group will not see them ('0' begins at the start)"
+                )
+
+    async def _guard(self, part: Callable[[], Awaitable[None]]) -> None:
+        """Run a part; what it raises ends the subscription, once, and as itself."""
+        try:
+            await part()
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as error:
+            self._fail(sole(error))
+
+    async def _in_background(self, part: Callable[[], Awaitable[None]]) -> None:
+        """A part that works until everything is settled."""
+        with anyio.CancelScope(shield=True) as scope:
+            self._background_scopes.append(scope)
+            if self._ended.is_set():
+                scope.cancel()
+            await self._guard(part)
+
+    async def _watch(self) -> None:
+        """Not shielded: a cancellation from outside, at any time, becomes an abort."""
+        try:
+            await self._ended.wait()
+        finally:
+            if not self._ended.is_set():
+                self.abort()
+
+    async def _supervise(self) -> None:
+        context = self._context
+        with anyio.CancelScope(shield=True):
+            await self._ending.wait()
+            with self._grace:
+                with anyio.move_on_after(0 if self._aborted else context.options.close_timeout):
+                    await self._taker.ended.wait()
+            self._release(Stage.RETURNED)
+            await self._cancel_handlers()
+            await self._intake.ended.wait()
+            self._release(Stage.WAITING, Stage.OPEN, Stage.RETURNED)
+            with anyio.move_on_after(context.options.cleanup_timeout) as limit:
+                await self._settler.drain()
+            if limit.cancelled_caught:
+                left = len(context.ledger)
+                late = TimeoutError(f"{left} entries were not settled within cleanup_timeout")
+                context.reporter.error("close", late, detail="they come back when their lease is over")
+            for scope in self._background_scopes:
+                scope.cancel()
+            with anyio.move_on_after(context.options.cleanup_timeout):
+                for stream in context.streams:
+                    await self._forget(stream)
+            self._ended.set()
+
+    def _release(self, *stages: Stage) -> None:
+        for held in self._context.ledger.all():
+            if held.stage in stages:
+                self._settler.release(held)
+
+    async def _cancel_handlers(self) -> None:
+        context = self._context
+        taker = self._taker
+        taker.scope.cancel()
+        with anyio.move_on_after(context.options.cleanup_timeout):
+            await taker.ended.wait()
+        if not taker.ended.is_set():
+            # A handler in a thread, say. Its message stays leased; everybody else's has been released by now.
+            for held in taker.running:
+                late = TimeoutError("the handler goes on although it was cancelled")
+                context.reporter.error("close", late, detail="waiting for it", message_id=held.id, attempt=held.attempt)
+            await taker.ended.wait()
+
+    async def _forget(self, stream: str) -> None:
+        context = self._context
+        try:
+            await context.backend.forget_consumer(stream, context.group, context.consumer)
+        except Exception as error:
+            context.reporter.error("close", error, detail=f"forgetting the consumer of {stream!r}")

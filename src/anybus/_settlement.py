@@ -1,0 +1,160 @@
+"""Settlement: what a delivery's outcome leads to. A pure table, no I/O, no clock, no dice.
+
+The theory of operation. An entry that was *taken* is first judged by :func:`on_taken`: handle it, handle it alone
+(a suspect), or give it up unhandled. A handling ends in a :class:`Result`; :func:`decide` turns that, with the
+attempt, the policy, the time and one random draw, into one decision: acknowledge, retry at a time, dead-letter,
+release, leave (manual mode: its handler returned without settling), or only report. Settling by hand goes through
+the same table, so that ``delivery.retry()`` and ``raise Retry`` cannot differ.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Union
+
+from ._backoff import ExponentialBackoff
+from ._options import AckMode
+
+SUSPECT_AFTER = 3
+"""So many hand-overs without an outcome make an entry a suspect."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the table needs to know of a subscription.
+
+    :ivar counts_crashes: whether the backend counts deliveries and renews leases; without both, our own reclaims
+        would count up what we hold, and there is no crash budget.
+    """
+
+    ack_mode: AckMode = "auto-on-handler-success"
+    max_retry: int = 3
+    max_deliveries: int = 10
+    backoff: ExponentialBackoff = ExponentialBackoff()
+    counts_crashes: bool = True
+
+    @property
+    def max_attempts(self) -> int:
+        return self.max_retry + 1
+
+
+class Outcome(enum.Enum):
+    RETURNED = "returned"
+    FAILED = "failed"
+    TIMED_OUT = "timed out"
+    RETRY = "retry asked for"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+    RELEASED = "released"
+    MALFORMED = "malformed"
+    MISSING = "missing"
+    WORN_OUT = "handed over too often"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a handling ended, or why there was none.
+
+    :ivar delay: seconds asked for by a retry or a release; None = the policy's.
+    """
+
+    outcome: Outcome
+    reason: str = ""
+    error_type: str = ""
+    delay: float | None = None
+
+
+@dataclass(frozen=True)
+class Ack:
+    """Acknowledge."""
+
+
+@dataclass(frozen=True)
+class RetryAt:
+    """Bring it back: after ``delay`` seconds, that is at ``due``, as a handling of number ``attempt``."""
+
+    due: float
+    delay: float
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """Give it up. ``code`` is ``rejected``, ``retries``, ``deliveries`` or ``malformed``."""
+
+    code: str
+    reason: str
+    error_type: str = ""
+
+
+@dataclass(frozen=True)
+class Release:
+    """Hand it back at once, uncounted."""
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Keep holding it, without renewal, until somebody settles it or its lease ends."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Nothing can be done any more (it was acknowledged before the start); tell the observer if it failed."""
+
+
+Decision = Union[Ack, RetryAt, DeadLetter, Release, Leave, Report]
+
+RETURNED = Result(Outcome.RETURNED)
+CANCELLED = Result(Outcome.CANCELLED)
+
+
+class Verdict(enum.Enum):
+    HANDLE = "handle"
+    SUSPECT = "suspect"
+    GIVE_UP = "give up"
+
+
+def on_taken(deliveries: int | None, policy: Policy) -> Verdict:
+    """What to do with an entry that was taken, by the server's count of its hand-overs (this one included)."""
+    if deliveries is None or not policy.counts_crashes or policy.ack_mode == "auto-on-receive":
+        return Verdict.HANDLE
+    if deliveries > policy.max_deliveries:
+        return Verdict.GIVE_UP
+    return Verdict.SUSPECT if deliveries > SUSPECT_AFTER else Verdict.HANDLE
+
+
+def decide(
+    result: Result, *, attempt: int, deliveries: int | None, policy: Policy, now: float, draw: float
+) -> Decision:
+    """What the result of a handling leads to.
+
+    :param attempt: which handling it was, from 1.
+    :param deliveries: the server's count for this entry, named in the reason of an entry that wore it out.
+    :param now: the time in seconds, on whatever clock ``RetryAt.due`` shall be read.
+    :param draw: a random number from [0, 1), for jitter.
+    """
+    outcome = result.outcome
+    if outcome is Outcome.MISSING:
+        return Ack()
+    if outcome is Outcome.MALFORMED:
+        return DeadLetter("malformed", result.reason, result.error_type)
+    if outcome is Outcome.WORN_OUT:
+        reason = f"handed over {deliveries} times without an outcome (max_deliveries={policy.max_deliveries})"
+        return DeadLetter("deliveries", reason)
+    if outcome is Outcome.REJECTED:
+        # In auto-on-receive too: the copy is then a plain publish, since the entry is acknowledged already.
+        return DeadLetter("rejected", result.reason, result.error_type)
+    if policy.ack_mode == "auto-on-receive":
+        return Report()
+    if outcome is Outcome.RETURNED:
+        return Leave() if policy.ack_mode == "manual" else Ack()
+    if outcome is Outcome.CANCELLED:
+        return Release()
+    if outcome is Outcome.RELEASED:
+        return Release() if not result.delay else RetryAt(now + result.delay, result.delay, attempt, result.reason)
+    if attempt >= policy.max_attempts:
+        return DeadLetter("retries", result.reason, result.error_type)
+    delay = policy.backoff.delay(attempt, draw) if result.delay is None else result.delay
+    return RetryAt(now + delay, delay, attempt + 1, result.reason)

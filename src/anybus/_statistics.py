@@ -1,0 +1,37 @@
+"""What a subscription says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubscriptionStatistics:
+    """Gauges as of now, and counts since the subscription began.
+
+    :ivar waiting: entries taken and not yet with a handler.
+    :ivar in_flight: entries in a handler now (of ``deliveries``: handed out and not settled).
+    :ivar held: entries pending and ours: waiting, in flight, returned unsettled, or being settled.
+    :ivar oldest_in_flight: for how many seconds the oldest has been in flight; None if none is.
+    :ivar received: entries taken, by reading or reclaiming.
+    :ivar handled: messages acknowledged (with ``auto-on-receive``: whose handler returned).
+    :ivar failed: handlings that failed, retries and rejections asked for included.
+    :ivar retried: retries stored.
+    :ivar dead_lettered: messages given up on, dropped ones included.
+    :ivar released: entries handed back, uncounted.
+    :ivar reclaimed: entries taken over because their lease had ended, or they had been released.
+    :ivar leases_lost: entries that were held here and are no longer ours.
+    """
+
+    waiting: int
+    in_flight: int
+    held: int
+    oldest_in_flight: float | None
+    received: int
+    handled: int
+    failed: int
+    retried: int
+    dead_lettered: int
+    released: int
+    reclaimed: int
+    leases_lost: int

@@ -1,0 +1,3 @@
+"""Backends that come with the library."""
+
+from .memory import MemoryBackend as MemoryBackend
