@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import anyio
-from anyio import AsyncContextManagerMixin
 from anyio.abc import TaskStatus
 
 from ._checks import refuse
@@ -63,7 +62,7 @@ class BatchOutcome:
         raise BackendError(text, may_have_happened=may_have_happened) from errors[0]
 
 
-class StreamBus(AsyncContextManagerMixin):
+class StreamBus(anyio.AsyncContextManagerMixin):
     """An event bus over a backend. An async context manager; it enters and leaves the backend.
 
     Leaving it ends its subscriptions first; afterwards every call raises :class:`ClosedError`. It belongs to the event
@@ -183,14 +182,14 @@ class StreamBus(AsyncContextManagerMixin):
         items: list[tuple[str, Message, None]] = []
         for index, message in enumerate(messages):
             try:
-                message = self._prepare(message, options)
+                prepared = self._prepare(message, options)
             except ValidationError as error:
                 results.append(error)
             else:
                 # What stands here if the batch is cut off by its timeout.
                 results.append("")
                 accepted.append(index)
-                items.append((message.topic, message, None))
+                items.append((prepared.topic, prepared, None))
         outcomes: list[str | EventBusError] = []
         if items:
             with anyio.move_on_after(self._options.publish_timeout):

@@ -1,4 +1,4 @@
-"""Checks of single values at the door: each returns the value, or says which field, which value, and what is allowed."""
+"""Checks of values at the door: each returns the value, or says which field, which value, and what is allowed."""
 
 from __future__ import annotations
 

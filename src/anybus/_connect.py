@@ -38,6 +38,6 @@ def _memory(name: str) -> StreamBackend:
     try:
         backends = _shared.get()
     except LookupError:
-        backends = {}
+        backends = dict[str, MemoryBackend]()
         _shared.set(backends)
     return backends.setdefault(name, MemoryBackend())

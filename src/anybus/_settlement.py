@@ -10,7 +10,7 @@ the same table, so that ``delivery.retry()`` and ``raise Retry`` cannot differ.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Union
 
 from ._backoff import ExponentialBackoff
@@ -31,7 +31,7 @@ class Policy:
     ack_mode: AckMode = "auto-on-handler-success"
     max_retry: int = 3
     max_deliveries: int = 10
-    backoff: ExponentialBackoff = ExponentialBackoff()
+    backoff: ExponentialBackoff = field(default_factory=ExponentialBackoff)
     counts_crashes: bool = True
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, cast
 
 import anyio
 
@@ -24,8 +23,8 @@ def is_stray(error: BaseException) -> bool:
 def sole(error: BaseException) -> BaseException:
     """The error itself, where task groups have wrapped a single one; else the group."""
     while isinstance(error, BaseExceptionGroup):
-        group = cast("BaseExceptionGroup[Any]", error)
-        if len(group.exceptions) != 1:
-            return group
-        error = group.exceptions[0]
+        exceptions: tuple[BaseException, ...] = error.exceptions  # pyright: ignore[reportUnknownMemberType]
+        if len(exceptions) != 1:
+            break
+        error = exceptions[0]
     return error

@@ -97,7 +97,7 @@ class Intake:
                 await anyio.sleep(self._context.options.reclaim_interval)
 
     async def _take_turns(self) -> None:
-        """Nothing lies beyond ``max_in_flight``: a pass after each read, which blocks no longer than a pass may wait."""
+        """Nothing lies beyond ``max_in_flight``: a pass after each read, which blocks no longer than that may wait."""
         options = self._context.options
         read, reclaim = _Recovery(self._context, "read"), _Recovery(self._context, "reclaim")
         while True:
@@ -111,7 +111,7 @@ class Intake:
     def _releases(self) -> int:
         return self._settler.releases_by_handlers + self._suspects_released
 
-    async def _read(self, timeout: float) -> None:
+    async def _read(self, block: float) -> None:
         context = self._context
         room = self._budget.read_room()
         if room <= 0 or self._shut_by:
@@ -121,7 +121,7 @@ class Intake:
         try:
             with anyio.CancelScope() as self._reading:
                 entries = await context.backend.read_new(
-                    context.topic, context.group, context.consumer, count=room, timeout=timeout
+                    context.topic, context.group, context.consumer, count=room, timeout=block
                 )
         finally:
             self._reading = None

@@ -56,6 +56,7 @@ class Leases:
         if not held:
             return True
         started = context.clock()
+        owned: set[str] = set()
         try:
             with anyio.move_on_after(context.lease / 3) as scope:
                 owned = set(

@@ -7,13 +7,16 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import anyio
 
 from .._errors import BackendError, EventBusError, UnsupportedError, may_have_happened
 from .._message import Message
 from ._entries import FetchedEntry, Output, PendingEntry, PublishSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T = TypeVar("T")
 
@@ -33,7 +36,6 @@ Feature = Literal[
 
 PublishItem = tuple[str, Message, "PublishSpec | None"]
 TransferItem = tuple[str, "Sequence[Output]"]
-TransferResult = "list[str] | None | EventBusError"
 
 _STREAMS_AT_ONCE = 32
 
@@ -49,7 +51,7 @@ class StreamBackend(abc.ABC):
     features: frozenset[Feature] = frozenset()
     """What this backend really does. The bus looks here when an option is given, and falls back or refuses."""
 
-    async def __aenter__(self) -> StreamBackend:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
