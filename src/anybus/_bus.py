@@ -106,7 +106,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             try:
                 yield self
             except BaseException:
-                await self._end_subscriptions(gracefully=False)
+                await self._end_subscriptions(gracefully=False)  # noqa: ASYNC102 - shielded in there
                 raise
             else:
                 await self._end_subscriptions(gracefully=True)

@@ -22,9 +22,14 @@ def is_stray(error: BaseException) -> bool:
 
 def sole(error: BaseException) -> BaseException:
     """The error itself, where task groups have wrapped a single one; else the group."""
-    while isinstance(error, BaseExceptionGroup):
-        exceptions: tuple[BaseException, ...] = error.exceptions  # pyright: ignore[reportUnknownMemberType]
-        if len(exceptions) != 1:
-            break
-        error = exceptions[0]
+    members = _members(error)
+    while len(members) == 1:
+        error = members[0]
+        members = _members(error)
     return error
+
+
+def _members(error: object) -> tuple[BaseException, ...]:
+    if isinstance(error, BaseExceptionGroup):
+        return error.exceptions  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return ()

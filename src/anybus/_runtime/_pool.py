@@ -173,10 +173,10 @@ class HandlerPool(Taker):
             await self._handler(delivery)
         except Exception as error:
             return self._judge(held, error)
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a failure
             if not is_stray(error):
                 raise
-            return self._judge(held, error)
+            return self._judge(held, error)  # noqa: ASYNC104
         return RETURNED
 
     async def _call_scoped(self, held: Held, delivery: Delivery) -> Result:

@@ -345,7 +345,7 @@ class Settler:
                 await send(stream, entries)
             except Exception as error:
                 self._all_failed(entries, error, lane)
-            except BaseException as error:
+            except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a failure
                 if not is_stray(error):
                     raise
                 self._all_failed(entries, BackendError("a stray cancellation hit the settlement", can_pass=True), lane)
