@@ -1,0 +1,158 @@
+"""What a test may do to a server behind the bus's back, whatever the server is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
+
+import anyio
+
+from anybus import ExponentialBackoff, MemoryBackend, Message, Observer, StreamBusOptions
+from anybus.abc import BusEvent, PendingEntry, StreamBackend
+
+SOON = 15.0
+"""Seconds after which a test that waits for an event has failed. Never a measure of speed."""
+
+QUICK = ExponentialBackoff(initial=0.01, maximum=0.02)
+
+_numbers = itertools.count(1)
+
+
+class Harness(Protocol):
+    """One server. Every backend that it makes works on the same streams."""
+
+    def make_backend(self) -> StreamBackend: ...
+
+    async def append_raw(self, stream: str, fields: Mapping[str, bytes]) -> str: ...
+
+    async def delete_entry(self, stream: str, entry_id: str) -> None: ...
+
+    async def delete_group(self, stream: str, group: str) -> None: ...
+
+    async def delete_stream(self, stream: str) -> None: ...
+
+    async def entries(self, stream: str) -> list[tuple[str, Message | None, Mapping[str, bytes]]]: ...
+
+    async def pending(self, stream: str, group: str) -> list[PendingEntry]: ...
+
+    async def consumers(self, stream: str, group: str) -> list[str]: ...
+
+
+class MemoryHarness:
+    """The memory backend as a server."""
+
+    def __init__(self) -> None:
+        self._backend = MemoryBackend()
+
+    def make_backend(self) -> MemoryBackend:
+        return self._backend
+
+    async def append_raw(self, stream: str, fields: Mapping[str, bytes]) -> str:
+        return self._backend.append_raw(stream, fields)
+
+    async def delete_entry(self, stream: str, entry_id: str) -> None:
+        self._backend.delete_entry(stream, entry_id)
+
+    async def delete_group(self, stream: str, group: str) -> None:
+        self._backend.delete_group(stream, group)
+
+    async def delete_stream(self, stream: str) -> None:
+        self._backend.delete_stream(stream)
+
+    async def entries(self, stream: str) -> list[tuple[str, Message | None, Mapping[str, bytes]]]:
+        return self._backend.entries(stream)
+
+    async def pending(self, stream: str, group: str) -> list[PendingEntry]:
+        return await self._backend.pending_entries(stream, group)
+
+    async def consumers(self, stream: str, group: str) -> list[str]:
+        return await self._backend.consumer_names(stream, group)
+
+
+class Recorder(Observer):
+    """Keeps every event, and wakes whoever waits for one."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, BusEvent]] = []
+
+    def _keep(self, hook: str, event: BusEvent) -> None:
+        self.events.append((hook, event))
+
+    def of(self, hook: str, scope: str | None = None) -> list[BusEvent]:
+        return [event for name, event in self.events if name == hook and scope in (None, event.scope)]
+
+    def on_error(self, event: BusEvent) -> None:
+        self._keep("on_error", event)
+
+    def on_started(self, event: BusEvent) -> None:
+        self._keep("on_started", event)
+
+    def on_ended(self, event: BusEvent) -> None:
+        self._keep("on_ended", event)
+
+    def on_published(self, event: BusEvent) -> None:
+        self._keep("on_published", event)
+
+    def on_received(self, event: BusEvent) -> None:
+        self._keep("on_received", event)
+
+    def on_settled(self, event: BusEvent) -> None:
+        self._keep("on_settled", event)
+
+    def on_dead_lettered(self, event: BusEvent) -> None:
+        self._keep("on_dead_lettered", event)
+
+    def on_lease_lost(self, event: BusEvent) -> None:
+        self._keep("on_lease_lost", event)
+
+    def on_group_made_again(self, event: BusEvent) -> None:
+        self._keep("on_group_made_again", event)
+
+
+def new_topic() -> str:
+    """A topic that no other test uses."""
+    return f"test.{next(_numbers)}"
+
+
+def quick(observer: Observer | None = None, **changes: float) -> StreamBusOptions:
+    """Options with a short lease and short intervals, so that nothing has to be waited for long."""
+    values: dict[str, float] = {
+        "block_timeout": 0.2,
+        "claim_idle_timeout": 0.6,
+        "reclaim_interval": 0.02,
+        "close_timeout": 5.0,
+        "cleanup_timeout": 2.0,
+    }
+    values.update(changes)
+    return StreamBusOptions(observer=observer, **values)  # type: ignore[arg-type]  # sizes are given as ints
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], what: str = "the condition") -> None:
+    """Wait until something is so, looking again and again."""
+    with anyio.move_on_after(SOON):
+        while True:
+            answer = condition()
+            if not isinstance(answer, bool):
+                answer = await answer
+            if answer:
+                return
+            await anyio.sleep(0.005)
+    raise AssertionError(f"waited in vain for {what}")
+
+
+async def nothing_pending(harness: Harness, topic: str, *groups: str) -> None:
+    """Wait until the server says that nothing is pending, retries included."""
+    from anybus._copies import retry_stream
+
+    async def empty() -> bool:
+        for group in groups:
+            if await harness.pending(topic, group) or await harness.pending(retry_stream(topic, group), group):
+                return False
+        return True
+
+    await until(empty, f"nothing pending in {groups}")
+
+
+def uids(entries: list[tuple[str, Message | None, Mapping[str, bytes]]]) -> list[str]:
+    return [message.uid for _, message, _ in entries if message is not None]
