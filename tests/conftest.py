@@ -9,10 +9,12 @@ import pytest
 from blockbuster import blockbuster_ctx
 from harness import Harness, MemoryHarness, new_topic
 
+NO_OPTIONS: dict[str, object] = {}
+
 LOOPS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
     pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-    pytest.param(("trio", {}), id="trio"),
+    pytest.param(("trio", NO_OPTIONS), id="trio"),
 ]
 
 

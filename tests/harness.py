@@ -9,6 +9,7 @@ from typing import Protocol
 import anyio
 
 from anybus import ExponentialBackoff, GroupLostError, MemoryBackend, Message, Observer, StreamBusOptions
+from anybus._copies import retry_stream
 from anybus.abc import BusEvent, PendingEntry, StreamBackend
 
 SOON = 15.0
@@ -143,8 +144,6 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], what: str = "th
 
 async def nothing_pending(harness: Harness, topic: str, *groups: str) -> None:
     """Wait until the server says that nothing is pending, retries included."""
-    from anybus._copies import retry_stream
-
     async def empty() -> bool:
         try:
             for group in groups:

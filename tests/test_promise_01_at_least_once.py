@@ -149,7 +149,7 @@ async def test_what_auto_on_receive_cannot_ack_does_not_start_until_it_can(harne
             raise BackendError("down", can_pass=True)
         return await real(*args, **kwargs)  # type: ignore[arg-type]
 
-    backend.ack_many = failing  # type: ignore[assignment,method-assign]
+    backend.ack_many = failing  # type: ignore[method-assign]
     handled: list[str] = []
 
     async def handler(delivery: Delivery) -> None:
@@ -253,7 +253,7 @@ async def test_an_automatic_ack_that_fails_is_repeated_until_the_server_has_it(h
             raise BackendError("down", can_pass=True)
         return await real(*args, **kwargs)  # type: ignore[arg-type]
 
-    backend.ack_many = failing  # type: ignore[assignment,method-assign]
+    backend.ack_many = failing  # type: ignore[method-assign]
     handled: list[str] = []
 
     async def handler(delivery: Delivery) -> None:
@@ -282,7 +282,7 @@ async def test_a_try_whose_reply_was_lost_and_that_settled_all_the_same_counts(h
             raise BackendError("connection lost", may_have_happened=True, can_pass=True)
         return answer
 
-    backend.ack_many = losing_the_reply  # type: ignore[assignment,method-assign]
+    backend.ack_many = losing_the_reply  # type: ignore[method-assign]
     answers: list[str] = []
 
     async def handler(delivery: Delivery) -> None:

@@ -102,7 +102,7 @@ async def test_a_handled_entry_whose_ack_failed_for_a_whole_lease_is_acked_when_
             raise BackendError("down", can_pass=True)
         return await renew(*args)  # type: ignore[arg-type]
 
-    backend.ack_many = failing_ack  # type: ignore[assignment,method-assign]
+    backend.ack_many = failing_ack  # type: ignore[method-assign]
     backend.renew = failing_renew  # type: ignore[assignment,method-assign]
 
     async def handler(delivery: Delivery) -> None:

@@ -1,7 +1,8 @@
 """Promise 6: failure has two budgets; when either runs out: dead letter, with the reason, the payload kept.
 
 ``max_retry`` counts every failure, a release never; the retry comes by this group's own retry stream.
-``max_deliveries`` counts hand-overs that ended without an outcome; after three of them an entry is a suspect, and is handled alone.
+``max_deliveries`` counts hand-overs that ended without an outcome; after three of them an entry is a suspect,
+and is handled alone.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from .._backoff import recovery_delay
 from .._copies import RETRY_FIRST_ID, Origin, dead_letter, retry_copy
 from .._errors import AlreadySettledError, BackendError, LeaseLostError, may_have_happened
 from .._settlement import (
+    RETURNED,
     Ack,
     DeadLetter,
     Decision,
@@ -68,6 +69,10 @@ class Settler:
         self._can_delay = "delay" in features
         self._can_release = "release" in features
         self._can_keep_raw = "raw" in features
+        # The same for every message, whatever its attempt and the time: asked of the table once.
+        self._acks_returned = isinstance(
+            decide(RETURNED, attempt=1, deliveries=None, policy=context.policy, now=0, draw=0), Ack
+        )
         name = type(context.backend).__name__
         if self._fence is None:
             context.notices.once(f"{name} cannot check who owns an entry: a late ack takes it from its new owner")
@@ -106,7 +111,10 @@ class Settler:
     def conclude(self, held: Held, result: Result) -> None:
         """A handler has ended. What it has not settled is settled now."""
         if held.stage is Stage.OPEN:
-            self._apply(held, result)
+            if result is RETURNED and self._acks_returned:
+                self.ack(held)
+            else:
+                self._apply(held, result)
         elif held.stage is Stage.SETTLING and held.waiter is not None:
             held.result = result  # for the case that the settlement under way fails
 
