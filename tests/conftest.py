@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from blockbuster import blockbuster_ctx
 from harness import Harness, MemoryHarness, new_topic
+from servers import RedisHarness, RunningServer
 
 NO_OPTIONS: dict[str, object] = {}
 
@@ -16,6 +18,9 @@ LOOPS = [
     pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
     pytest.param(("trio", NO_OPTIONS), id="trio"),
 ]
+
+SERVER = os.environ.get("ANYBUS_SERVER", "valkey")
+"""The server that tests run on: valkey, redis62, redis70, redis82, or a path."""
 
 
 @pytest.fixture(params=LOOPS)
@@ -30,9 +35,18 @@ def no_blocking_calls() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def harness() -> Harness:
-    return MemoryHarness()
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    """A real server, started for this run of the tests. Tests use topics of their own on it."""
+    with RunningServer(SERVER) as running:
+        yield running
+
+
+@pytest.fixture(params=["memory", "server"])
+def harness(request: pytest.FixtureRequest) -> Harness:
+    if request.param == "memory":
+        return MemoryHarness()
+    return RedisHarness(request.getfixturevalue("server"))
 
 
 @pytest.fixture

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import anyio
 
-from anybus import ExponentialBackoff, GroupLostError, MemoryBackend, Message, Observer, StreamBusOptions
+from anybus import EventBusError, ExponentialBackoff, GroupLostError, MemoryBackend, Message, Observer, StreamBusOptions
 from anybus._copies import retry_stream
-from anybus.abc import BusEvent, PendingEntry, StreamBackend
+from anybus.abc import (
+    BusEvent,
+    FetchedEntry,
+    Output,
+    PendingEntry,
+    PublishItem,
+    StreamBackend,
+    StreamInspector,
+    TransferItem,
+)
 
 SOON = 15.0
 """Seconds after which a test that waits for an event has failed. Never a measure of speed."""
@@ -38,6 +47,91 @@ class Harness(Protocol):
     async def pending(self, stream: str, group: str) -> list[PendingEntry]: ...
 
     async def consumers(self, stream: str, group: str) -> list[str]: ...
+
+
+class StepByStep(StreamBackend, StreamInspector):
+    """A backend that passes everything on to another, but for the offer to make a whole pass at once.
+
+    For tests that put something of their own in the place of one step.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.features = inner.features
+
+    async def __aenter__(self) -> StepByStep:  # noqa: PYI034
+        await self.inner.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> bool | None:
+        result: bool | None = await self.inner.__aexit__(*error)
+        return result
+
+    async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
+        return bool(await self.inner.create_group(stream, group, start_id))
+
+    async def publish(self, stream: str, message: Message) -> str:
+        return str(await self.inner.publish(stream, message))
+
+    async def read_new(
+        self, stream: str, group: str, consumer: str, *, count: int, timeout: float
+    ) -> list[FetchedEntry]:
+        entries: list[FetchedEntry] = await self.inner.read_new(stream, group, consumer, count=count, timeout=timeout)
+        return entries
+
+    async def reclaim_idle(
+        self, stream: str, group: str, consumer: str, *, min_idle: float, count: int
+    ) -> list[FetchedEntry]:
+        entries: list[FetchedEntry] = await self.inner.reclaim_idle(
+            stream, group, consumer, min_idle=min_idle, count=count
+        )
+        return entries
+
+    async def ack(self, stream: str, group: str, message_id: str) -> None:
+        await self.inner.ack(stream, group, message_id)
+
+    async def ack_many(
+        self, stream: str, group: str, message_ids: Sequence[str], *, consumer: str | None = None
+    ) -> list[str]:
+        refused: list[str] = await self.inner.ack_many(stream, group, message_ids, consumer=consumer)
+        return refused
+
+    async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
+        await self.inner.forget_consumer(stream, group, consumer)
+
+    async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
+        results: list[str | EventBusError] = await self.inner.publish_many(items)
+        return results
+
+    async def renew(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> list[str]:
+        owned: list[str] = await self.inner.renew(stream, group, consumer, message_ids)
+        return owned
+
+    async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
+        await self.inner.release(stream, group, consumer, message_ids)
+
+    async def transfer(
+        self, stream: str, group: str, consumer: str, message_id: str, outputs: Sequence[Output]
+    ) -> list[str] | None:
+        ids: list[str] | None = await self.inner.transfer(stream, group, consumer, message_id, outputs)
+        return ids
+
+    async def transfer_many(
+        self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
+    ) -> list[list[str] | EventBusError | None]:
+        results: list[list[str] | EventBusError | None] = await self.inner.transfer_many(stream, group, consumer, items)
+        return results
+
+    async def count_entries(self, stream: str) -> int:
+        return int(await self.inner.count_entries(stream))
+
+    async def pending_entries(self, stream: str, group: str, *, limit: int = 1000) -> list[PendingEntry]:
+        entries: list[PendingEntry] = await self.inner.pending_entries(stream, group, limit=limit)
+        return entries
+
+    async def consumer_names(self, stream: str, group: str) -> list[str]:
+        names: list[str] = await self.inner.consumer_names(stream, group)
+        return names
 
 
 class MemoryHarness:
@@ -144,6 +238,7 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], what: str = "th
 
 async def nothing_pending(harness: Harness, topic: str, *groups: str) -> None:
     """Wait until the server says that nothing is pending, retries included."""
+
     async def empty() -> bool:
         try:
             for group in groups:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import anyio
 import anyio.lowlevel
 import pytest
-from harness import SOON, Harness, nothing_pending, quick, until
+from harness import SOON, Harness, StepByStep, nothing_pending, quick, until
 
 from anybus import Delivery, Message, StreamBus, SubscriptionConfig
 
@@ -43,7 +43,7 @@ async def test_handlers_and_held_entries_never_exceed_their_limits(
 
 
 async def test_the_bus_asks_a_backend_only_for_what_it_has_room_for(harness: Harness, topic: str) -> None:
-    backend = harness.make_backend()
+    backend = StepByStep(harness.make_backend())
     asked: list[int] = []
     held: list[int] = []
     read_new, reclaim_idle = backend.read_new, backend.reclaim_idle

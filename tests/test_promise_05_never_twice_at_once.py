@@ -8,7 +8,7 @@ again, is acked, not handled again.
 from __future__ import annotations
 
 import anyio
-from harness import QUICK, SOON, Harness, Recorder, nothing_pending, quick, until
+from harness import QUICK, SOON, Harness, Recorder, StepByStep, nothing_pending, quick, until
 
 from anybus import BackendError, Delivery, Message, StreamBus, SubscriptionConfig
 from anybus._copies import retry_stream
@@ -17,7 +17,7 @@ from anybus._copies import retry_stream
 async def test_an_entry_in_a_handler_that_our_own_reclaim_brings_back_is_not_handled_again(
     harness: Harness, topic: str
 ) -> None:
-    backend = harness.make_backend()
+    backend = StepByStep(harness.make_backend())
     started: list[str] = []
     reclaimed = anyio.Event()
     reclaim_idle = backend.reclaim_idle

@@ -11,7 +11,7 @@ from datetime import datetime
 
 import anyio
 import pytest
-from harness import QUICK, SOON, Harness, Recorder, nothing_pending, quick, until
+from harness import QUICK, SOON, Harness, Recorder, StepByStep, nothing_pending, quick, until
 
 from anybus import (
     DROP,
@@ -304,7 +304,7 @@ async def test_releases_never_use_up_the_crash_budget(harness: Harness, topic: s
 async def test_what_a_handler_releases_is_taken_again_after_the_reclaim_interval_without_spinning(
     harness: Harness, topic: str
 ) -> None:
-    backend = harness.make_backend()
+    backend = StepByStep(harness.make_backend())
     handled = 0
     passes = 0
     reclaim_idle = backend.reclaim_idle
@@ -410,7 +410,7 @@ async def test_a_bus_holds_one_suspect_at_a_time(harness: Harness, topic: str) -
 
 
 async def test_a_suspect_for_which_room_cannot_be_made_within_a_lease_is_released(harness: Harness, topic: str) -> None:
-    backend = harness.make_backend()
+    backend = StepByStep(harness.make_backend())
     gate, entered = anyio.Event(), anyio.Event()
     handled: list[str] = []
 

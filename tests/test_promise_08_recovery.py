@@ -11,16 +11,19 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
-from harness import QUICK, Harness, Recorder, nothing_pending, quick, until
+from harness import QUICK, SOON, Harness, Recorder, nothing_pending, quick, until
 
 from anybus import BackendError, Delivery, Message, StreamBus, SubscriptionConfig
 from anybus._copies import retry_stream
-from anybus.abc import StreamBackend
+from anybus.abc import PassSource, StreamBackend
 
 
 def fail(backend: StreamBackend, method: str, error: Exception, times: int) -> Callable[[], int]:
     """Let a method of the backend fail so many times. Returns a function that tells how often it has."""
+    if method == "reclaim_idle" and isinstance(backend, PassSource):
+        method = "redeliver"
     real: Any = getattr(backend, method)
     failures = 0
 
@@ -76,8 +79,9 @@ async def test_what_cannot_pass_fails_loudly_at_once(harness: Harness, topic: st
         with pytest.raises(BackendError, match="WRONGTYPE") as caught:  # noqa: PT012
             async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
                 # The body is cancelled: it need not look after its subscription.
-                await subscription.wait_closed()
-                await until(lambda: False)
+                with anyio.fail_after(SOON):
+                    await subscription.wait_closed()
+                    await until(lambda: False)
         assert caught.value is error
     assert failures() == 1
 
@@ -93,7 +97,7 @@ async def test_a_group_that_vanished_is_made_again_at_its_floor_and_nothing_is_l
     recorder = Recorder()
     async with StreamBus(harness.make_backend(), quick(recorder)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
-            await bus.publish_batch([Message(topic, key=f"before-{number}") for number in range(10)])
+            last_id = (await bus.publish_batch([Message(topic, key=f"before-{n}") for n in range(10)])).results[-1]
             await until(lambda: len(handled) == 10)
             await nothing_pending(harness, topic, "g")
             await harness.delete_group(topic, "g")
@@ -104,7 +108,7 @@ async def test_a_group_that_vanished_is_made_again_at_its_floor_and_nothing_is_l
     assert len(handled) == 20
     [event] = recorder.of("on_group_made_again")
     assert event.topic == topic
-    assert event.detail == "made again at 10-0"
+    assert event.detail == f"made again at {last_id}"
 
 
 async def test_the_floor_of_a_lost_group_is_below_what_any_member_had_pending(harness: Harness, topic: str) -> None:
@@ -124,7 +128,9 @@ async def test_the_floor_of_a_lost_group_is_below_what_any_member_had_pending(ha
             await until(lambda: _pending(harness, topic, 1))
             await harness.delete_group(topic, "g")
             await until(lambda: "of-another-member" in handled)
-    assert handled == ["mine", "of-another-member", "mine"]
+            await nothing_pending(harness, topic, "g")
+    # "mine" was read again too, since the floor was below it; having been handled here, it was only acked.
+    assert handled == ["mine", "of-another-member"]
 
 
 async def _pending(harness: Harness, topic: str, count: int) -> bool:

@@ -4,7 +4,10 @@ from . import abc as abc
 from ._backoff import ExponentialBackoff as ExponentialBackoff
 from ._bus import BatchOutcome as BatchOutcome
 from ._bus import StreamBus as StreamBus
+from ._codec import JsonCodec as JsonCodec
+from ._codec import MsgpackCodec as MsgpackCodec
 from ._connect import connect as connect
+from ._copies import retry_stream as retry_stream
 from ._delivery import Delivery as Delivery
 from ._delivery import DeliveryState as DeliveryState
 from ._errors import AlreadySettledError as AlreadySettledError

@@ -18,6 +18,7 @@ from ._errors import BackendError, ClosedError, EventBusError, ValidationError
 from ._message import Message
 from ._options import Drop, PublishOptions, StreamBusOptions, SubscriptionConfig
 from ._reporting import Notices, Reporter
+from ._runtime._cancellation import persist
 from ._runtime._context import Context, Counters, SuspectSlot
 from ._runtime._ledger import Budget, Ledger
 from ._runtime._pool import Handler
@@ -116,22 +117,27 @@ class StreamBus(anyio.AsyncContextManagerMixin):
     async def _end_subscriptions(self, *, gracefully: bool) -> None:
         self._state = "closing"
         live = list(self._subscriptions)
-        try:
-            for subscription in live:
-                subscription.close() if gracefully else subscription.abort()
-            if gracefully:
-                for subscription in live:
-                    await subscription.wait_closed()
-        finally:
-            # Each end is bounded by its own timeouts; leaving the backend before would take away what they need.
+        for subscription in live:
+            subscription.close() if gracefully else subscription.abort()
+
+        async def wait() -> None:
+            # In a child of its own, since asyncio's own cancellation pierces a shield. Each end is bounded by its own
+            # timeouts; leaving the backend before would take away what they need.
             with anyio.CancelScope(shield=True):
                 for subscription in live:
-                    if subscription in self._subscriptions:
-                        subscription.abort()
-                        await subscription.wait_closed()
+                    await persist(subscription._ended.wait)
 
-    def _check_open(self) -> None:
-        if self._state != "open":
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            try:
+                await _all_ended(live)
+            finally:
+                for subscription in live:
+                    if not subscription._ended.is_set():
+                        subscription.abort()
+
+    def _check_open(self, *also: str) -> None:
+        if self._state != "open" and self._state not in also:
             raise ClosedError(f"the bus is {self._state}: use it inside its 'async with' block")
 
     def _prepare(self, message: Message, options: PublishOptions | None) -> Message:
@@ -154,7 +160,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             whether the message may have been stored all the same.
         :raises ClosedError: if the bus is not open.
         """
-        self._check_open()
+        self._check_open("closing")  # handlers that still run may publish what they came to
         message = self._prepare(message, options)
         entry_id = ""
         try:
@@ -176,7 +182,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
 
         :raises ClosedError: if the bus is not open. Only what concerns the whole call is raised.
         """
-        self._check_open()
+        self._check_open("closing")
         results: list[str | EventBusError] = []
         accepted: list[int] = []
         items: list[tuple[str, Message, None]] = []
@@ -192,16 +198,20 @@ class StreamBus(anyio.AsyncContextManagerMixin):
                 items.append((prepared.topic, prepared, None))
         outcomes: list[str | EventBusError] = []
         if items:
-            with anyio.move_on_after(self._options.publish_timeout):
-                outcomes = await self._backend.publish_many(items)
+            try:
+                with anyio.move_on_after(self._options.publish_timeout):
+                    outcomes = await self._backend.publish_many(items)
+            except Exception as error:
+                self._reporter.error("publish", error, detail=f"a batch of {len(items)} messages")
+                raise
         if len(outcomes) < len(items):
             outcomes = [self._timed_out() for _ in items]
-        for index, outcome in zip(accepted, outcomes, strict=True):
+        for index, (topic, _, _), outcome in zip(accepted, items, outcomes, strict=True):
             results[index] = outcome
             if isinstance(outcome, EventBusError):
-                self._reporter.error("publish", outcome, detail="a message of a batch", topic=None)
+                self._reporter.error("publish", outcome, detail="a message of a batch", topic=topic)
             elif self._reporter.hears_published:
-                self._reporter.tell("on_published", "published", message_id=outcome)
+                self._reporter.tell("on_published", "published", topic=topic, message_id=outcome)
         return BatchOutcome(tuple(results))
 
     def _timed_out(self) -> BackendError:
@@ -327,10 +337,17 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         )
 
 
+async def _all_ended(subscriptions: Iterable[Subscription]) -> None:
+    for subscription in subscriptions:
+        await subscription._ended.wait()
+
+
 def _check_handler(handler: Any) -> None:
     function = handler
     while hasattr(function, "func"):  # functools.partial
         function = function.func
+    if inspect.isclass(function):
+        refuse("handler", handler, "an async function of one Delivery, not a class")
     if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is async is a fine handler
     ):

@@ -29,6 +29,19 @@ class Headers(Mapping[str, str]):
             check_text("header name", name)
             check_text(f"header {name!r}", value)
 
+    @classmethod
+    def trusted(cls, items: dict[str, str]) -> Headers:
+        """Headers that a decoder has checked already, and that nobody else holds. For codecs."""
+        if not items:
+            return NO_HEADERS
+        headers = cls.__new__(cls)
+        headers._items = items
+        return headers
+
+    def plain(self) -> dict[str, str]:
+        """The dict inside, not to be changed. For codecs."""
+        return self._items
+
     def __getitem__(self, name: str) -> str:
         return self._items[name]
 

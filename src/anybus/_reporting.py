@@ -1,4 +1,4 @@
-"""Telling the observer, or the log if there is none. Nothing that a hook does can harm the bus."""
+"""Telling the observer; errors that no hook hears go to the log. Nothing that a hook does can harm the bus."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ class Reporter:
         self._topic = topic
         self._group = group
         self._consumer = consumer
+        self._hears_errors = self._overridden("on_error")
         self.hears_received = self._overridden("on_received")
         self.hears_settled = self._overridden("on_settled")
         self.hears_published = self._overridden("on_published")
 
     def _overridden(self, hook: str) -> bool:
         # Events that nobody listens to are not made: these hooks are called for every message.
-        return self._observer is not None and getattr(type(self._observer), hook) is not getattr(Observer, hook)
+        if self._observer is None:
+            return False
+        return getattr(getattr(self._observer, hook), "__func__", None) is not getattr(Observer, hook)
 
     def error(
         self,
@@ -44,7 +47,7 @@ class Reporter:
         message_id: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        if self._observer is not None:
+        if self._hears_errors:
             self.tell(
                 "on_error", scope, error=error, detail=detail, topic=topic, message_id=message_id, attempt=attempt
             )

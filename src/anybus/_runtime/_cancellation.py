@@ -4,20 +4,50 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Awaitable, Callable
 
 import anyio
+
+from .._errors import BackendError
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 
+def is_cancelled() -> bool:
+    """Whether a scope that we run in has been cancelled."""
+    return anyio.current_effective_deadline() == -math.inf
+
+
 def is_stray(error: BaseException) -> bool:
     """Whether this is a cancellation exception although nobody cancelled the scope we run in.
 
-    A handler can let an ``asyncio.CancelledError`` out (of a future it awaited, say). In a task that the bus itself
-    spawned that would end the whole subscription without a word; it is a failure like any other.
+    A handler can let an ``asyncio.CancelledError`` out (of a future it awaited, say), and ``asyncio``'s own ways of
+    cancelling everything hit each task once. In a task that the bus itself spawned that would end the whole
+    subscription without a word.
     """
-    return isinstance(error, anyio.get_cancelled_exc_class()) and anyio.current_effective_deadline() != -math.inf
+    return isinstance(error, anyio.get_cancelled_exc_class()) and not is_cancelled()
+
+
+def as_failure(error: BaseException) -> Exception:
+    """The error as something to report and recover from; what is not (a real cancellation, Ctrl-C) is raised again."""
+    if isinstance(error, Exception):
+        return error
+    if is_stray(error):
+        return BackendError("a stray cancellation", can_pass=True)
+    raise error
+
+
+async def persist(part: Callable[[], Awaitable[object]]) -> None:
+    """Run a part to its end; a stray cancellation makes it begin again where it was."""
+    while True:
+        try:
+            await part()
+        except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled goes on
+            if not is_stray(error):
+                raise
+        else:
+            return
 
 
 def sole(error: BaseException) -> BaseException:
@@ -27,6 +57,17 @@ def sole(error: BaseException) -> BaseException:
         error = members[0]
         members = _members(error)
     return error
+
+
+def cancellation_in(error: BaseException) -> BaseException | None:
+    """The cancellation in an error: itself, or a member of a group (trio's task groups mix them with errors)."""
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        return error
+    for member in _members(error):
+        found = cancellation_in(member)
+        if found is not None:
+            return found
+    return None
 
 
 def _members(error: object) -> tuple[BaseException, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timezone
@@ -12,12 +13,13 @@ from .._backoff import recovery_delay
 from .._copies import failed_attempts, undecodable
 from .._errors import BackendError, GroupLostError, SerializationError, can_pass
 from .._settlement import Outcome, Result, Verdict, on_taken
-from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, Output
+from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
+from ._cancellation import as_failure, persist
 from ._context import Context
 from ._leases import Leases
 from ._ledger import Held, Stage
-from ._settler import Settler
+from ._settler import RELEASED, Settler
 
 SUSPECT, PAUSED, ENDING = "suspect", "paused", "ending"
 
@@ -40,17 +42,21 @@ class Intake:
         self._reading: anyio.CancelScope | None = None
         self._step = 0
         self._suspects_released = 0
-        self._no_suspect_before = 0.0
+        self._no_suspect_before = -math.inf
+        self._wants_room = False
+        """The last pass was full: it left something behind for want of room."""
         self.scope = anyio.CancelScope()
         self.ended = anyio.Event()
 
     def shut(self, reason: str) -> None:
         """Take nothing more; what waits is handed back, and so is what a call under way still brings."""
         self._shut_by.add(reason)
-        for held in self._ledger.all():
-            if held.stage is Stage.WAITING and not (held.suspect and reason == SUSPECT):
-                self._settler.release(held)
         self._ledger.waiting.clear()
+        for held in self._ledger.all():
+            # What waits here for its retry would lose its backoff by a pause: when it is due is early enough.
+            stays = (held.suspect and reason == SUSPECT) or (held.parked and reason == PAUSED)
+            if held.stage is Stage.WAITING and not stays:
+                self._settler.release(held)
         if self._reading is not None:
             self._reading.cancel()
 
@@ -64,11 +70,11 @@ class Intake:
         try:
             with self.scope:
                 if self._budget.takes_turns:
-                    await self._take_turns()
+                    await persist(self._take_turns)
                 else:
                     async with anyio.create_task_group() as tasks:
-                        tasks.start_soon(self._keep_reading)
-                        tasks.start_soon(self._keep_reclaiming)
+                        tasks.start_soon(persist, self._keep_reading)
+                        tasks.start_soon(persist, self._keep_reclaiming)
         finally:
             self.ended.set()
 
@@ -81,7 +87,13 @@ class Intake:
         while True:
             await self._until_open()
             await self._ledger.wait_for_read_room()
-            await recovery.attempt(self._read, self._context.options.block_timeout)
+            if self._wants_room:
+                # A read that blocks reserves what it asks for: while reclaim has work, that is one place and no more.
+                came = await recovery.attempt(self._read, 0.0)
+                if not came:
+                    await recovery.attempt(self._read, self._context.options.reclaim_interval, 1)
+            else:
+                await recovery.attempt(self._read, self._context.options.block_timeout)
 
     async def _keep_reclaiming(self) -> None:
         recovery = _Recovery(self._context, "reclaim")
@@ -90,7 +102,8 @@ class Intake:
             await self._until_open()
             full = await recovery.attempt(self._pass)
             before, releases = releases, self._releases()
-            if full and before == releases:
+            self._wants_room = full and before == releases
+            if self._wants_room:
                 await self._ledger.wait_for_reclaim_room()
             else:
                 # What a handler has just released would be taken again at once, and again: no spinning.
@@ -100,22 +113,28 @@ class Intake:
         """Nothing lies beyond ``max_in_flight``: a pass after each read, which blocks no longer than that may wait."""
         options = self._context.options
         read, reclaim = _Recovery(self._context, "read"), _Recovery(self._context, "reclaim")
+        releases = self._releases()
         while True:
             await self._until_open()
             await self._ledger.wait_for_read_room()
-            await read.attempt(self._read, min(options.block_timeout, options.reclaim_interval))
+            pause = 0.0 if self._wants_room else min(options.block_timeout, options.reclaim_interval)
+            await read.attempt(self._read, pause)
             await self._until_open()
             await self._ledger.wait_for_reclaim_room()
-            await reclaim.attempt(self._pass)
+            full = await reclaim.attempt(self._pass)
+            before, releases = releases, self._releases()
+            self._wants_room = full and before == releases
 
     def _releases(self) -> int:
-        return self._settler.releases_by_handlers + self._suspects_released
+        return self._settler.handed_back + self._suspects_released
 
-    async def _read(self, block: float) -> None:
+    async def _read(self, block: float, at_most: float = math.inf) -> bool:
+        """Read once; whether anything came."""
         context = self._context
-        room = self._budget.read_room()
+        room = int(min(self._budget.read_room(), at_most))
         if room <= 0 or self._shut_by:
-            return
+            return False
+        began = context.clock()
         entries: list[FetchedEntry] = []
         self._budget.by_read += room
         try:
@@ -127,12 +146,16 @@ class Intake:
             self._reading = None
             self._budget.by_read -= room
             self._ledger.changed()
-        suspect = self._accept(context.topic, entries, by_reclaim=False)
+        suspect = self._accept(context.topic, entries, began, by_reclaim=False)
         if suspect is not None:
             await self._handle_alone(suspect)
+        return bool(entries)
 
     async def _pass(self) -> bool:
         """Look once at what is idle and what is due. True: some of it was left for want of room."""
+        backend = self._context.backend
+        if isinstance(backend, PassSource):
+            return await self._pass_at_once(backend)
         full = False
         steps = (self._reclaim_topic, self._read_retries, self._reclaim_retries)
         self._step += 1
@@ -146,17 +169,49 @@ class Intake:
             full = await self._take(steps[(self._step + offset) % len(steps)], room) or full
         return full
 
+    async def _pass_at_once(self, source: PassSource) -> bool:
+        context = self._context
+        room = min(self._budget.reclaim_room(), context.options.claim_scan_batch_size)
+        if room <= 0 or self._shut_by:
+            return room <= 0
+        topic, retries = context.streams
+        began = context.clock()
+        self._budget.by_reclaim += room
+        try:
+            taken = await source.redeliver(
+                topic, retries, context.group, context.consumer, min_idle=context.lease, count=room
+            )
+        finally:
+            self._budget.by_reclaim -= room
+            self._ledger.changed()
+        context.counters.reclaimed += len(taken.reclaimed) + len(taken.reclaimed_retries)
+        suspects = [
+            self._accept(stream, entries, began, by_reclaim=True)
+            for stream, entries in (
+                (topic, taken.reclaimed),
+                (retries, taken.retries),
+                (retries, taken.reclaimed_retries),
+            )
+        ]
+        for suspect in suspects:
+            if suspect is not None:
+                await self._handle_alone(suspect)
+        if taken.lost is not None:
+            raise taken.lost
+        return len(taken.reclaimed) + len(taken.retries) + len(taken.reclaimed_retries) >= room
+
     async def _take(self, fetch: Callable[[int], Awaitable[tuple[str, list[FetchedEntry]]]], room: int) -> bool:
         room = min(room, self._context.options.claim_scan_batch_size)
         entries: list[FetchedEntry] = []
         stream = self._context.topic
+        began = self._context.clock()
         self._budget.by_reclaim += room
         try:
             stream, entries = await fetch(room)
         finally:
             self._budget.by_reclaim -= room
             self._ledger.changed()
-        suspect = self._accept(stream, entries, by_reclaim=True)
+        suspect = self._accept(stream, entries, began, by_reclaim=True)
         if suspect is not None:
             await self._handle_alone(suspect)
         return len(entries) >= room
@@ -180,15 +235,16 @@ class Intake:
         stream = context.retry_stream
         return stream, await context.backend.read_new(stream, context.group, context.consumer, count=room, timeout=0)
 
-    def _accept(self, stream: str, entries: Sequence[FetchedEntry], *, by_reclaim: bool) -> Held | None:
+    def _accept(self, stream: str, entries: Sequence[FetchedEntry], began: float, *, by_reclaim: bool) -> Held | None:
         """Enter what was taken into the ledger. Returns a suspect that has the bus's one place, not yet started."""
         context = self._context
         ledger = self._ledger
         table = ledger.tables[stream]
         received_at = datetime.now(timezone.utc)
-        lease_until = self._leases.lease_from(context.clock())
+        lease_until = self._leases.lease_from(began, context.clock())
         is_retry = stream != context.topic
         suspect: Held | None = None
+        refused: list[tuple[Held, MalformedEntry | MissingEntry]] = []
         for entry in entries:
             known = table.get(entry.id)
             if known is not None:
@@ -196,6 +252,7 @@ class Intake:
                     # Held already, and the server has just said that it is ours: its handling goes on.
                     known.lease_until = max(known.lease_until, lease_until)
                     known.lost = False
+                    known.retaken = known.stage is Stage.SETTLING and known.intent == RELEASED
                     continue
                 ledger.remove(known)
             message = (
@@ -203,7 +260,7 @@ class Intake:
             )
             deliveries = None if isinstance(entry, MissingEntry) else entry.deliveries
             published_at = entry.published_at if isinstance(entry, ClaimedMessage) else None
-            attempt = 1 + failed_attempts(message.headers) if is_retry else 1
+            attempt = 1 + failed_attempts(message.headers) if is_retry else ledger.recall_attempt(stream, entry.id)
             held = Held(
                 stream,
                 entry.id,
@@ -216,17 +273,43 @@ class Intake:
                 by_reclaim,
             )
             ledger.add(held)
+            held.local_attempt = attempt > 1 and not is_retry
             context.counters.received += 1
-            if context.reporter.hears_received:
-                context.reporter.tell("on_received", "received", message_id=entry.id, attempt=attempt)
             if isinstance(entry, ClaimedMessage):
                 if self._admit(held):
                     suspect = held
             else:
+                refused.append((held, entry))
                 self._refuse(held, entry)
         if ledger.waiting:
             self._wake()
+        self._tell(entries, refused)
         return suspect
+
+    def _tell(
+        self, entries: Sequence[FetchedEntry], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]
+    ) -> None:
+        """Hooks come last: one that pauses or closes the subscription finds everything in its place."""
+        reporter = self._context.reporter
+        if reporter.hears_received:
+            for entry in entries:
+                reporter.tell("on_received", "received", message_id=entry.id)
+        for held, entry in refused:
+            scope: ErrorScope = "reclaim" if held.by_reclaim else "read"
+            if isinstance(entry, MissingEntry):
+                error: Exception = BackendError("the entry is pending, but its body is gone: somebody has trimmed it")
+                reporter.error(scope, error, detail="acknowledged unhandled", message_id=held.id)
+            else:
+                error = SerializationError(entry.error)
+                reporter.error(scope, error, detail="a malformed entry becomes a dead letter", message_id=held.id)
+
+    def accept_due(self, held: Held) -> None:
+        """What waited here for its retry is due."""
+        if self._shut_by:
+            self._settler.release(held)
+        else:
+            self._ledger.waiting.append(held)
+            self._wake()
 
     def _admit(self, held: Held) -> bool:
         """Let an entry wait for its handler, unless something speaks against it. True: it is the bus's suspect now."""
@@ -236,7 +319,7 @@ class Intake:
             return False
         verdict = on_taken(held.deliveries, context.policy)
         if verdict is Verdict.GIVE_UP:
-            self._settler.give_up(held, _WORN_OUT)
+            self._settler.apply(held, _WORN_OUT)
         elif self._shut_by:
             self._settler.release(held)
         elif verdict is Verdict.HANDLE:
@@ -252,19 +335,12 @@ class Intake:
         return False
 
     def _refuse(self, held: Held, entry: MalformedEntry | MissingEntry) -> None:
-        context = self._context
-        scope: ErrorScope = "reclaim" if held.by_reclaim else "read"
         if isinstance(entry, MissingEntry):
-            error: Exception = BackendError("the entry is pending, but its body is gone: somebody has trimmed it")
-            context.reporter.error(scope, error, detail="acknowledged unhandled", message_id=held.id)
-            self._settler.give_up(held, _MISSING)
+            self._settler.apply(held, _MISSING)
             return
-        error = SerializationError(entry.error)
-        context.reporter.error(scope, error, detail="a malformed entry becomes a dead letter", message_id=held.id)
-        if "raw" not in context.backend.features:
-            held.message = undecodable(context.topic, entry.raw, keep_bytes=True)
-        raw = Output(held.stream, held.message, raw=entry.raw)
-        self._settler.give_up(held, Result(Outcome.MALFORMED, entry.error), raw)
+        if "raw" not in self._context.backend.features:
+            held.message = undecodable(self._context.topic, entry.raw, keep_bytes=True)
+        self._settler.apply(held, Result(Outcome.MALFORMED, entry.error), raw=entry.raw)
 
     async def _handle_alone(self, suspect: Held) -> None:
         """A message that may have killed three processes is handled while this subscription holds nothing else."""
@@ -293,14 +369,14 @@ class _Recovery:
         self._scope: ErrorScope = scope
         self._failures = 0
 
-    async def attempt(self, work: Callable[..., Awaitable[bool | None]], /, *args: float) -> bool:
+    async def attempt(self, work: Callable[..., Awaitable[bool]], /, *args: float) -> bool:
         try:
             result = await work(*args)
-        except Exception as error:
-            await self._recover(error)
-            return False
+        except BaseException as error:  # noqa: ASYNC103 - raised again in there
+            await self._recover(as_failure(error))  # noqa: ASYNC102 - no cancellation comes this far
+            return False  # noqa: ASYNC104
         self._failures = 0
-        return bool(result)
+        return result
 
     async def _recover(self, error: Exception) -> None:
         if not can_pass(error):
@@ -317,6 +393,7 @@ class _Recovery:
     async def _make_again(self, lost: GroupLostError) -> bool:
         """Make a lost group again where every member had settled everything, else at the start: never a gap."""
         context = self._context
+        context.ledger.group_was_lost()
         position = lost.safe_id or "0"
         try:
             made = await context.backend.create_group(lost.stream, context.group, position)

@@ -39,6 +39,7 @@ class Lane:
         self._wake: anyio.Event | None = None
         self._wake_at = 1
         self._sending = False
+        self._draining = False
         self._drained: anyio.Event | None = None
 
     def put(self, held: Held) -> None:
@@ -56,12 +57,20 @@ class Lane:
     def is_empty(self) -> bool:
         return not (self._queue or self._delayed or self._sending)
 
-    async def drain(self) -> None:
-        """Wait until nothing is left here. What was to be repeated is repeated at once, then by its backoff."""
+    def begin_drain(self) -> None:
+        """Send without waiting for more from now on. What was to be repeated is repeated at once, then by backoff."""
+        self._draining = True
         self._queue += [item[2] for item in self._delayed]
         self._delayed.clear()
         if self._wake is not None:
             self._wake.set()
+
+    def unsent(self) -> list[Held]:
+        """What waits here, or waits to be tried again."""
+        return self._queue + [item[2] for item in self._delayed]
+
+    async def drained(self) -> None:
+        """Wait until nothing is left here."""
         while not self.is_empty:
             self._drained = anyio.Event()
             await self._drained.wait()
@@ -86,7 +95,7 @@ class Lane:
             now = self._clock()
             while self._delayed and self._delayed[0][0] <= now:
                 self._queue.append(heapq.heappop(self._delayed)[2])
-            if len(self._queue) >= self._threshold or (self._queue and now - last >= self._interval):
+            if self._queue and (self._draining or len(self._queue) >= self._threshold or now - last >= self._interval):
                 return
             if self._queue:
                 await self._sleep(self._threshold, self._interval - (now - last))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import anyio
 
 from .._backoff import recovery_delay
 from .._errors import LeaseLostError, UnsupportedError, can_pass
+from ._cancellation import as_failure
 from ._context import Context
 from ._ledger import Held, Stage
 from ._settler import Settler
@@ -23,26 +25,32 @@ class Leases:
         self._settler = settler
         self._can_renew = "renew" in context.backend.features
         self._beat = context.clock()
+        self._thawed_at = -math.inf
         if not self._can_renew:
             context.notices.once(
                 f"{type(context.backend).__name__} cannot renew leases: a message that waits and is handled for longer "
                 f"than claim_idle_timeout ({context.lease} s) in all is delivered again, perhaps elsewhere"
             )
 
-    def lease_from(self, now: float) -> float:
-        """Until when the lease of what was taken just now lasts.
+    def lease_from(self, began: float, now: float) -> float:
+        """Until when the lease of what was taken just now, by a call that began then, lasts.
 
         A frozen process (or a link that was dead) may wake with entries in its hands that the server gave it long
         ago. They count as expired then: they are handed back instead of started, if they are still ours.
         """
-        return now + self._context.lease if now - self._beat < self._context.lease else now
+        frozen = now - self._beat >= self._context.lease or began < self._thawed_at
+        return now if frozen else now + self._context.lease
 
     async def run(self) -> None:
         failures = 0
+        self._beat = self._context.clock()
         while True:
             pause = self._context.lease / 3
             await anyio.sleep(pause if not failures else min(pause, recovery_delay(failures, random.random())))
-            self._beat = self._context.clock()
+            now = self._context.clock()
+            if now - self._beat >= self._context.lease:
+                self._thawed_at = now
+            self._beat = now
             renewed = True
             if self._can_renew:
                 for stream in self._context.streams:
@@ -64,11 +72,12 @@ class Leases:
                 )
             if scope.cancelled_caught:
                 raise TimeoutError(f"no answer within a third of the lease ({context.lease / 3:.3g} s)")
-        except Exception as error:
+        except BaseException as raised:  # noqa: ASYNC103 - raised again in there
+            error = as_failure(raised)
             context.reporter.error("renew", error, detail=f"renewing {len(held)} leases of {stream!r}")
             if not can_pass(error):
-                raise
-            return False
+                raise error from None
+            return False  # noqa: ASYNC104
         for entry in held:
             if entry.id in owned:
                 entry.lease_until = started + context.lease
@@ -96,8 +105,9 @@ class Leases:
                 continue
             if entry.stage is Stage.RETURNED:
                 # Nobody settled it in time: let go without an outcome, and the server's count says so.
+                entry.lost = True
                 self._context.ledger.remove(entry)
-            elif entry.stage is Stage.WAITING:
+            elif entry.stage is Stage.WAITING and (self._can_renew or not entry.parked):
                 self._settler.release(entry)
             elif entry.stage is Stage.OPEN and not entry.lost:
                 self._lose(entry, "it could not be renewed for a whole lease")

@@ -11,6 +11,7 @@ import enum
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import TypeVar
 
 import anyio
 
@@ -51,16 +52,21 @@ class Held:
         "attempt",
         "by_reclaim",
         "deliveries",
+        "failed",
         "gone",
         "id",
         "intent",
         "lease_until",
+        "local_attempt",
         "lost",
         "message",
         "outputs",
+        "parked",
         "published_at",
+        "reason",
         "received_at",
         "result",
+        "retaken",
         "scope",
         "stage",
         "started_at",
@@ -96,6 +102,11 @@ class Held:
         self.stage = Stage.WAITING
         self.lost = False
         self.suspect = False
+        self.parked = False
+        self.local_attempt = False
+        self.reason = ""
+        self.retaken = False
+        self.failed = False
         self.started_at = 0.0
         self.tries = 0
         self.uncertain = False
@@ -106,6 +117,22 @@ class Held:
         self.scope: anyio.CancelScope | None = None
         self.gone: anyio.Event | None = None
         self.unsettled = Stage.OPEN
+
+    def again(self, attempt: int) -> Held:
+        """The record of the next handling of the same entry, which waits here."""
+        again = Held(
+            self.stream,
+            self.id,
+            self.message,
+            attempt,
+            self.deliveries,
+            self.published_at,
+            self.received_at,
+            self.lease_until,
+            self.by_reclaim,
+        )
+        again.parked = again.local_attempt = True
+        return again
 
 
 class Budget:
@@ -138,6 +165,16 @@ class Budget:
         return min(free, self.reclaim_part - self.by_reclaim)
 
 
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
+
+
+def _remember(memory: OrderedDict[KeyT, ValueT], key: KeyT, value: ValueT) -> None:
+    memory[key] = value
+    if len(memory) > _REMEMBERED:
+        memory.popitem(last=False)
+
+
 class Ledger:
     """What is held, stream by stream, in the order taken."""
 
@@ -146,6 +183,8 @@ class Ledger:
         self.tables: dict[str, dict[str, Held]] = {stream: {} for stream in streams}
         self.waiting: deque[Held] = deque()
         self._handled: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._acked: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
+        self._attempts: OrderedDict[tuple[str, str], int] = OrderedDict()
         self._read_room: anyio.Event | None = None
         self._reclaim_room: anyio.Event | None = None
         self._watched: anyio.Event | None = None
@@ -168,6 +207,8 @@ class Ledger:
         if held.stage is Stage.GONE:
             return
         held.stage = Stage.GONE
+        if held.local_attempt:
+            _remember(self._attempts, (held.stream, held.id), held.attempt)
         del self.tables[held.stream][held.id]
         if held.by_reclaim:
             self.budget.by_reclaim -= 1
@@ -185,7 +226,7 @@ class Ledger:
         while self.waiting:
             held = self.waiting.popleft()
             if held.stage is Stage.WAITING:
-                if self._read_room is not None and not self.waiting:
+                if self._read_room is not None and not self.has_waiting():
                     self.changed()
                 return held
         return None
@@ -197,9 +238,23 @@ class Ledger:
 
     def remember_handled(self, held: Held) -> None:
         """An entry that was handled here, but whose ack nobody confirmed: should it come back, it is only acked."""
-        self._handled[held.stream, held.id] = None
-        if len(self._handled) > _REMEMBERED:
-            self._handled.popitem(last=False)
+        _remember(self._handled, (held.stream, held.id), None)
+
+    def remember_acked(self, held: Held) -> None:
+        """An entry that was handled here, and whose ack the server has. Of use only if the server forgets it."""
+        self._acked.append((held.stream, held.id))
+
+    def group_was_lost(self) -> None:
+        """What was acked here lately may come back from a group made again: it is only acked then.
+
+        Not otherwise: an operator who moves a group back on purpose shall have his messages handled again.
+        """
+        for key in self._acked:
+            _remember(self._handled, key, None)
+
+    def recall_attempt(self, stream: str, entry_id: str) -> int:
+        """The attempt of an entry that waited here for its retry and was let go, where no copy carries the count."""
+        return self._attempts.pop((stream, entry_id), 1) if self._attempts else 1
 
     def was_handled(self, stream: str, entry_id: str) -> bool:
         """Whether it is such an entry; asking forgets it, since it is about to be acked."""

@@ -18,7 +18,7 @@ from anyio.lowlevel import checkpoint
 from .._delivery import Delivery
 from .._settlement import CANCELLED, RETURNED, Outcome, Result
 from .._verdicts import Reject, Retry
-from ._cancellation import is_stray, sole
+from ._cancellation import cancellation_in, is_cancelled, persist, sole
 from ._context import Context
 from ._keeper import EntryKeeper
 from ._ledger import Held, Ledger, Stage
@@ -54,6 +54,7 @@ class Taker:
                 return None
             held.started_at = now = self._clock()
             if now >= held.lease_until:
+                self._settler.handed_back += 1
                 self._settler.release(held)
                 continue
             held.stage = Stage.OPEN
@@ -71,6 +72,9 @@ class Taker:
 
     async def run(self) -> None:
         raise NotImplementedError
+
+    def in_flight(self) -> int:
+        return len(self.running)
 
     def oldest(self) -> float | None:
         """For how many seconds the oldest entry has been in flight."""
@@ -111,7 +115,7 @@ class HandlerPool(Taker):
                 async with anyio.create_task_group() as tasks:
                     self._tasks = tasks
                     self.wake()
-                    await self._stopping.wait()
+                    await persist(self._stopping.wait)
         finally:
             self._tasks = None
             self.ended.set()
@@ -127,6 +131,7 @@ class HandlerPool(Taker):
         self._spares -= 1
         streak = 0
         ledger = self._ledger
+        clean = contextvars.copy_context()
         try:
             while (held := self.next_entry()) is not None:
                 if not self._spares and ledger.waiting and self._workers < self._limit:
@@ -138,12 +143,16 @@ class HandlerPool(Taker):
                         await self._handle(held)
                 finally:
                     self.running.discard(held)
+                if contextvars.copy_context() != clean:
+                    # The handler has left something behind in its context, which is not the next message's business.
+                    break
                 streak += 1
                 if streak == _STREAK:
                     streak = 0
                     await checkpoint()
         finally:
             self._workers -= 1
+        self.wake()
 
     async def _handle(self, held: Held) -> None:
         try:
@@ -171,11 +180,7 @@ class HandlerPool(Taker):
             if self._needs_scope:
                 return await self._call_scoped(held, delivery)
             await self._handler(delivery)
-        except Exception as error:
-            return self._judge(held, error)
         except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a failure
-            if not is_stray(error):
-                raise
             return self._judge(held, error)  # noqa: ASYNC104
         return RETURNED
 
@@ -198,14 +203,24 @@ class HandlerPool(Taker):
         return Result(Outcome.TIMED_OUT, str(late), "HandlerTimeout")
 
     def _judge(self, held: Held, error: BaseException) -> Result:
+        """What an exception of the handler means. A real cancellation, and what is no ``Exception``, comes out."""
         held.scope = None
+        cancellation = cancellation_in(error)
+        if cancellation is not None and is_cancelled():
+            if cancellation is not error:
+                self._report(held, error, "failed while it was cancelled")
+            raise cancellation
+        if cancellation is None and not isinstance(error, Exception):
+            raise error
         verdict = sole(error)  # a handler with a task group of its own: its Retry arrives wrapped
-        settled = held.stage is not Stage.OPEN
-        if isinstance(verdict, Retry) and not settled:
-            return Result(Outcome.RETRY, verdict.reason, "Retry", verdict.delay)
-        if isinstance(verdict, Reject) and (self._on_receive or not settled):
-            return Result(Outcome.REJECTED, verdict.reason, "Reject")
+        settled = held.stage is not Stage.OPEN and not self._on_receive
+        if isinstance(verdict, Retry) and not settled and not self._on_receive:
+            return Result(Outcome.RETRY, str(verdict), "Retry", verdict.delay)
+        if isinstance(verdict, Reject) and not settled:
+            return Result(Outcome.REJECTED, str(verdict), "Reject")
         self._report(held, error, "raised after it had settled its delivery" if settled else "failed")
+        if is_cancelled():
+            return CANCELLED  # its cleanup failed; whatever it would have come to, it was cut off
         text = str(verdict) or type(verdict).__name__
         return Result(Outcome.FAILED, text, f"{type(verdict).__module__}.{type(verdict).__qualname__}")
 

@@ -9,6 +9,7 @@ from anyio.abc import ObjectReceiveStream
 from anyio.lowlevel import checkpoint
 
 from .._delivery import Delivery
+from ._cancellation import persist
 from ._context import Context
 from ._keeper import EntryKeeper
 from ._ledger import Stage
@@ -51,10 +52,18 @@ class PullTaker(Taker):
             await self._changed.wait()
         return None
 
+    def in_flight(self) -> int:
+        self._forget_settled()
+        return super().in_flight()
+
+    def oldest(self) -> float | None:
+        self._forget_settled()
+        return super().oldest()
+
     async def run(self) -> None:
         try:
             with self.scope:
-                await self._stopping.wait()
+                await persist(self._stopping.wait)
                 self._forget_settled()
                 while self.running:
                     await self._changed.wait()

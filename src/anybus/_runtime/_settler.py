@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timezone
 
 import anyio
 
 from .._backoff import recovery_delay
 from .._copies import RETRY_FIRST_ID, Origin, dead_letter, retry_copy
-from .._errors import AlreadySettledError, BackendError, LeaseLostError, may_have_happened
+from .._errors import AlreadySettledError, ClosedError, GroupLostError, LeaseLostError, may_have_happened
 from .._settlement import (
     RETURNED,
     Ack,
@@ -29,7 +30,7 @@ from .._settlement import (
 )
 from ..abc import Output
 from ..abc._observer import ErrorScope
-from ._cancellation import is_stray
+from ._cancellation import as_failure
 from ._context import Context
 from ._lane import Lane
 from ._ledger import Held, Stage, Waiter
@@ -54,16 +55,19 @@ class Settler:
         self._context = context
         clock = context.clock
         options = context.options
-        self._acks = Lane(
-            self._flush_acks, clock, threshold=options.ack_batch_size, interval=options.ack_flush_interval
-        )
+        # A batch that the budget cannot hold would always wait for the interval, and the reads with it.
+        threshold = min(options.ack_batch_size, max(1, context.ledger.budget.limit // 2))
+        self._acks = Lane(self._flush_acks, clock, threshold=threshold, interval=options.ack_flush_interval)
         self._transfers = Lane(self._flush_transfers, clock)
         self._releases = Lane(self._flush_releases, clock)
         self._held_back: list[tuple[float, int, Held]] = []
         self._tickets = itertools.count()
         self._held_back_changed = anyio.Event()
-        self.on_due: Callable[[], None] = lambda: None
-        self.releases_by_handlers = 0
+        self.on_due: Callable[[Held], None] = self.release
+        self.handed_back = 0
+        """Releases by handlers, and of what may not start: taking them again at once would spin."""
+        self._ending = False
+        self._over = False
         features = context.backend.features
         self._fence = context.consumer if "fence" in features else None
         self._can_delay = "delay" in features
@@ -88,8 +92,27 @@ class Settler:
         return self._acks, self._transfers, self._releases
 
     async def drain(self) -> None:
-        for lane in (self._releases, self._transfers, self._acks):
-            await lane.drain()
+        """Settle what is left. From now on what fails by hand is released, since nobody can settle it any more."""
+        self._ending = True
+        for lane in self.lanes:
+            lane.begin_drain()
+        for lane in self.lanes:
+            await lane.drained()
+
+    def finish(self) -> int:
+        """Nothing is sent any more. Whoever waits is told; what is left comes back when its lease is over."""
+        self._over = True
+        left = self._context.ledger.all()
+        for held in left:
+            self._answer(held, ClosedError("the subscription ended before the server answered"))
+            self._context.ledger.remove(held)
+        return len(left)
+
+    def _answer(self, held: Held, error: Exception | None) -> None:
+        waiter, held.waiter = held.waiter, None
+        if waiter is not None:
+            waiter.error = error
+            waiter.done.set()
 
     async def run_held_back(self) -> None:
         """Bring back what waits here for its retry, for a backend that cannot delay."""
@@ -97,9 +120,12 @@ class Settler:
         while True:
             while self._held_back and self._held_back[0][0] <= context.clock():
                 held = heapq.heappop(self._held_back)[2]
+                held.parked = False
                 if held.stage is Stage.WAITING:
-                    context.ledger.waiting.append(held)
-                    self.on_due()
+                    if "renew" not in context.backend.features:
+                        # No clock of ours knows whose it is: it is tried, and the settlement asks the server.
+                        held.lease_until = context.clock() + context.lease
+                    self.on_due(held)
             wait = self._held_back[0][0] - context.clock() if self._held_back else None
             self._held_back_changed = anyio.Event()
             if wait is None:
@@ -114,7 +140,7 @@ class Settler:
             if result is RETURNED and self._acks_returned:
                 self.ack(held)
             else:
-                self._apply(held, result)
+                self.apply(held, result)
         elif held.stage is Stage.SETTLING and held.waiter is not None:
             held.result = result  # for the case that the settlement under way fails
 
@@ -128,14 +154,11 @@ class Settler:
         """Hand back, uncounted."""
         held.stage = Stage.SETTLING
         held.intent = RELEASED
+        held.parked = False
         if self._can_release:
             self._releases.put(held)
         else:
             self._done(held)
-
-    def give_up(self, held: Held, result: Result, raw: Output | None = None) -> None:
-        """Dead-letter what was not handled: malformed, or handed over too often."""
-        self._apply(held, result, raw=raw)
 
     async def ack_first(self, held: Held) -> bool:
         """Acknowledge before the start (auto-on-receive). False: not ours, or the lease ended before it worked."""
@@ -154,6 +177,8 @@ class Settler:
 
     async def settle(self, held: Held, result: Result | None) -> None:
         """Settle by hand, and wait for the server's answer."""
+        if self._over:
+            raise ClosedError("the subscription has ended; what was not settled by then has been released")
         if held.stage not in (Stage.OPEN, Stage.RETURNED):
             if held.lost and held.stage is Stage.GONE:
                 raise LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
@@ -164,8 +189,8 @@ class Settler:
             self.ack(held)
         else:
             if result.outcome is Outcome.RELEASED and not result.delay:
-                self.releases_by_handlers += 1
-            self._apply(held, result)
+                self.handed_back += 1
+            self.apply(held, result)
         try:
             await waiter.done.wait()
         finally:
@@ -179,7 +204,11 @@ class Settler:
         """A message rejected after its ack (auto-on-receive) becomes a dead letter by a plain publish."""
         context = self._context
         decision = self._decide(held, result)
-        if not isinstance(decision, DeadLetter) or context.dead_letter_topic is None:
+        assert isinstance(decision, DeadLetter)
+        held.reason = f"{decision.code}: {decision.reason}"
+        if context.dead_letter_topic is None:
+            context.counters.dead_lettered += 1
+            self._tell_dead_lettered(held)
             return
         output = self._dead_letter(held, decision, context.dead_letter_topic)
         try:
@@ -189,7 +218,7 @@ class Settler:
             self._report("publish", error, held, "the dead letter of a message acknowledged on receipt is lost")
             return
         context.counters.dead_lettered += 1
-        context.reporter.tell("on_dead_lettered", "dead-lettered", message_id=held.id, detail=decision.reason)
+        self._tell_dead_lettered(held)
 
     def _decide(self, held: Held, result: Result) -> Decision:
         return decide(
@@ -201,10 +230,13 @@ class Settler:
             draw=random.random(),
         )
 
-    def _apply(self, held: Held, result: Result, *, raw: Output | None = None) -> None:
+    def apply(self, held: Held, result: Result, *, raw: Mapping[str, bytes] | None = None) -> None:
+        """Do what the table decides.
+
+        :param raw: the fields of a malformed entry, kept beside its dead letter.
+        """
         decision = self._decide(held, result)
-        if result.outcome in _FAILURES:
-            self._context.counters.failed += 1
+        held.failed = result.outcome in _FAILURES
         if isinstance(decision, Ack):
             self.ack(held, MISSING if result.outcome is Outcome.MISSING else ACKED)
         elif isinstance(decision, Release):
@@ -218,26 +250,20 @@ class Settler:
         else:
             assert isinstance(decision, Report)
 
-    def _give_up(self, held: Held, decision: DeadLetter, raw: Output | None) -> None:
+    def _give_up(self, held: Held, decision: DeadLetter, raw: Mapping[str, bytes] | None) -> None:
         context = self._context
-        context.reporter.tell(
-            "on_dead_lettered",
-            "dead-lettered",
-            message_id=held.id,
-            attempt=held.attempt,
-            detail=f"{decision.code}: {decision.reason}",
-        )
+        held.reason = f"{decision.code}: {decision.reason}"
         if context.dead_letter_topic is None:
             self.ack(held, DROPPED)
             return
         output = self._dead_letter(held, decision, context.dead_letter_topic)
         if raw is not None and self._can_keep_raw:
-            output = Output(output.stream, output.message, raw=raw.raw)
+            output = Output(output.stream, output.message, raw=raw)
         self._transfer(held, DEAD_LETTERED, output)
 
     def _retry(self, held: Held, decision: RetryAt, *, counted: bool) -> None:
         if not self._can_delay:
-            self._hold_back(held, decision)
+            self._hold_back(held, decision, RETRIED if counted else RELEASED)
             return
         copy = retry_copy(
             held.message,
@@ -253,29 +279,14 @@ class Settler:
         held.outputs = (output,)
         self._transfers.put(held)
 
-    def _hold_back(self, held: Held, decision: RetryAt) -> None:
+    def _hold_back(self, held: Held, decision: RetryAt, intent: str) -> None:
         """Keep the entry here until it is due. A new record: the old delivery is settled for good."""
-        context = self._context
-        again = Held(
-            held.stream,
-            held.id,
-            held.message,
-            decision.attempt,
-            held.deliveries,
-            held.published_at,
-            held.received_at,
-            held.lease_until,
-            held.by_reclaim,
-        )
-        waiter = held.waiter
-        if decision.attempt > held.attempt:
-            context.counters.retried += 1
-        context.ledger.remove(held)
-        context.ledger.add(again)
+        again = held.again(decision.attempt)
+        held.intent = intent
+        self._done(held)
+        self._context.ledger.add(again)
         heapq.heappush(self._held_back, (decision.due, next(self._tickets), again))
         self._held_back_changed.set()
-        if waiter is not None:
-            waiter.done.set()
 
     def _first_id(self, held: Held) -> str:
         return held.message.headers.get(RETRY_FIRST_ID, held.id) if held.stream != self._context.topic else held.id
@@ -338,9 +349,15 @@ class Settler:
     async def _flush_releases(self, batch: list[Held]) -> None:
         async def send(stream: str, entries: list[Held]) -> None:
             context = self._context
-            await context.backend.release(stream, context.group, context.consumer, [held.id for held in entries])
+            with contextlib.suppress(GroupLostError):  # then nothing is ours any more: there is nothing to hand back
+                await context.backend.release(stream, context.group, context.consumer, [held.id for held in entries])
             for held in entries:
-                self._done(held)
+                if held.retaken:
+                    # Taken again between the server's release and its reply: it is ours once more.
+                    held.retaken = False
+                    self._releases.put(held)
+                else:
+                    self._done(held)
 
         await self._flush(batch, send, self._releases)
 
@@ -351,12 +368,8 @@ class Settler:
         for stream, entries in by_stream.items():
             try:
                 await send(stream, entries)
-            except Exception as error:
-                self._all_failed(entries, error, lane)
-            except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a failure
-                if not is_stray(error):
-                    raise
-                self._all_failed(entries, BackendError("a stray cancellation hit the settlement", can_pass=True), lane)
+            except BaseException as error:  # noqa: ASYNC103 - raised again in there
+                self._all_failed(entries, as_failure(error), lane)
 
     def _all_failed(self, entries: Sequence[Held], error: Exception, lane: Lane) -> None:
         self._context.reporter.error("ack-flush", error, detail=f"settling {len(entries)} entries")
@@ -368,8 +381,12 @@ class Settler:
         context = self._context
         counters = context.counters
         intent = held.intent
+        held.lost = False
+        if held.failed:
+            counters.failed += 1
         if intent == ACKED:
             counters.handled += 1
+            context.ledger.remember_acked(held)
         elif intent == RETRIED:
             counters.retried += 1
         elif intent == RELEASED:
@@ -377,45 +394,50 @@ class Settler:
         elif intent in (DEAD_LETTERED, DROPPED):
             counters.dead_lettered += 1
         context.ledger.remove(held)
-        if held.waiter is not None:
-            held.waiter.done.set()
+        self._answer(held, None)
         if context.reporter.hears_settled:
-            context.reporter.tell("on_settled", "settled", message_id=held.id, attempt=held.attempt, detail=intent)
+            detail = ACKED if intent in (ACCEPTED, MISSING) else intent
+            context.reporter.tell("on_settled", "settled", message_id=held.id, attempt=held.attempt, detail=detail)
+        if intent in (DEAD_LETTERED, DROPPED):
+            self._tell_dead_lettered(held)
+
+    def _tell_dead_lettered(self, held: Held) -> None:
+        self._context.reporter.tell(
+            "on_dead_lettered", "dead-lettered", message_id=held.id, attempt=held.attempt, detail=held.reason
+        )
 
     def _refused(self, held: Held) -> None:
         """The server says that it is not ours."""
-        if held.uncertain:
-            # A try whose reply was lost has settled it.
+        if held.uncertain or held.intent == MISSING:
+            # A try whose reply was lost has settled it; an entry without a body leaves the pending list by itself.
             self._done(held)
             return
         context = self._context
         if held.intent == ACKED:
             context.ledger.remember_handled(held)
+        context.ledger.remove(held)
+        self._answer(held, LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours"))
+        self._tell_lost(held, f"not ours when it was to be {held.intent}")
+
+    def _tell_lost(self, held: Held, why: str) -> None:
         if not held.lost:
             held.lost = True
-            context.counters.leases_lost += 1
-            context.reporter.tell(
-                "on_lease_lost",
-                "settled",
-                message_id=held.id,
-                attempt=held.attempt,
-                detail=f"not ours when it was to be {held.intent}",
+            self._context.counters.leases_lost += 1
+            self._context.reporter.tell(
+                "on_lease_lost", "settled", message_id=held.id, attempt=held.attempt, detail=why
             )
-        context.ledger.remove(held)
-        if held.waiter is not None:
-            held.waiter.error = LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
-            held.waiter.done.set()
 
     def _failed(self, held: Held, error: Exception, lane: Lane, *, reported: bool = False) -> None:
         context = self._context
         held.uncertain = held.uncertain or may_have_happened(error)
         if held.waiter is not None:
             held.stage = held.unsettled
-            held.waiter.error = error
-            held.waiter.done.set()
-            held.waiter = None
-            if held.result is not None:
-                self._apply(held, held.result)
+            held.failed = False
+            self._answer(held, error)
+            if self._ending:
+                self.release(held)
+            elif held.result is not None:
+                self.apply(held, held.result)
             return
         if not reported:
             self._report("ack-flush", error, held, f"the entry could not be {held.intent}")
@@ -424,9 +446,9 @@ class Settler:
             return
         if held.intent == ACKED:
             context.ledger.remember_handled(held)
-        context.counters.leases_lost += 1
         context.ledger.remove(held)
         self._report("ack-flush", error, held, f"given up: the lease ended before the entry could be {held.intent}")
+        self._tell_lost(held, f"the lease ended before it could be {held.intent}")
 
     def _report(self, scope: ErrorScope, error: BaseException, held: Held, detail: str) -> None:
         self._context.reporter.error(scope, error, detail=detail, message_id=held.id, attempt=held.attempt)

@@ -9,17 +9,19 @@ shielded, notices a cancellation from outside and turns it into an abort.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import anyio
+from anyio.abc import TaskGroup
 
 from .._backoff import recovery_delay
-from .._errors import can_pass
+from .._errors import ClosedError, EventBusError, can_pass
 from .._statistics import SubscriptionStatistics
 from ..abc import StreamInspector
-from ._cancellation import sole
+from ._cancellation import as_failure, is_stray, persist, sole
 from ._context import Context
 from ._intake import ENDING, PAUSED, Intake
 from ._keeper import EntryKeeper
@@ -44,9 +46,16 @@ class Subscription:
         else:
             self._taker = HandlerPool(context, self._settler, keeper, handler)
         self._intake = Intake(context, self._settler, self._leases, self._taker.wake)
-        self._settler.on_due = self._taker.wake
+        self._settler.on_due = self._intake.accept_due
+        self._entering = anyio.CancelScope()
         self._body = anyio.CancelScope()
-        self._background_scopes: list[anyio.CancelScope] = []
+        background: tuple[Callable[[], Awaitable[None]], ...] = (
+            *(lane.run for lane in self._settler.lanes),
+            self._leases.run,
+            self._settler.run_held_back,
+        )
+        self._background = {part: anyio.CancelScope(shield=True) for part in background}
+        self._forgotten: set[str] = set()
         self._grace = anyio.CancelScope()
         self._ending = anyio.Event()
         self._aborted = False
@@ -74,7 +83,7 @@ class Subscription:
         held = self._context.ledger.all()
         return SubscriptionStatistics(
             waiting=sum(entry.stage is Stage.WAITING for entry in held),
-            in_flight=len(self._taker.running),
+            in_flight=self._taker.in_flight(),
             held=len(held),
             oldest_in_flight=self._taker.oldest(),
             received=counters.received,
@@ -113,22 +122,26 @@ class Subscription:
 
         :raises RuntimeError: in one of the subscription's own handlers, which would wait for itself.
         """
-        if id(self._taker) in handled_by.get():
-            raise RuntimeError(
-                "a handler cannot wait for the end of its own subscription: call close() or abort() and return"
-            )
+        self._refuse_in_handlers()
         await self._ended.wait()
 
     async def aclose(self) -> None:
         """``close()`` and ``wait_closed()``. Raises as the latter does."""
-        if id(self._taker) not in handled_by.get():
-            self.close()
+        self._refuse_in_handlers()
+        self.close()
         await self.wait_closed()
+
+    def _refuse_in_handlers(self) -> None:
+        if id(self._taker) in handled_by.get():
+            raise RuntimeError(
+                "a handler cannot wait for the end of its own subscription: call close() or abort() and return"
+            )
 
     def _begin_end(self) -> None:
         if not self._ending.is_set():
             self._ending.set()
             self._intake.shut(ENDING)
+            self._entering.cancel()
             self._intake.scope.cancel()
             self._taker.stop()
 
@@ -142,34 +155,55 @@ class Subscription:
 
     @asynccontextmanager
     async def _open(self) -> AsyncGenerator[Subscription, None]:
-        await self._make_groups()
+        try:
+            with self._entering:
+                await self._make_groups()
+            if self._ending.is_set():
+                raise ClosedError("the bus was closed while the subscription was being entered")
+            async with self._running():
+                yield self
+        finally:
+            self._ended.set()
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncGenerator[None, None]:
         body_error: BaseException | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch)
-            tasks.start_soon(self._supervise)
-            tasks.start_soon(self._guard, self._intake.run)
-            tasks.start_soon(self._guard, self._taker.run)
-            for lane in self._settler.lanes:
-                tasks.start_soon(self._in_background, lane.run)
-            tasks.start_soon(self._in_background, self._leases.run)
-            tasks.start_soon(self._in_background, self._settler.run_held_back)
-            self._context.reporter.tell("on_started", "started")
-            with self._body:
+        failed_first = False
+        self._context.reporter.tell("on_started", "started")
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._start_parts(tasks)
                 try:
-                    yield self
-                except anyio.get_cancelled_exc_class():
+                    with self._body:
+                        yield
+                except BaseException as error:  # noqa: ASYNC103 - raised below, when the parts have ended
+                    failed_first = self._failure is not None
                     self.abort()
-                    raise
-                except BaseException as error:
-                    self.abort()
-                    body_error = error
+                    if isinstance(error, anyio.get_cancelled_exc_class()):
+                        raise
+                    body_error = error  # noqa: ASYNC104
                 else:
                     self._leave()
-        self._context.reporter.tell("on_ended", "ended", error=self._failure)
-        if body_error is not None and (self._failure is None or isinstance(self._failure, Exception)):
-            raise body_error
-        if self._failure is not None:
-            raise self._failure
+        finally:
+            # Whatever else happened meanwhile, a cancellation from outside included: these come out, as themselves.
+            self._context.reporter.tell("on_ended", "ended", error=self._failure)
+            failure = self._failure
+            if body_error is not None and failure is not None:
+                second = body_error if failed_first or not isinstance(failure, Exception) else failure
+                self._context.reporter.error("close", second, detail="a second error of a subscription that ended")
+                body_error, failure = (None, failure) if second is body_error else (body_error, None)
+            if body_error is not None:
+                raise body_error
+            if failure is not None:
+                raise failure
+
+    def _start_parts(self, tasks: TaskGroup) -> None:
+        tasks.start_soon(self._watch)
+        tasks.start_soon(self._supervise)
+        tasks.start_soon(self._guard, self._intake.run)
+        tasks.start_soon(self._guard, self._taker.run)
+        for part, scope in self._background.items():
+            tasks.start_soon(self._in_background, part, scope)
 
     def _leave(self) -> None:
         """The body has ended. Deliveries that were pulled end with their block; handlers get their time."""
@@ -198,7 +232,9 @@ class Subscription:
     async def _mention_backlog(self) -> None:
         context = self._context
         if "inspect" in context.backend.features and isinstance(context.backend, StreamInspector):
-            count = await context.backend.count_entries(context.topic)
+            count = 0
+            with contextlib.suppress(EventBusError):  # a courtesy: no reason to fail, nor to try again
+                count = await context.backend.count_entries(context.topic)
             if count:
                 context.notices.once(
                     f"group {context.group!r} was made at the end of {context.topic!r} (group_start_id '$'), which "
@@ -209,18 +245,17 @@ class Subscription:
         """Run a part; what it raises ends the subscription, once, and as itself."""
         try:
             await part()
-        except anyio.get_cancelled_exc_class():
-            raise
+        except anyio.get_cancelled_exc_class() as error:
+            if not is_stray(error):
+                raise
+            self._fail(as_failure(error))
         except BaseException as error:
             self._fail(sole(error))
 
-    async def _in_background(self, part: Callable[[], Awaitable[None]]) -> None:
+    async def _in_background(self, part: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
         """A part that works until everything is settled."""
-        with anyio.CancelScope(shield=True) as scope:
-            self._background_scopes.append(scope)
-            if self._ended.is_set():
-                scope.cancel()
-            await self._guard(part)
+        with scope:
+            await self._guard(lambda: persist(part))
 
     async def _watch(self) -> None:
         """Not shielded: a cancellation from outside, at any time, becomes an abort."""
@@ -231,28 +266,41 @@ class Subscription:
                 self.abort()
 
     async def _supervise(self) -> None:
-        context = self._context
-        with anyio.CancelScope(shield=True):
-            await self._ending.wait()
-            with self._grace:
-                with anyio.move_on_after(0 if self._aborted else context.options.close_timeout):
-                    await self._taker.ended.wait()
-            self._release(Stage.RETURNED)
-            await self._cancel_handlers()
-            await self._intake.ended.wait()
-            self._release(Stage.WAITING, Stage.OPEN, Stage.RETURNED)
-            with anyio.move_on_after(context.options.cleanup_timeout) as limit:
-                await self._settler.drain()
-            if limit.cancelled_caught:
-                left = len(context.ledger)
-                late = TimeoutError(f"{left} entries were not settled within cleanup_timeout")
-                context.reporter.error("close", late, detail="they come back when their lease is over")
-            for scope in self._background_scopes:
+        """End the parts in order. Hit by a stray cancellation it goes on where it was: every step can be repeated."""
+        try:
+            with anyio.CancelScope(shield=True):
+                await persist(self._end_in_order)
+        finally:
+            self._settler.finish()
+            for scope in self._background.values():
                 scope.cancel()
-            with anyio.move_on_after(context.options.cleanup_timeout):
-                for stream in context.streams:
-                    await self._forget(stream)
             self._ended.set()
+
+    async def _end_in_order(self) -> None:
+        context = self._context
+        await self._ending.wait()
+        with self._until_aborted(), anyio.move_on_after(context.options.close_timeout):
+            await self._taker.ended.wait()
+        self._release(Stage.RETURNED)
+        await self._cancel_handlers()
+        await self._intake.ended.wait()
+        self._release(Stage.WAITING, Stage.OPEN, Stage.RETURNED)
+        with anyio.move_on_after(context.options.cleanup_timeout):
+            await self._settler.drain()
+        left = self._settler.finish()
+        if left:
+            late = TimeoutError(f"{left} entries were not settled within cleanup_timeout")
+            context.reporter.error("close", late, detail="they come back when their lease is over")
+        for scope in self._background.values():
+            scope.cancel()
+        for stream in context.streams:
+            await self._forget(stream)
+
+    def _until_aborted(self) -> anyio.CancelScope:
+        self._grace = anyio.CancelScope()
+        if self._aborted:
+            self._grace.cancel()
+        return self._grace
 
     def _release(self, *stages: Stage) -> None:
         for held in self._context.ledger.all():
@@ -273,8 +321,13 @@ class Subscription:
             await taker.ended.wait()
 
     async def _forget(self, stream: str) -> None:
+        """Once for every stream used, whatever happens."""
+        if stream in self._forgotten:
+            return
+        self._forgotten.add(stream)
         context = self._context
         try:
-            await context.backend.forget_consumer(stream, context.group, context.consumer)
-        except Exception as error:
-            context.reporter.error("close", error, detail=f"forgetting the consumer of {stream!r}")
+            with anyio.move_on_after(context.options.cleanup_timeout):
+                await context.backend.forget_consumer(stream, context.group, context.consumer)
+        except BaseException as error:  # noqa: ASYNC103 - raised again in there
+            context.reporter.error("close", as_failure(error), detail=f"forgetting the consumer of {stream!r}")

@@ -1,10 +1,12 @@
 """Contracts: what a backend must do, and what an observer is told."""
 
 from ._backend import Feature as Feature
+from ._backend import PassSource as PassSource
 from ._backend import PublishItem as PublishItem
 from ._backend import StreamBackend as StreamBackend
 from ._backend import StreamInspector as StreamInspector
 from ._backend import TransferItem as TransferItem
+from ._codec import Codec as Codec
 from ._entries import ClaimedMessage as ClaimedMessage
 from ._entries import FetchedEntry as FetchedEntry
 from ._entries import MalformedEntry as MalformedEntry
@@ -12,5 +14,6 @@ from ._entries import MissingEntry as MissingEntry
 from ._entries import Output as Output
 from ._entries import PendingEntry as PendingEntry
 from ._entries import PublishSpec as PublishSpec
+from ._entries import Redelivered as Redelivered
 from ._observer import BusEvent as BusEvent
 from ._observer import Observer as Observer

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import anyio
 
-from .._errors import BackendError, EventBusError, UnsupportedError, may_have_happened
+from .._errors import BackendError, EventBusError, UnsupportedError, can_pass, may_have_happened
 from .._message import Message
-from ._entries import FetchedEntry, Output, PendingEntry, PublishSpec
+from ._entries import FetchedEntry, Output, PendingEntry, PublishSpec, Redelivered
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -211,6 +211,18 @@ class StreamBackend(abc.ABC):
         raise UnsupportedError(f"{type(self).__name__} cannot delay messages")
 
 
+class PassSource(abc.ABC):
+    """What a backend may offer beside :class:`StreamBackend`: a whole reclaim pass in one go."""
+
+    @abc.abstractmethod
+    async def redeliver(
+        self, stream: str, retry_stream: str, group: str, consumer: str, *, min_idle: float, count: int
+    ) -> Redelivered:
+        """``reclaim_idle`` of the topic, ``read_new`` of its retry stream without waiting, and ``reclaim_idle`` of
+        that: at most ``count`` entries in all, the three taking turns at going first.
+        """
+
+
 class StreamInspector(abc.ABC):
     """What a backend with the feature ``inspect`` offers beside :class:`StreamBackend`: looking, touching nothing."""
 
@@ -240,6 +252,8 @@ async def result_or_error(function: Callable[..., Awaitable[T]], /, *args: objec
     except EventBusError as error:
         return error
     except Exception as error:  # a backend's bug must not hide its neighbours' results
-        wrapped = BackendError(f"{type(error).__name__}: {error}", may_have_happened=may_have_happened(error))
+        wrapped = BackendError(
+            f"{type(error).__name__}: {error}", may_have_happened=may_have_happened(error), can_pass=can_pass(error)
+        )
         wrapped.__cause__ = error
         return wrapped

@@ -9,6 +9,7 @@ from typing import Union
 
 import msgspec
 
+from .._errors import BackendError
 from .._message import Message
 
 
@@ -61,6 +62,19 @@ class Output:
 @dataclass(frozen=True)
 class PublishSpec:
     """What a publish needs beyond its message. Its fields come with the features that read them."""
+
+
+@dataclass(frozen=True)
+class Redelivered:
+    """What one pass over a topic and its retry stream took.
+
+    :ivar lost: the error of a step that failed (a group that is gone, say); the others' entries are here all the same.
+    """
+
+    reclaimed: list[FetchedEntry]
+    retries: list[FetchedEntry]
+    reclaimed_retries: list[FetchedEntry]
+    lost: BackendError | None = None
 
 
 @dataclass(frozen=True)

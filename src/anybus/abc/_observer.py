@@ -36,7 +36,10 @@ class Observer:
     """
 
     def on_error(self, event: BusEvent) -> None:
-        """Something failed: a read, a handler, an acknowledgement... ``event.error`` is the exception."""
+        """Something failed: a read, a handler, an acknowledgement... ``event.error`` is the exception.
+
+        Not overridden, errors go to the ``anybus`` logger, as they do without an observer.
+        """
 
     def on_started(self, event: BusEvent) -> None:
         """A subscription began: its group exists, its consumer has its name."""
@@ -55,7 +58,7 @@ class Observer:
         ``dropped`` or ``released``."""
 
     def on_dead_lettered(self, event: BusEvent) -> None:
-        """A message was given up on; ``event.detail`` is the reason."""
+        """A message was given up on, and the backend has it; ``event.detail`` is the code and the reason."""
 
     def on_lease_lost(self, event: BusEvent) -> None:
         """An entry that was held here is no longer ours, or can no longer be known to be."""

@@ -19,6 +19,9 @@ RETURNED: Final = "anybus:returned"
 """The parking consumer: it owns what was released and waits to be reclaimed."""
 
 
+_COMPACT_AT: Final = 256
+
+
 class Entry:
     """What a stream stores under an id."""
 
@@ -142,6 +145,20 @@ class Stream:
             if entry.id == entry_id:
                 entry.deleted, entry.message, entry.raw = True, None, {}
                 self._deletions += 1
+
+    def acked(self, stream: str, entry: Entry) -> None:
+        """A retry stream has one group only: what that has acknowledged is of no use any more."""
+        if stream.startswith("anybus:"):
+            entry.deleted, entry.message, entry.raw = True, None, {}
+            self._deletions += 1
+            if self._deletions >= _COMPACT_AT and self._deletions * 2 > len(self._log):
+                self._compact()
+
+    def _compact(self) -> None:
+        gone = next((index for index, entry in enumerate(self._log) if not entry.deleted), len(self._log))
+        del self._log[:gone]
+        self._base += gone
+        self._deletions -= gone
 
     def fetch(self, entry: Entry, deliveries: int) -> FetchedEntry:
         if entry.message is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING
 
 import anyio
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import RunVar, checkpoint
 
 from .._checks import check_delay, check_time
 from .._errors import EventBusError, GroupLostError, UnsupportedError, ValidationError
@@ -27,6 +28,12 @@ from ._memory_store import RETURNED, Group, Pending, Stream
 
 __all__ = ["MemoryBackend"]
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+_shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
+
 
 class MemoryBackend(StreamBackend, StreamInspector):
     """Streams, groups and pending entries in this process's memory.
@@ -34,14 +41,27 @@ class MemoryBackend(StreamBackend, StreamInspector):
     It keeps what is published, as a stream does, for as long as it lives. Time is AnyIO's clock, so that a virtual
     clock drives it. It belongs to one event loop. Methods without an underscore that are plain functions are for
     tests: they do to a stream what an operator, or a bad day, does to a server.
+
+    :param name: once entered, shares its streams with all others of that name in the same event loop.
     """
 
     features: frozenset[Feature] = frozenset(
         {"renew", "release", "fence", "delivery_count", "atomic_transfer", "raw", "delay", "inspect"}
     )
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None = None) -> None:
+        self._name = name
         self._streams: dict[str, Stream] = {}
+
+    async def __aenter__(self) -> Self:
+        if self._name is not None:
+            try:
+                shared = _shared.get()
+            except LookupError:
+                shared = dict[str, dict[str, Stream]]()
+                _shared.set(shared)
+            self._streams = shared.setdefault(self._name, self._streams)
+        return self
 
     def __repr__(self) -> str:
         return f"<MemoryBackend streams={len(self._streams)}>"
@@ -65,7 +85,10 @@ class MemoryBackend(StreamBackend, StreamInspector):
         await checkpoint()
         results: list[str | EventBusError] = []
         for stream, message, spec in items:
-            results.append(self._append(stream, message) if spec is None else self._refusal(spec))
+            try:
+                results.append(self._append(stream, message) if spec is None else self._refusal(spec))
+            except EventBusError as error:
+                results.append(error)
         return results
 
     def _refusal(self, spec: PublishSpec) -> EventBusError:
@@ -131,6 +154,7 @@ class MemoryBackend(StreamBackend, StreamInspector):
             entry = pending.get(message_id)
             if entry is not None and (consumer is None or entry.consumer == consumer):
                 del pending[message_id]
+                self._streams[stream].acked(stream, entry.entry)
             elif consumer is not None:
                 refused.append(message_id)
         return refused
@@ -269,7 +293,7 @@ class MemoryBackend(StreamBackend, StreamInspector):
         store.move_due(anyio.current_time())
         entries = store.after(members.position, count)
         if not entries:
-            members.position = store.last  # whatever lay between has been deleted
+            members.position = max(members.position, store.last)  # what lay between has been deleted
             return []
         members.position = entries[-1].sequence
         members.consumers.add(consumer)
@@ -290,6 +314,7 @@ class MemoryBackend(StreamBackend, StreamInspector):
             return None
         ids = [self._put(output) for output in outputs]
         del members.pending[message_id]
+        self._streams[stream].acked(stream, pending.entry)
         return ids
 
     def _put(self, output: Output) -> str:

@@ -1,0 +1,152 @@
+"""A day's work of the bus: everything is published and handled, with all that goes wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import anyio
+from anyio.abc import TaskStatus
+from books import Books
+from handlers import Rule, Worker, check_docstring, enter_in_catalogue
+from report import Account, DeadLetter, close_account
+
+from anybus import (
+    DROP,
+    ExponentialBackoff,
+    MemoryBackend,
+    Message,
+    Observer,
+    StreamBus,
+    StreamBusOptions,
+    SubscriptionConfig,
+)
+from anybus.abc import BusEvent
+
+TOPIC: Final = "source.functions"
+DEAD_LETTERS: Final = f"{TOPIC}.dead"
+AUDITORS: Final = "auditors"
+GROUPS: Final[Mapping[str, Rule]] = {"catalogue": enter_in_catalogue, "docstrings": check_docstring}
+
+STAYING_CONSUMERS: Final = 3
+"""Of each group; one more leaves in the middle of the work."""
+
+MIDWAY: Final = 150
+"""The consumer that leaves is cancelled while it works on so many-th message."""
+
+BATCH: Final = 100
+SINGLES: Final = 200
+"""So many messages at the end are published one by one, the rest in batches."""
+
+TIME_LIMIT: Final = 30.0
+"""Seconds. If a message were lost, waiting for it would never end; the accounting is to tell, then."""
+
+
+class Surprises(Observer):
+    """Keeps every error that is not a handler's own: those are part of the play."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_error(self, event: BusEvent) -> None:
+        if event.scope != "handler":
+            self.seen.append(f"{event.scope}: {event.detail}: {event.error!r}")
+
+
+class Day:
+    """One run of the whole job on one event loop.
+
+    :param on_progress: called with the accounts as they stand, several times a second.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        books: Mapping[str, Books],
+        on_progress: Callable[[Sequence[Account]], None],
+    ) -> None:
+        self._messages = messages
+        self._published = frozenset(message.uid for message in messages)
+        self._books = books
+        self._on_progress = on_progress
+        self._letters: list[DeadLetter] = []
+        self._backend = MemoryBackend()
+        self.surprises = Surprises()
+        options = StreamBusOptions(claim_idle_timeout=10.0, reclaim_interval=0.05, observer=self.surprises)
+        self._bus = StreamBus(self._backend, options)
+
+    async def run(self) -> list[Account]:
+        # Leaving the bus ends its subscriptions gracefully, and with them the tasks that run them.
+        async with anyio.create_task_group() as tasks, self._bus:
+            await tasks.start(self._read_dead_letters)
+            leavers: list[tuple[Worker, anyio.CancelScope]] = []
+            for group, rule in GROUPS.items():
+                for number in range(STAYING_CONSUMERS):
+                    worker = self._worker(f"stays-{number}", group, rule)
+                    await tasks.start(self._bus.consume, self._config(group, "stays"), worker.handle)
+                leaver = self._worker("leaves", group, rule)
+                leavers.append((leaver, await tasks.start(self._consume_until_cancelled, group, leaver)))
+            with anyio.move_on_after(TIME_LIMIT):
+                tasks.start_soon(self._publish)
+                for leaver, scope in leavers:
+                    await leaver.midway.wait()
+                    scope.cancel()
+                await self._until_done()
+        return self._accounts()
+
+    def _worker(self, name: str, group: str, rule: Rule) -> Worker:
+        return Worker(name, self._books[group], rule, midway_at=MIDWAY)
+
+    def _config(self, group: str, label: str) -> SubscriptionConfig:
+        backoff = ExponentialBackoff(initial=0.05, maximum=0.2)
+        return SubscriptionConfig(TOPIC, group, consumer=label, max_in_flight=8, retry_backoff=backoff)
+
+    async def _consume_until_cancelled(
+        self, group: str, worker: Worker, *, task_status: TaskStatus[anyio.CancelScope]
+    ) -> None:
+        with anyio.CancelScope() as scope:
+            async with self._bus.subscribe(self._config(group, "leaves"), worker.handle):
+                task_status.started(scope)
+                await anyio.sleep_forever()
+
+    async def _publish(self) -> None:
+        in_batches = self._messages[:-SINGLES]
+        for start in range(0, len(in_batches), BATCH):
+            outcome = await self._bus.publish_batch(in_batches[start : start + BATCH])
+            outcome.raise_for_errors()
+        for message in self._messages[-SINGLES:]:
+            await self._bus.publish(message)
+
+    async def _read_dead_letters(self, *, task_status: TaskStatus[None]) -> None:
+        # A subscription on dead letters must say what becomes of those that it gives up itself.
+        config = SubscriptionConfig(DEAD_LETTERS, AUDITORS, dead_letter_topic=DROP, group_start_id="0")
+        async with self._bus.deliveries(config) as letters:
+            task_status.started()
+            async for letter in letters:
+                headers = letter.message.headers
+                group, code = headers["dead-letter-group"], headers["dead-letter-code"]
+                self._letters.append(DeadLetter(letter.message.uid, group, code))
+                await letter.ack()
+
+    async def _until_done(self) -> None:
+        """Wait until every uid is accounted for, and the server says that nothing is left."""
+        while True:
+            accounts = self._accounts()
+            self._on_progress(accounts)
+            everywhere = all(account.handled | account.dead >= account.published for account in accounts)
+            if everywhere and await self._nothing_left():
+                return
+            await anyio.sleep(0.1)
+
+    async def _nothing_left(self) -> bool:
+        streams = [(DEAD_LETTERS, AUDITORS)]
+        for group in GROUPS:
+            # A group's retries come through a stream of its own, which the bus names like this.
+            streams += [(TOPIC, group), (f"anybus:{{{TOPIC}}}:retry:{group}", group)]
+        for stream, group in streams:
+            if await self._backend.pending_entries(stream, group, limit=1):
+                return False
+        return await self._backend.count_entries(DEAD_LETTERS) == len(self._letters)
+
+    def _accounts(self) -> list[Account]:
+        return [close_account(group, self._published, self._books[group], self._letters) for group in GROUPS]

@@ -1,0 +1,203 @@
+"""Codecs: JSON as the existing Rust and Go buses write it, and MessagePack for those who need no interoperation."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from datetime import datetime, timezone
+from typing import Annotated, Any
+
+import msgspec
+
+from ._errors import SerializationError, ValidationError
+from ._message import Headers, Message
+from .abc import Codec
+
+_AwareTime = Annotated[datetime, msgspec.Meta(tz=True)]
+
+
+class _Body(msgspec.Struct, omit_defaults=True):
+    """The wire's fields in the wire's order: eight always, the rest where set."""
+
+    uid: str
+    topic: str
+    key: str
+    kind: str
+    source: str
+    occurred_at: _AwareTime
+    headers: dict[str, str]
+    payload: bytes
+    content_type: str | None = None
+    event_version: str | None = None
+    idempotency_key: str | None = None
+    expires_at: _AwareTime | None = None
+    trace_uid: str | None = None
+    correlation_uid: str | None = None
+
+
+class _Envelope(msgspec.Struct):
+    message: _Body
+
+
+class _LenientBody(msgspec.Struct):
+    """The same, with what msgspec is stricter on than the wire left as text."""
+
+    uid: str
+    topic: str
+    key: str
+    kind: str
+    source: str
+    occurred_at: str
+    headers: dict[str, str]
+    payload: str
+    content_type: str | None = None
+    event_version: str | None = None
+    idempotency_key: str | None = None
+    expires_at: str | None = None
+    trace_uid: str | None = None
+    correlation_uid: str | None = None
+
+
+class _LenientEnvelope(msgspec.Struct):
+    message: _LenientBody
+
+
+_TIME = re.compile(
+    r"(?P<date>\d{4}-\d\d-\d\d)[Tt ](?P<time>\d\d:\d\d):(?P<second>\d\d)(?:\.(?P<fraction>\d+))?"
+    r"(?P<zone>[Zz]|[+-]\d\d:[0-5]\d)",
+    re.ASCII,
+)
+
+
+def _body(message: Message) -> _Body:
+    headers = message.headers
+    return _Body(
+        message.uid,
+        message.topic,
+        message.key,
+        message.kind,
+        message.source,
+        message.occurred_at,
+        headers.plain() if isinstance(headers, Headers) else dict(headers),
+        message.payload,
+        message.content_type,
+        message.event_version,
+        message.idempotency_key,
+        message.expires_at,
+        message.trace_uid,
+        message.correlation_uid,
+    )
+
+
+def _message(body: _Body) -> Message:
+    return Message(
+        body.topic,
+        body.payload,
+        uid=body.uid,
+        key=body.key,
+        kind=body.kind,
+        source=body.source,
+        occurred_at=body.occurred_at,
+        headers=Headers.trusted(body.headers),
+        content_type=body.content_type,
+        event_version=body.event_version,
+        idempotency_key=body.idempotency_key,
+        expires_at=body.expires_at,
+        trace_uid=body.trace_uid,
+        correlation_uid=body.correlation_uid,
+    )
+
+
+def _time(text: str) -> datetime:
+    """RFC 3339 in any spelling that the wire allows; digits beyond the microsecond are cut."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text[:40]!r} is not a time with a zone")
+    second = match["second"]
+    zone = "+00:00" if match["zone"] in "Zz" else match["zone"]
+    fraction = (match["fraction"] or "")[:6].ljust(6, "0")
+    leap = second == "60"
+    if leap:
+        # Read as the last microsecond before: Python has no leap seconds.
+        second, fraction = "59", "999999"
+    time = datetime.fromisoformat(f"{match['date']}T{match['time']}:{second}.{fraction}{zone}")
+    return time.astimezone(timezone.utc)
+
+
+def _base64(text: str) -> bytes:
+    """Standard base64, padded: nothing else is on the wire, and Python's decoder lets a lone padding sign pass."""
+    if len(text) % 4:
+        raise ValueError("the payload is not padded base64")
+    return base64.b64decode(text, validate=True)
+
+
+class JsonCodec(Codec):
+    """The default: what the existing Rust and Go buses read and write."""
+
+    name = "json"
+
+    def __init__(self) -> None:
+        self._encoder = msgspec.json.Encoder()
+        self._decoder = msgspec.json.Decoder(_Envelope)
+        self._lenient = msgspec.json.Decoder(_LenientEnvelope)
+
+    def encode(self, message: Message) -> bytes:
+        try:
+            return self._encoder.encode(_Envelope(_body(message)))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise SerializationError(f"message {message.uid} cannot be written as JSON: {error}") from error
+
+    def decode(self, data: bytes) -> Message:
+        try:
+            return _message(self._decoder.decode(data).message)
+        except ValidationError as error:
+            raise SerializationError(str(error)) from error
+        except Exception:
+            return self._decode_leniently(data)
+
+    def _decode_leniently(self, data: bytes) -> Message:
+        try:
+            body = self._lenient.decode(data).message
+            return _message(
+                _Body(
+                    body.uid,
+                    body.topic,
+                    body.key,
+                    body.kind,
+                    body.source,
+                    _time(body.occurred_at),
+                    body.headers,
+                    _base64(body.payload),
+                    body.content_type,
+                    body.event_version,
+                    body.idempotency_key,
+                    None if body.expires_at is None else _time(body.expires_at),
+                    body.trace_uid,
+                    body.correlation_uid,
+                )
+            )
+        except (ValueError, OverflowError, RecursionError, binascii.Error, msgspec.MsgspecError) as error:
+            raise SerializationError(f"not a message in JSON: {error}") from error
+
+
+class MsgpackCodec(Codec):
+    """Compact and fast; understood by anybus alone."""
+
+    name = "msgpack"
+
+    def __init__(self) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Envelope)
+
+    def encode(self, message: Message) -> bytes:
+        try:
+            return self._encoder.encode(_Envelope(_body(message)))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise SerializationError(f"message {message.uid} cannot be written as MessagePack: {error}") from error
+
+    def decode(self, data: bytes) -> Message:
+        try:
+            return _message(self._decoder.decode(data).message)
+        except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+            raise SerializationError(f"not a message in MessagePack: {error}") from error

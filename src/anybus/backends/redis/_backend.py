@@ -1,0 +1,292 @@
+"""The backend on Redis Streams: publishing, settling, looking. (Taking entries is ``_taking``.)"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+import anyio
+
+from ..._checks import check_delay, check_time
+from ..._codec import JsonCodec
+from ..._errors import BackendError, EventBusError, UnsupportedError, ValidationError
+from ..._message import Message
+from ...abc import (
+    Codec,
+    Feature,
+    FetchedEntry,
+    Output,
+    PassSource,
+    PendingEntry,
+    PublishItem,
+    PublishSpec,
+    Redelivered,
+    StreamBackend,
+    StreamInspector,
+    TransferItem,
+)
+from . import _scripts as scripts
+from ._client import Client
+from ._decoding import MAX_ENCODED, EntryDecoder, is_entry_id, span
+from ._errors import has_code
+from ._keys import delayed
+from ._protocol import Argument, Command, ServerError
+from ._settings import Settings, from_client, from_url
+from ._taking import PER_SCRIPT, Taking
+
+_SHIELDED = 1.0
+
+
+class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspector, PassSource):
+    """Streams on Redis 6.2 and newer, and on Valkey.
+
+    One multiplexed connection carries everything that does not block; each blocking read has one of its own.
+
+    :param url: ``redis://``, ``rediss://`` (TLS, verified) or ``unix://``, with user, password, database and redis-py's
+        ``ssl_…`` options in its query.
+    :param codec: how messages are written; JSON, as the existing Rust and Go buses do, unless given.
+    :param connect_timeout: seconds that opening a connection may take.
+    :param command_timeout: seconds of silence, while something waits, after which a connection counts as dead.
+    :raises ValidationError: if the URL cannot be understood.
+    """
+
+    features: frozenset[Feature] = frozenset(
+        {"renew", "release", "fence", "delivery_count", "atomic_transfer", "raw", "delay", "inspect"}
+    )
+
+    def __init__(
+        self,
+        url: str = "redis://localhost",
+        *,
+        codec: Codec | None = None,
+        connect_timeout: float = 5.0,
+        command_timeout: float = 5.0,
+    ) -> None:
+        self._configure(from_url(url, connect_timeout=connect_timeout, command_timeout=command_timeout), codec)
+
+    @classmethod
+    def from_client_settings(
+        cls, client: Any, *, codec: Codec | None = None, connect_timeout: float = 5.0, command_timeout: float = 5.0
+    ) -> RedisBackend:
+        """A backend that takes host, TLS, credentials and database from a configured redis-py client.
+
+        It opens connections of its own; the client, its pool and its timeouts are left alone.
+
+        :raises ValidationError: if it is no redis-py client.
+        :raises UnsupportedError: if it is one for a cluster, or behind a sentinel.
+        """
+        backend = cls.__new__(cls)
+        settings = from_client(client, connect_timeout=connect_timeout, command_timeout=command_timeout)
+        backend._configure(settings, codec)
+        return backend
+
+    def _configure(self, settings: Settings, codec: Codec | None) -> None:
+        self._codec = codec or JsonCodec()
+        self._client = Client(settings)
+        self._taking = Taking(self._client, EntryDecoder(self._codec))
+
+    def __repr__(self) -> str:
+        state = "connected" if self._client.mux.is_connected else "not connected"
+        return f"<RedisBackend {self._client.settings.place} {state}>"
+
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
+        failure: BaseException | None = None
+        async with anyio.create_task_group() as tasks:
+            self._taking.tasks = tasks
+            try:
+                await tasks.start(self._client.mux.run)
+                yield self
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as error:
+                failure = error
+            finally:
+                with anyio.move_on_after(_SHIELDED, shield=True):
+                    await self._taking.aclose()
+                self._client.mux.close()
+        if failure is not None:
+            raise failure
+
+    async def publish(self, stream: str, message: Message) -> str:
+        reply: bytes = await self._client.call("XADD", stream, "*", "message", self._encode(message))
+        return reply.decode()
+
+    async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
+        results: list[str | EventBusError] = [""] * len(items)
+        commands: list[Command] = []
+        places: list[int] = []
+        for index, (stream, message, spec) in enumerate(items):
+            try:
+                if spec is not None:
+                    raise UnsupportedError(f"RedisBackend cannot publish with {spec}")
+                commands.append(("XADD", stream, "*", "message", self._encode(message)))
+                places.append(index)
+            except EventBusError as error:
+                results[index] = error
+        if not commands:
+            return results
+        try:
+            replies = await self._client.mux.pipeline(commands)
+        except BackendError as error:
+            replies = [error] * len(commands)
+        for index, reply in zip(places, replies, strict=True):
+            if isinstance(reply, ServerError):
+                results[index] = self._client.refused(reply)
+            else:
+                results[index] = reply if isinstance(reply, EventBusError) else reply.decode()
+        return results
+
+    def _encode(self, message: Message) -> bytes:
+        data = self._codec.encode(message)
+        if len(data) > MAX_ENCODED:
+            raise ValidationError(f"a message must be at most {MAX_ENCODED} bytes when encoded, not {len(data)}")
+        return data
+
+    async def publish_later(
+        self,
+        stream: str,
+        message: Message,
+        *,
+        delay: float | None = None,
+        at: datetime | None = None,
+        spec: PublishSpec | None = None,
+    ) -> str:
+        if (delay is None) == (at is None):
+            raise ValidationError("publish_later takes exactly one of delay and at")
+        if spec is not None:
+            raise UnsupportedError(f"RedisBackend cannot publish with {spec}")
+        if at is not None:
+            due = f"{check_time('at', at).timestamp() * 1000:.0f}"
+        else:
+            due = f"+{check_delay('delay', delay) * 1000:.0f}"
+        token = secrets.token_hex(8)
+        args = (due, token, "message", self._encode(message))
+        await self._client.run(scripts.SCHEDULE, stream, "", (delayed(stream),), args)
+        return token
+
+    async def cancel_later(self, stream: str, schedule_id: str) -> bool:
+        return bool(await self._client.run(scripts.CANCEL, stream, "", (delayed(stream),), (schedule_id,)))
+
+    async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
+        if start_id != "$" and not is_entry_id(start_id):
+            raise ValidationError(f"start_id must be '$', '0' or an entry's id, not {start_id!r}")
+        [reply] = await self._client.mux.pipeline((("XGROUP", "CREATE", stream, group, start_id, "MKSTREAM"),))
+        if isinstance(reply, ServerError):
+            if has_code(reply, "BUSYGROUP"):
+                return False
+            raise self._client.refused(reply)
+        return True
+
+    async def read_new(
+        self, stream: str, group: str, consumer: str, *, count: int, timeout: float
+    ) -> list[FetchedEntry]:
+        return await self._taking.read_new(stream, group, consumer, count, timeout)
+
+    async def reclaim_idle(
+        self, stream: str, group: str, consumer: str, *, min_idle: float, count: int
+    ) -> list[FetchedEntry]:
+        return await self._taking.reclaim(stream, group, consumer, min_idle, count)
+
+    async def redeliver(
+        self, stream: str, retry_stream: str, group: str, consumer: str, *, min_idle: float, count: int
+    ) -> Redelivered:
+        return await self._taking.redeliver(stream, retry_stream, group, consumer, min_idle, count)
+
+    async def ack(self, stream: str, group: str, message_id: str) -> None:
+        await self.ack_many(stream, group, (message_id,))
+
+    async def ack_many(
+        self, stream: str, group: str, message_ids: Sequence[str], *, consumer: str | None = None
+    ) -> list[str]:
+        known = [message_id for message_id in message_ids if is_entry_id(message_id)]
+        refused = [message_id for message_id in message_ids if not is_entry_id(message_id)]
+        if consumer is None:
+            if known:
+                await self._client.ask(stream, group, ("XACK", stream, group, *known))
+            return []
+        for part in _parts(known):
+            refused += await self._owned(scripts.ACK, stream, group, consumer, part)
+        return refused
+
+    async def renew(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> list[str]:
+        owned: list[str] = []
+        for part in _parts(message_ids):
+            owned += await self._owned(scripts.RENEW, stream, group, consumer, part)
+        return owned
+
+    async def _owned(
+        self, script: scripts.Script, stream: str, group: str, consumer: str, message_ids: Sequence[str]
+    ) -> list[str]:
+        args = (group, consumer, *span(message_ids), *message_ids)
+        return [raw.decode() for raw in await self._client.run(script, stream, group, (stream,), args)]
+
+    async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
+        await self._taking.release(stream, group, consumer, message_ids)
+
+    async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
+        try:
+            await self._taking.forget(stream, group, consumer)
+            await self._client.run(scripts.FORGET, stream, group, (stream,), (group, consumer))
+        except BackendError:
+            return  # its name stays, without anything pending: a peer removes it
+
+    async def transfer(
+        self, stream: str, group: str, consumer: str, message_id: str, outputs: Sequence[Output]
+    ) -> list[str] | None:
+        [result] = await self.transfer_many(stream, group, consumer, ((message_id, outputs),))
+        if isinstance(result, EventBusError):
+            raise result
+        return result
+
+    async def transfer_many(
+        self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
+    ) -> list[list[str] | EventBusError | None]:
+        results: list[list[str] | EventBusError | None] = []
+        for part in _parts(items):
+            keys: list[str] = [stream]
+            args: list[Argument] = [group, consumer, len(part)]
+            for message_id, outputs in part:
+                args += (message_id, len(outputs))
+                for output in outputs:
+                    self._add_output(output, keys, args)
+            for status, *values in await self._client.run(scripts.TRANSFER, stream, group, keys, args):
+                if status == b"done":
+                    results.append([raw.decode() for raw in values[0]])
+                elif status == b"not ours":
+                    results.append(None)
+                else:
+                    results.append(self._client.refused(ServerError(values[0].decode(errors="replace"))))
+        return results
+
+    def _add_output(self, output: Output, keys: list[str], args: list[Argument]) -> None:
+        key = delayed(output.stream) if output.delay > 0 else output.stream
+        if key not in keys:
+            keys.append(key)
+        fields: list[Argument] = ["message", self._codec.encode(output.message)]
+        for name, value in (output.raw or {}).items():
+            fields += (f"raw:{name}", value)
+        delay = round(output.delay * 1000) if output.delay > 0 else -1
+        args += (keys.index(key) + 1, delay, secrets.token_hex(8), len(fields), *fields)
+
+    async def count_entries(self, stream: str) -> int:
+        return int(await self._client.call("XLEN", stream))
+
+    async def pending_entries(self, stream: str, group: str, *, limit: int = 1000) -> list[PendingEntry]:
+        reply = await self._client.ask(stream, group, ("XPENDING", stream, group, "-", "+", limit))
+        return [
+            PendingEntry(raw_id.decode(), owner.decode(), idle / 1000, deliveries)
+            for raw_id, owner, idle, deliveries in reply
+        ]
+
+    async def consumer_names(self, stream: str, group: str) -> list[str]:
+        reply = await self._client.ask(stream, group, ("XINFO", "CONSUMERS", stream, group))
+        return sorted(dict(zip(item[::2], item[1::2], strict=True))[b"name"].decode() for item in reply)
+
+
+def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
+    """At most so many in one script: a script stops the whole server while it runs."""
+    return [items[start : start + PER_SCRIPT] for start in range(0, len(items), PER_SCRIPT)]

@@ -1,0 +1,100 @@
+"""Commands and scripts on the multiplexed connection, their errors in the bus's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+
+from ..._errors import BackendError, GroupLostError
+from . import _scripts as scripts
+from ._decoding import predecessor
+from ._errors import has_code, translate
+from ._keys import meta
+from ._link import Link, exchange
+from ._multiplexer import Call, Multiplexer
+from ._protocol import Argument, Command, Protocol, ServerError
+from ._scripts import Script
+from ._server import Server, look_at
+from ._settings import Settings
+
+
+class Client:
+    """One server, over the multiplexed connection."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.server = Server()
+        self.mux = Multiplexer(settings, self._greet)
+
+    async def _greet(self, link: Link) -> None:
+        """On every new connection: is this a server that we can work with? Load the scripts."""
+        self.server = await look_at(link, self.settings)
+        await exchange(link, Protocol(), [("SCRIPT", "LOAD", script.source) for script in scripts.ALL])
+
+    async def call(self, *command: Argument) -> Any:
+        """
+        :raises BackendError: if the server refuses, or the connection breaks.
+        """
+        [reply] = await self.mux.pipeline((command,))
+        if isinstance(reply, ServerError):
+            raise self.refused(reply)
+        return reply
+
+    async def ask(self, stream: str, group: str, command: Command) -> Any:
+        """A command about a group.
+
+        :raises GroupLostError: if the group no longer exists.
+        :raises BackendError: as of :meth:`call`.
+        """
+        [reply] = await self.mux.pipeline((command,))
+        if isinstance(reply, ServerError):
+            raise await self.refused_in(stream, group, reply)
+        return reply
+
+    async def run(self, script: Script, stream: str, group: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        """Run a script about a group. Raises as :meth:`ask` does."""
+        call = await self.mux.start((evalsha(script, keys, args),))
+        await call.event.wait()
+        reply = await self.finish(call, script, keys, args)
+        if isinstance(reply, ServerError):
+            raise await self.refused_in(stream, group, reply)
+        return reply
+
+    async def finish(self, call: Call, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        """The reply of a script's call that has arrived. A server that has forgotten the script is told it again."""
+        if call.error is not None:
+            raise call.error
+        reply = call.replies[-1]
+        if isinstance(reply, ServerError) and has_code(reply, "NOSCRIPT"):
+            await self.load_scripts()
+            [reply] = await self.mux.pipeline((("EVAL", script.source, len(keys), *keys, *args),))
+        return reply
+
+    async def load_scripts(self) -> None:
+        """Tell a server that has forgotten them (SCRIPT FLUSH) all scripts again. Nobody waits for the replies."""
+        await self.mux.start([("SCRIPT", "LOAD", script.source) for script in scripts.ALL])
+
+    def refused(self, error: ServerError) -> BackendError:
+        if has_code(error, "READONLY"):
+            self.mux.reset()  # a replica now: whoever is the master answers under another address, perhaps
+        return translate(error)
+
+    async def refused_in(self, stream: str, group: str, error: ServerError) -> BackendError:
+        """The error of something asked about a group: if the group is gone, with the floor that was kept of it."""
+        lost = has_code(error, "NOGROUP") or "no such key" in str(error)
+        unblocked = has_code(error, "UNBLOCKED") and "instance state changed" not in str(error)
+        if not lost and not unblocked:
+            return self.refused(error)
+        floor: str | None = None
+        with anyio.move_on_after(self.settings.command_timeout):
+            [reply] = await self.mux.pipeline((("HGET", meta(stream), group),))
+            floor = reply.decode() if isinstance(reply, bytes) else None
+        if floor is not None and floor.startswith("before "):
+            floor = predecessor(floor.removeprefix("before "))
+        return GroupLostError(stream, group, floor)
+
+
+def evalsha(script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Command:
+    return ("EVALSHA", script.digest, len(keys), *keys, *args)

@@ -1,0 +1,108 @@
+"""A link: one open connection to the server, authenticated and named. Bytes in, bytes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+from anyio.abc import ByteStream
+
+from ._errors import broken, translate
+from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack
+from ._settings import Settings
+
+MAX_RECEIVE = 65536 * 4
+
+BROKEN = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError, BrokenProtocolError)
+"""What tells that a connection is of no use any more."""
+
+
+class Link:
+    """An open connection. ``client_id`` is the server's number for it."""
+
+    def __init__(self, stream: ByteStream, settings: Settings) -> None:
+        self._stream = stream
+        self._settings = settings
+        self.client_id = 0
+
+    async def send(self, data: bytes) -> None:
+        await self._stream.send(data)
+
+    async def receive(self) -> bytes:
+        return await self._stream.receive(MAX_RECEIVE)
+
+    async def aclose(self) -> None:
+        """Close without ceremony: the server notices by itself, and nobody waits for TLS's goodbye."""
+        with anyio.CancelScope(shield=True):
+            await anyio.aclose_forcefully(self._stream)
+
+
+async def open_link(settings: Settings) -> Link:
+    """Connect, authenticate, choose the database, set the name.
+
+    :raises BackendError: if any of it fails; ``can_pass`` tells whether trying again may help.
+    """
+    try:
+        with anyio.fail_after(settings.connect_timeout):
+            stream = await _open_stream(settings)
+            link = Link(stream, settings)
+            try:
+                await _introduce(link, settings)
+            except BaseException:
+                await link.aclose()
+                raise
+    except ServerError as error:
+        raise translate(error) from error
+    except BROKEN as error:
+        text = str(error) or type(error).__name__
+        raise broken(f"no connection to {settings.place}: {text}", may_have_happened=False) from error
+    return link
+
+
+async def _open_stream(settings: Settings) -> ByteStream:
+    if settings.path is not None:
+        return await anyio.connect_unix(settings.path)
+    if settings.tls is not None:
+        return await anyio.connect_tcp(
+            settings.host,
+            settings.port,
+            ssl_context=settings.tls,
+            tls_hostname=settings.tls_hostname,
+            tls_standard_compatible=False,
+        )
+    return await anyio.connect_tcp(settings.host, settings.port)
+
+
+async def _introduce(link: Link, settings: Settings) -> None:
+    commands: list[Command] = []
+    if settings.credentials is not None:
+        commands.append(("AUTH", *await settings.credentials.get_credentials_async()))
+    if settings.db:
+        commands.append(("SELECT", settings.db))
+    if settings.client_name:
+        commands.append(("CLIENT", "SETNAME", settings.client_name))
+    commands.append(("CLIENT", "ID"))
+    replies = await exchange(link, Protocol(), commands)
+    link.client_id = int(replies[-1])
+
+
+async def exchange(link: Link, protocol: Protocol, commands: list[Command]) -> list[Any]:
+    """Send commands on a link that nobody else uses, and wait for all replies.
+
+    :raises ServerError: the first error reply, after all replies have arrived.
+    """
+    finished = False
+
+    def done() -> None:
+        nonlocal finished
+        finished = True
+
+    replies = Replies(len(commands), done)
+    protocol.expect(replies)
+    await link.send(pack(commands))
+    while not finished:
+        protocol.feed(await link.receive())
+    for reply in replies.replies:
+        if isinstance(reply, ServerError):
+            raise reply
+    return replies.replies

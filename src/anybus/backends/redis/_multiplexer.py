@@ -1,0 +1,241 @@
+"""One connection for everything that does not block: commands of concurrent callers leave in one write."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import anyio
+from anyio.abc import TaskStatus
+
+from ..._backoff import recovery_delay
+from ..._errors import BackendError
+from ._errors import broken, translate
+from ._link import BROKEN, Link, open_link
+from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack
+from ._settings import Settings
+
+_WATCH_INTERVAL = 0.5
+
+
+class Call(Replies):
+    """A caller's place in the line, and the event that wakes it."""
+
+    __slots__ = ("event", "sent")
+
+    def __init__(self, expected: int) -> None:
+        self.event = anyio.Event()
+        self.sent = False
+        super().__init__(expected, self.event.set)
+
+
+class Multiplexer:
+    """Shares one connection among all callers, and opens it again when it breaks and somebody needs it.
+
+    A caller that is cancelled leaves its place in the line: its reply is still taken, in order, and dropped.
+    """
+
+    def __init__(self, settings: Settings, on_connect: Callable[[Link], Awaitable[None]]) -> None:
+        self._settings = settings
+        self._on_connect = on_connect
+        self._scope = anyio.CancelScope(shield=True)
+        self._link: Link | None = None
+        self._protocol = Protocol()
+        self._unsent: list[tuple[bytes, Call]] = []
+        self._wake_writer = anyio.Event()
+        self._demand = anyio.Event()
+        self._ready = anyio.Event()
+        self._last_error: BackendError | None = None
+        self._serving = anyio.CancelScope()
+        self._last_reply = 0.0
+        self.connections = 0
+
+    @property
+    def is_connected(self) -> bool:
+        return self._link is not None
+
+    def close(self) -> None:
+        self._scope.cancel()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Connect, then serve until closed. The first connection must succeed; later ones are tried again.
+
+        Shielded: when everything around it is cancelled, subscriptions still have to hand back what they hold.
+        """
+        with self._scope:
+            link = await self._connect()
+            task_status.started()
+            while True:
+                await self._serve(link)
+                link = await self._reconnect()
+
+    async def _connect(self) -> Link:
+        link = await open_link(self._settings)
+        try:
+            with anyio.fail_after(self._settings.connect_timeout):
+                await self._on_connect(link)
+        except ServerError as error:
+            await link.aclose()
+            raise translate(error) from error
+        except BROKEN as error:
+            await link.aclose()
+            raise broken(f"the connection to {self._settings.place} broke", may_have_happened=False) from error
+        except BaseException:
+            await link.aclose()
+            raise
+        return link
+
+    async def _reconnect(self) -> Link:
+        failures = 0
+        while True:
+            await self._demand.wait()
+            try:
+                link = await self._connect()
+            except BackendError as error:
+                self._last_error = error
+                failures += 1
+                if not error.can_pass:
+                    # Nobody waits for what will not come; the next use tries again.
+                    self._wake_waiters()
+                    self._demand = anyio.Event()
+                await anyio.sleep(recovery_delay(failures, random.random()))
+            else:
+                self._last_error = None
+                return link
+
+    def _wake_waiters(self) -> None:
+        self._ready.set()
+        self._ready = anyio.Event()
+
+    async def _serve(self, link: Link) -> None:
+        protocol = self._protocol = Protocol()
+        self._link = link
+        self._demand = anyio.Event()
+        self._last_reply = anyio.current_time()
+        self.connections += 1
+        self._wake_waiters()
+        reason: BaseException | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._serving = tasks.cancel_scope
+
+                async def write() -> None:
+                    nonlocal reason
+                    try:
+                        await self._write(link, protocol)
+                    except BROKEN as error:
+                        reason = error
+                    tasks.cancel_scope.cancel()
+
+                async def watch() -> None:
+                    nonlocal reason
+                    await self._watch(protocol)
+                    reason = TimeoutError(f"no reply within command_timeout ({self._settings.command_timeout} s)")
+                    tasks.cancel_scope.cancel()
+
+                tasks.start_soon(write)
+                tasks.start_soon(watch)
+                try:
+                    while True:
+                        data = await link.receive()
+                        self._last_reply = anyio.current_time()
+                        protocol.feed(data)
+                except BROKEN as error:
+                    reason = error
+                tasks.cancel_scope.cancel()
+        finally:
+            self._link = None
+            self._abandon(protocol, reason)
+            await link.aclose()
+
+    def _abandon(self, protocol: Protocol, reason: BaseException | None) -> None:
+        text = f"the connection to {self._settings.place} broke"
+        if reason is not None:
+            text += f": {str(reason) or type(reason).__name__}"
+        if isinstance(reason, BrokenProtocolError):
+            text += " (what arrived was not the protocol)"
+        protocol.fail(broken(text, may_have_happened=True))
+        unsent, self._unsent = self._unsent, []
+        for _, call in unsent:
+            call.fail(broken(text, may_have_happened=False))
+
+    async def _write(self, link: Link, protocol: Protocol) -> None:
+        while True:
+            if not self._unsent:
+                self._wake_writer = anyio.Event()
+                await self._wake_writer.wait()
+            batch, self._unsent = self._unsent, []
+            for _, call in batch:
+                call.sent = True
+                protocol.expect(call)
+            data = batch[0][0] if len(batch) == 1 else b"".join([packed for packed, _ in batch])
+            await link.send(data)
+
+    async def _watch(self, protocol: Protocol) -> None:
+        """Returns when something has been waiting for a reply for too long: a frozen server says nothing, ever."""
+        timeout = self._settings.command_timeout
+        waiting_since: float | None = None
+        while True:
+            await anyio.sleep(min(_WATCH_INTERVAL, timeout / 4))
+            now = anyio.current_time()
+            if not protocol.is_waiting:
+                waiting_since = None
+                continue
+            if waiting_since is None:
+                waiting_since = now
+            if now - max(waiting_since, self._last_reply) >= timeout:
+                return
+
+    def reset(self) -> None:
+        """Give this connection up: the server says that it is not the one we want (a replica, now)."""
+        self._serving.cancel()
+
+    async def _until_connected(self) -> None:
+        """
+        :raises BackendError: if there is no connection in time; surely nothing was sent.
+        """
+        timeout = self._settings.connect_timeout + self._settings.command_timeout
+        # The caller may have less time. It is told in time, so that it learns that nothing was sent.
+        deadline = min(anyio.current_time() + timeout, anyio.current_effective_deadline() - 0.01)
+        with anyio.CancelScope(deadline=deadline) as scope:
+            while self._link is None:
+                self._demand.set()
+                await self._ready.wait()
+                error = self._last_error
+                if error is not None and not error.can_pass:
+                    raise error
+        if scope.cancelled_caught:
+            why = f": {self._last_error}" if self._last_error is not None else ""
+            raise broken(f"not connected to {self._settings.place}{why}", may_have_happened=False)
+
+    async def start(self, commands: Sequence[Command]) -> Call:
+        """Put commands in the line; they leave with the next write. Waits only while there is no connection."""
+        if self._link is None:
+            await self._until_connected()
+        call = Call(len(commands))
+        self._unsent.append((pack(commands), call))
+        self._wake_writer.set()
+        return call
+
+    async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands together; their replies, error replies included, in order.
+
+        :raises BackendError: if the connection broke; ``may_have_happened`` tells whether they had been sent.
+        """
+        call = await self.start(commands)
+        await call.event.wait()
+        if call.error is not None:
+            raise call.error
+        return call.replies
+
+    async def call(self, *command: Any) -> Any:
+        """Send a command; its reply.
+
+        :raises ServerError: an error reply.
+        :raises BackendError: if the connection broke.
+        """
+        [reply] = await self.pipeline((command,))
+        if isinstance(reply, ServerError):
+            raise reply
+        return reply

@@ -1,0 +1,105 @@
+"""A blocking reader: a connection of its own for one consumer's blocking reads, which never lose an entry."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+
+from ._errors import broken
+from ._link import BROKEN, Link, open_link
+from ._protocol import Command, Protocol, Replies, pack
+from ._settings import Settings
+
+_SHIELDED = 1.0
+
+
+class BlockingReader:
+    """One consumer's connection. One request at a time.
+
+    :param unblock: asks the server to end the blocking command of a client id; true if it did.
+    """
+
+    def __init__(self, settings: Settings, unblock: Callable[[int], Awaitable[bool]]) -> None:
+        self._settings = settings
+        self._unblock = unblock
+        self._link: Link | None = None
+        self._protocol = Protocol()
+        self.lost_track = False
+        """A connection broke while a read was under way: something may have been delivered that nobody has seen."""
+        self.last_id = "0-0"
+        """The highest id that a read has brought. Reads of one consumer bring ever higher ones."""
+
+    async def aclose(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            await link.aclose()
+
+    async def request(
+        self, commands: list[Command], *, wait: float, hand_back: Callable[[list[Any]], Awaitable[None]]
+    ) -> list[Any]:
+        """Send commands, wait for their replies (error replies included).
+
+        :param wait: seconds for which the server may block.
+        :param hand_back: called with the replies, shielded, if the caller was cancelled and they came all the same.
+        :raises BackendError: if the connection cannot be made, breaks, or is silent for longer than it may be.
+        """
+        if self._link is None:
+            self._link = await open_link(self._settings)
+            self._protocol = Protocol()
+        link = self._link
+        finished = anyio.Event()
+        replies = Replies(len(commands), finished.set)
+        self._protocol.expect(replies)
+        try:
+            with anyio.move_on_after(wait + self._settings.command_timeout):
+                # Not cancelled half-way: what is left of a command in the pipe would spoil the connection.
+                with anyio.CancelScope(shield=True):
+                    await link.send(pack(commands))
+                await self._receive(link, finished)
+        except BROKEN as error:
+            await self._drop()
+            text = f"the connection to {self._settings.place} broke: {str(error) or type(error).__name__}"
+            raise broken(text, may_have_happened=True) from error
+        except BaseException:
+            # Cancelled: the entries may be on their way. Have the server answer now, and give them back.
+            with anyio.move_on_after(_SHIELDED, shield=True):
+                await self._end_blocking(link, finished)
+                await hand_back(replies.replies)
+            if not finished.is_set():
+                await self._drop()
+            raise
+        if not finished.is_set():
+            await self._drop()
+            text = f"{self._settings.place} has not answered for {wait + self._settings.command_timeout:.3g} s"
+            raise broken(text, may_have_happened=True)
+        return replies.replies
+
+    async def _receive(self, link: Link, finished: anyio.Event) -> None:
+        while not finished.is_set():
+            self._protocol.feed(await link.receive())
+
+    async def _end_blocking(self, link: Link, finished: anyio.Event) -> None:
+        async with anyio.create_task_group() as tasks:
+
+            async def unblock() -> None:
+                # Until it has arrived and is blocked, the server does not know what to unblock.
+                while not finished.is_set():
+                    try:
+                        if await self._unblock(link.client_id):
+                            return
+                    except Exception:
+                        return  # without the other connection: what is blocked here ends by its own time
+                    await anyio.sleep(0.002)
+
+            tasks.start_soon(unblock)
+            try:
+                await self._receive(link, finished)
+            except BROKEN:
+                self.lost_track = True
+            tasks.cancel_scope.cancel()
+
+    async def _drop(self) -> None:
+        self.lost_track = True
+        await self.aclose()

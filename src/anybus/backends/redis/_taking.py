@@ -1,0 +1,270 @@
+"""Taking entries: blocking reads, reclaims, whole passes. Cancelled, each hands back what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from ...abc import FetchedEntry, MissingEntry, Redelivered
+from . import _scripts as scripts
+from ._client import Client, evalsha
+from ._decoding import EntryDecoder, span
+from ._errors import has_code
+from ._keys import delayed, meta
+from ._protocol import Argument, Command, ServerError
+from ._reader import BlockingReader
+from ._scripts import Script
+
+_SHIELDED = 1.0
+_SHORT_BLOCK = 0.4
+_FLOOR_INTERVAL = 5.0
+PER_SCRIPT = 250
+
+Member = tuple[str, str, str]
+Taken = dict[str, list[FetchedEntry]]
+
+
+class Taking:
+    """The reading half of the backend, and what it keeps per consumer: a connection, cursors."""
+
+    def __init__(self, client: Client, decoder: EntryDecoder) -> None:
+        self._client = client
+        self._decoder = decoder
+        self._readers: dict[Member, BlockingReader] = {}
+        self._cursors: dict[Member, str] = {}
+        self._kept_at: dict[tuple[str, str], float] = {}
+        self._reaped_at: dict[tuple[str, str], float] = {}
+        self._passes = 0
+        self.tasks: TaskGroup | None = None
+
+    async def aclose(self) -> None:
+        for reader in list(self._readers.values()):
+            await reader.aclose()
+
+    async def forget(self, stream: str, group: str, consumer: str) -> None:
+        member = (stream, group, consumer)
+        self._cursors.pop(member, None)
+        self._kept_at.pop((stream, group), None)
+        self._reaped_at.pop((stream, group), None)
+        reader = self._readers.pop(member, None)
+        if reader is not None:
+            await reader.aclose()
+
+    async def read_new(self, stream: str, group: str, consumer: str, count: int, timeout: float) -> list[FetchedEntry]:
+        read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
+        move: Command = evalsha(scripts.MOVE_DUE, (stream, delayed(stream)), ())
+        if timeout <= 0:
+            replies = await self._take([move, read], group, consumer, lambda reply: {stream: self._decoder.read(reply)})
+            return replies[stream]
+        reader = self._readers.setdefault(
+            (stream, group, consumer), BlockingReader(self._client.settings, self._unblock)
+        )
+        if reader.lost_track:
+            unseen = await self._find_unseen(reader, stream, group, consumer, count)
+            if unseen:
+                return unseen
+        deadline = anyio.current_time() + timeout
+        while True:
+            moved, reply = await self._request(reader, [move, read], stream, group, consumer, 0.0)
+            entries = await self._read(reader, reply, stream, group)
+            left = deadline - anyio.current_time()
+            if entries or left <= 0:
+                return entries
+            block = min(left, await self._next_due(moved, stream), self._longest_block)
+            blocking: Command = (*read[:6], "BLOCK", max(1, int(block * 1000)), *read[6:])
+            [reply] = await self._request(reader, [blocking], stream, group, consumer, block)
+            entries = await self._read(reader, reply, stream, group)
+            if entries or anyio.current_time() >= deadline:
+                return entries
+
+    @property
+    def _longest_block(self) -> float:
+        return float("inf") if self._client.server.can_unblock else _SHORT_BLOCK
+
+    async def _unblock(self, client_id: int) -> bool:
+        if not self._client.server.can_unblock:
+            return True  # it ends by its own time, soon
+        return bool(await self._client.call("CLIENT", "UNBLOCK", client_id))
+
+    async def _request(
+        self, reader: BlockingReader, commands: list[Command], stream: str, group: str, consumer: str, wait: float
+    ) -> list[Any]:
+        async def hand_back(replies: list[Any]) -> None:
+            if len(replies) == len(commands) and not isinstance(replies[-1], ServerError):
+                await self._hand_back({stream: self._decoder.read(replies[-1])}, group, consumer)
+
+        return await reader.request(commands, wait=wait, hand_back=hand_back)
+
+    async def _read(self, reader: BlockingReader, reply: Any, stream: str, group: str) -> list[FetchedEntry]:
+        if isinstance(reply, ServerError):
+            raise await self._client.refused_in(stream, group, reply)
+        entries = self._decoder.read(reply)
+        if entries:
+            reader.last_id = entries[-1].id
+        return entries
+
+    async def _next_due(self, moved: Any, stream: str) -> float:
+        """Seconds until the next delayed entry of the stream is due."""
+        if isinstance(moved, ServerError) and has_code(moved, "NOSCRIPT"):
+            moved = await self._client.run(scripts.MOVE_DUE, stream, "", (stream, delayed(stream)), ())
+        return moved / 1000 if isinstance(moved, int) and moved >= 0 else float("inf")
+
+    async def _find_unseen(
+        self, reader: BlockingReader, stream: str, group: str, consumer: str, count: int
+    ) -> list[FetchedEntry]:
+        """What was delivered to this consumer by a read whose reply was lost: all that is above the last one seen.
+
+        What it had claimed from others may be among it; the bus knows that it holds those.
+        """
+        range_: Command = ("XPENDING", stream, group, f"({reader.last_id}", "+", count, consumer)
+        ids = [item[0] for item in await self._client.ask(stream, group, range_)]
+        if not ids:
+            reader.lost_track = False
+            return []
+        claim: Command = ("XCLAIM", stream, group, consumer, 0, *ids, "RETRYCOUNT", 1)
+
+        def parse(reply: Any) -> Taken:
+            # 6.2 answers with a nil (or a pair of nils) for an entry whose body is gone.
+            return {stream: self._decoder.new([item for item in reply if item and item[0]])}
+
+        entries = (await self._take([claim], group, consumer, parse))[stream]
+        found = {entry.id for entry in entries}
+        entries += [MissingEntry(raw.decode()) for raw in ids if raw.decode() not in found]
+        reader.last_id = ids[-1].decode()
+        return entries
+
+    async def reclaim(self, stream: str, group: str, consumer: str, min_idle: float, count: int) -> list[FetchedEntry]:
+        member = (stream, group, consumer)
+        keys, args = (stream,), (group, consumer, int(min_idle * 1000), count, self._cursors.get(member, "0-0"))
+
+        def parse(reply: Any) -> Taken:
+            return {stream: self._reclaimed(member, reply)}
+
+        return (await self._take_by_script(scripts.RECLAIM, keys, args, group, consumer, parse))[stream]
+
+    def _reclaimed(self, member: Member, reply: Any) -> list[FetchedEntry]:
+        self._cursors[member] = reply[0].decode()
+        return self._decoder.reclaimed(reply[1])
+
+    async def redeliver(
+        self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float, count: int
+    ) -> Redelivered:
+        self._passes += 1
+        topic, retries = (stream, group, consumer), (retry_stream, group, consumer)
+        keys = (stream, delayed(stream), retry_stream, delayed(retry_stream))
+        cursors = (self._cursors.get(topic, "0-0"), self._cursors.get(retries, "0-0"))
+        args = (group, consumer, int(min_idle * 1000), count, *cursors, self._passes % 3)
+        refusals: list[tuple[str, ServerError]] = []
+        new_retries: list[FetchedEntry] = []
+        reclaimed_retries: list[FetchedEntry] = []
+
+        def failed(where: str, part: Any) -> bool:
+            if part and part[0] == b"error":
+                refusals.append((where, ServerError(part[1].decode(errors="replace"))))
+                return True
+            return not part
+
+        def parse(reply: Any) -> Taken:
+            first, second, third = reply
+            taken: Taken = {stream: [], retry_stream: []}
+            if not failed(stream, first):
+                taken[stream] = self._reclaimed(topic, first)
+            if not failed(retry_stream, second):
+                new_retries.extend(self._decoder.new(second[1]))
+            if not failed(retry_stream, third):
+                reclaimed_retries.extend(self._reclaimed(retries, third))
+            taken[retry_stream] = new_retries + reclaimed_retries
+            return taken
+
+        taken = await self._take_by_script(scripts.PASS, keys, args, group, consumer, parse)
+        error = None
+        for where, refusal in refusals[:1]:
+            error = await self._client.refused_in(where, group, refusal)
+        if error is None:
+            await self._keep_house(stream, retry_stream, group, consumer, min_idle)
+        return Redelivered(taken[stream], new_retries, reclaimed_retries, error)
+
+    async def _keep_house(self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float) -> None:
+        """Now and then: keep the group's floors, remove consumers that are gone. Nobody waits for the replies."""
+        now, key = anyio.current_time(), (stream, group)
+        if now - self._kept_at.get(key, float("-inf")) >= _FLOOR_INTERVAL:
+            self._kept_at[key] = now
+            keys = (stream, meta(stream), retry_stream, meta(retry_stream))
+            await self._client.mux.start((evalsha(scripts.FLOOR, keys, (group,)),))
+        if now - self._reaped_at.setdefault(key, now) >= max(min_idle, 1.0):
+            self._reaped_at[key] = now
+            silent = int(max(2 * min_idle, 5.0) * 1000)
+            await self._client.mux.start(
+                [evalsha(scripts.REAP, (name,), (group, consumer, silent)) for name in (stream, retry_stream)]
+            )
+
+    async def _take_by_script(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        args: Sequence[Argument],
+        group: str,
+        consumer: str,
+        parse: Callable[[Any], Taken],
+    ) -> Taken:
+        try:
+            return await self._take([evalsha(script, keys, args)], group, consumer, parse, stream=keys[0])
+        except _ScriptForgottenError:
+            await self._client.load_scripts()
+            return await self._take([("EVAL", script.source, len(keys), *keys, *args)], group, consumer, parse, keys[0])
+
+    async def _take(
+        self,
+        commands: list[Command],
+        group: str,
+        consumer: str,
+        parse: Callable[[Any], Taken],
+        stream: str | None = None,
+    ) -> Taken:
+        """Send commands of which the last one takes entries. Cancelled, what it took is handed back all the same."""
+        call = await self._client.mux.start(commands)
+        try:
+            await call.event.wait()
+        except BaseException:
+            with anyio.move_on_after(_SHIELDED, shield=True):
+                await call.event.wait()
+                await self._hand_back_reply(call.replies, parse, group, consumer)
+            if not call.event.is_set() and self.tasks is not None:
+                tasks = self.tasks
+
+                def late() -> None:
+                    tasks.start_soon(self._hand_back_reply, call.replies, parse, group, consumer)
+
+                call.done = late
+            raise
+        if call.error is not None:
+            raise call.error
+        reply = call.replies[-1]
+        if isinstance(reply, ServerError):
+            if has_code(reply, "NOSCRIPT") and stream is not None:
+                raise _ScriptForgottenError
+            raise await self._client.refused_in(stream or str(commands[-1][-2]), group, reply)
+        return parse(reply)
+
+    async def _hand_back_reply(
+        self, replies: list[Any], parse: Callable[[Any], Taken], group: str, consumer: str
+    ) -> None:
+        if replies and not isinstance(replies[-1], ServerError):
+            await self._hand_back(parse(replies[-1]), group, consumer)
+
+    async def _hand_back(self, taken: Taken, group: str, consumer: str) -> None:
+        for stream, entries in taken.items():
+            if entries:
+                await self.release(stream, group, consumer, [entry.id for entry in entries])
+
+    async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
+        for start in range(0, len(message_ids), PER_SCRIPT):
+            part = message_ids[start : start + PER_SCRIPT]
+            await self._client.run(scripts.RELEASE, stream, group, (stream,), (group, consumer, *span(part), *part))
+
+
+class _ScriptForgottenError(Exception):
+    """The server does not know the script any more; nothing was done."""
