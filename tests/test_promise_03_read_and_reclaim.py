@@ -113,7 +113,8 @@ async def test_where_they_take_turns_a_read_blocks_no_longer_than_a_reclaim_inte
         timeouts.clear()
         async with bus.subscribe(SubscriptionConfig(topic, "g", max_in_flight=1, max_pending_acks=1), handler):
             await until(lambda: handled == ["old"])
-    assert timeouts == {0, 0.02}
+    # (What does not wait is the look at the retry stream, where the backend makes no whole pass of it.)
+    assert timeouts - {0} == {0.02}
 
 
 async def test_a_backlog_of_a_dead_peer_drains_at_the_handlers_speed(harness: Harness, topic: str) -> None:

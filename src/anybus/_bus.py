@@ -12,13 +12,13 @@ from typing import Any, cast
 import anyio
 from anyio.abc import TaskStatus
 
+from ._cancellation import persist
 from ._checks import refuse
 from ._copies import retry_stream
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError
 from ._message import Message
 from ._options import Drop, PublishOptions, StreamBusOptions, SubscriptionConfig
 from ._reporting import Notices, Reporter
-from ._runtime._cancellation import persist
 from ._runtime._context import Context, Counters, SuspectSlot
 from ._runtime._ledger import Budget, Ledger
 from ._runtime._pool import Handler

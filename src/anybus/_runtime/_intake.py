@@ -10,12 +10,12 @@ from datetime import datetime, timezone
 import anyio
 
 from .._backoff import recovery_delay
+from .._cancellation import as_failure, persist
 from .._copies import failed_attempts, undecodable
 from .._errors import BackendError, GroupLostError, SerializationError, can_pass
 from .._settlement import Outcome, Result, Verdict, on_taken
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
-from ._cancellation import as_failure, persist
 from ._context import Context
 from ._leases import Leases
 from ._ledger import Held, Stage
@@ -43,8 +43,6 @@ class Intake:
         self._step = 0
         self._suspects_released = 0
         self._no_suspect_before = -math.inf
-        self._wants_room = False
-        """The last pass was full: it left something behind for want of room."""
         self.scope = anyio.CancelScope()
         self.ended = anyio.Event()
 
@@ -87,13 +85,10 @@ class Intake:
         while True:
             await self._until_open()
             await self._ledger.wait_for_read_room()
-            if self._wants_room:
-                # A read that blocks reserves what it asks for: while reclaim has work, that is one place and no more.
-                came = await recovery.attempt(self._read, 0.0)
-                if not came:
-                    await recovery.attempt(self._read, self._context.options.reclaim_interval, 1)
-            else:
-                await recovery.attempt(self._read, self._context.options.block_timeout)
+            # A read that blocks reserves what it asks for, all the while: that is one place and no more, so that
+            # reclaim can use the rest. (A blocked reader is woken by the first entry anyway.)
+            if not await recovery.attempt(self._read, 0.0):
+                await recovery.attempt(self._read, self._context.options.block_timeout, 1)
 
     async def _keep_reclaiming(self) -> None:
         recovery = _Recovery(self._context, "reclaim")
@@ -102,8 +97,7 @@ class Intake:
             await self._until_open()
             full = await recovery.attempt(self._pass)
             before, releases = releases, self._releases()
-            self._wants_room = full and before == releases
-            if self._wants_room:
+            if full and before == releases:
                 await self._ledger.wait_for_reclaim_room()
             else:
                 # What a handler has just released would be taken again at once, and again: no spinning.
@@ -114,16 +108,17 @@ class Intake:
         options = self._context.options
         read, reclaim = _Recovery(self._context, "read"), _Recovery(self._context, "reclaim")
         releases = self._releases()
+        left_behind = False
         while True:
             await self._until_open()
             await self._ledger.wait_for_read_room()
-            pause = 0.0 if self._wants_room else min(options.block_timeout, options.reclaim_interval)
+            pause = 0.0 if left_behind else min(options.block_timeout, options.reclaim_interval)
             await read.attempt(self._read, pause)
             await self._until_open()
             await self._ledger.wait_for_reclaim_room()
             full = await reclaim.attempt(self._pass)
             before, releases = releases, self._releases()
-            self._wants_room = full and before == releases
+            left_behind = full and before == releases
 
     def _releases(self) -> int:
         return self._settler.handed_back + self._suspects_released

@@ -8,8 +8,8 @@ import random
 import anyio
 
 from .._backoff import recovery_delay
+from .._cancellation import as_failure
 from .._errors import LeaseLostError, UnsupportedError, can_pass
-from ._cancellation import as_failure
 from ._context import Context
 from ._ledger import Held, Stage
 from ._settler import Settler

@@ -15,10 +15,10 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
+from .._cancellation import cancellation_in, is_cancelled, persist, sole
 from .._delivery import Delivery
 from .._settlement import CANCELLED, RETURNED, Outcome, Result
 from .._verdicts import Reject, Retry
-from ._cancellation import cancellation_in, is_cancelled, persist, sole
 from ._context import Context
 from ._keeper import EntryKeeper
 from ._ledger import Held, Ledger, Stage

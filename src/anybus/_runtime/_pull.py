@@ -8,8 +8,8 @@ import anyio
 from anyio.abc import ObjectReceiveStream
 from anyio.lowlevel import checkpoint
 
+from .._cancellation import persist
 from .._delivery import Delivery
-from ._cancellation import persist
 from ._context import Context
 from ._keeper import EntryKeeper
 from ._ledger import Stage

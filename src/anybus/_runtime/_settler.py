@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 import anyio
 
 from .._backoff import recovery_delay
+from .._cancellation import as_failure
 from .._copies import RETRY_FIRST_ID, Origin, dead_letter, retry_copy
 from .._errors import AlreadySettledError, ClosedError, GroupLostError, LeaseLostError, may_have_happened
 from .._settlement import (
@@ -30,7 +31,6 @@ from .._settlement import (
 )
 from ..abc import Output
 from ..abc._observer import ErrorScope
-from ._cancellation import as_failure
 from ._context import Context
 from ._lane import Lane
 from ._ledger import Held, Stage, Waiter

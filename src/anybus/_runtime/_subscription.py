@@ -18,10 +18,10 @@ import anyio
 from anyio.abc import TaskGroup
 
 from .._backoff import recovery_delay
+from .._cancellation import as_failure, is_stray, persist, sole
 from .._errors import ClosedError, EventBusError, can_pass
 from .._statistics import SubscriptionStatistics
 from ..abc import StreamInspector
-from ._cancellation import as_failure, is_stray, persist, sole
 from ._context import Context
 from ._intake import ENDING, PAUSED, Intake
 from ._keeper import EntryKeeper

@@ -10,6 +10,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from ..._backoff import recovery_delay
+from ..._cancellation import is_stray
 from ..._errors import BackendError
 from ._errors import broken, translate
 from ._link import BROKEN, Link, open_link
@@ -67,8 +68,13 @@ class Multiplexer:
             link = await self._connect()
             task_status.started()
             while True:
-                await self._serve(link)
-                link = await self._reconnect()
+                try:
+                    await self._serve(link)
+                    link = await self._reconnect()
+                except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a broken connection
+                    if not is_stray(error):
+                        raise
+                    link = await self._reconnect()  # noqa: ASYNC102, ASYNC104 - no cancellation comes this far
 
     async def _connect(self) -> Link:
         link = await open_link(self._settings)

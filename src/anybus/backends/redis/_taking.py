@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from ._scripts import Script
 
 _SHIELDED = 1.0
 _SHORT_BLOCK = 0.4
+_STALE = 0.1
 _FLOOR_INTERVAL = 5.0
 PER_SCRIPT = 250
 
@@ -38,6 +40,8 @@ class Taking:
         self._kept_at: dict[tuple[str, str], float] = {}
         self._reaped_at: dict[tuple[str, str], float] = {}
         self._passes = 0
+        self._looked: dict[str, tuple[float, float]] = {}
+        """When a stream was last found empty by a read that does not wait, and when its next delayed entry is due."""
         self.tasks: TaskGroup | None = None
 
     async def aclose(self) -> None:
@@ -57,8 +61,7 @@ class Taking:
         read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
         move: Command = evalsha(scripts.MOVE_DUE, (stream, delayed(stream)), ())
         if timeout <= 0:
-            replies = await self._take([move, read], group, consumer, lambda reply: {stream: self._decoder.read(reply)})
-            return replies[stream]
+            return await self._look(stream, group, consumer, move, read)
         reader = self._readers.setdefault(
             (stream, group, consumer), BlockingReader(self._client.settings, self._unblock)
         )
@@ -66,19 +69,39 @@ class Taking:
             unseen = await self._find_unseen(reader, stream, group, consumer, count)
             if unseen:
                 return unseen
-        deadline = anyio.current_time() + timeout
+        now = anyio.current_time()
+        deadline = now + timeout
         while True:
-            moved, reply = await self._request(reader, [move, read], stream, group, consumer, 0.0)
-            entries = await self._read(reader, reply, stream, group)
-            left = deadline - anyio.current_time()
-            if entries or left <= 0:
-                return entries
-            block = min(left, await self._next_due(moved, stream), self._longest_block)
+            looked_at, next_due = self._looked.pop(stream, (-math.inf, math.inf))
+            if now - looked_at > _STALE:
+                entries = await self._look(stream, group, consumer, move, read)
+                now = anyio.current_time()
+                if entries or now >= deadline:
+                    return entries
+                _, next_due = self._looked.pop(stream, (now, math.inf))
+            block = max(0.001, min(deadline, next_due) - now)
+            block = min(block, self._longest_block)
             blocking: Command = (*read[:6], "BLOCK", max(1, int(block * 1000)), *read[6:])
             [reply] = await self._request(reader, [blocking], stream, group, consumer, block)
             entries = await self._read(reader, reply, stream, group)
-            if entries or anyio.current_time() >= deadline:
+            now = anyio.current_time()
+            if entries or now >= deadline:
                 return entries
+
+    async def _look(self, stream: str, group: str, consumer: str, move: Command, read: Command) -> list[FetchedEntry]:
+        """Append what is due, then read without waiting: two commands in one write."""
+        moved: list[Any] = []
+
+        def parse(replies: list[Any]) -> Taken:
+            moved.append(replies[0])
+            return {stream: self._decoder.read(replies[-1])}
+
+        entries = (await self._take([move, read], group, consumer, parse))[stream]
+        if not entries:
+            next_due = await self._next_due(moved[0], stream)
+            now = anyio.current_time()
+            self._looked[stream] = (now, now + next_due)
+        return entries
 
     @property
     def _longest_block(self) -> float:
@@ -126,9 +149,9 @@ class Taking:
             return []
         claim: Command = ("XCLAIM", stream, group, consumer, 0, *ids, "RETRYCOUNT", 1)
 
-        def parse(reply: Any) -> Taken:
+        def parse(replies: list[Any]) -> Taken:
             # 6.2 answers with a nil (or a pair of nils) for an entry whose body is gone.
-            return {stream: self._decoder.new([item for item in reply if item and item[0]])}
+            return {stream: self._decoder.new([item for item in replies[-1] if item and item[0]])}
 
         entries = (await self._take([claim], group, consumer, parse))[stream]
         found = {entry.id for entry in entries}
@@ -140,8 +163,8 @@ class Taking:
         member = (stream, group, consumer)
         keys, args = (stream,), (group, consumer, int(min_idle * 1000), count, self._cursors.get(member, "0-0"))
 
-        def parse(reply: Any) -> Taken:
-            return {stream: self._reclaimed(member, reply)}
+        def parse(replies: list[Any]) -> Taken:
+            return {stream: self._reclaimed(member, replies[-1])}
 
         return (await self._take_by_script(scripts.RECLAIM, keys, args, group, consumer, parse))[stream]
 
@@ -167,8 +190,8 @@ class Taking:
                 return True
             return not part
 
-        def parse(reply: Any) -> Taken:
-            first, second, third = reply
+        def parse(replies: list[Any]) -> Taken:
+            first, second, third = replies[-1]
             taken: Taken = {stream: [], retry_stream: []}
             if not failed(stream, first):
                 taken[stream] = self._reclaimed(topic, first)
@@ -208,7 +231,7 @@ class Taking:
         args: Sequence[Argument],
         group: str,
         consumer: str,
-        parse: Callable[[Any], Taken],
+        parse: Callable[[list[Any]], Taken],
     ) -> Taken:
         try:
             return await self._take([evalsha(script, keys, args)], group, consumer, parse, stream=keys[0])
@@ -221,7 +244,7 @@ class Taking:
         commands: list[Command],
         group: str,
         consumer: str,
-        parse: Callable[[Any], Taken],
+        parse: Callable[[list[Any]], Taken],
         stream: str | None = None,
     ) -> Taken:
         """Send commands of which the last one takes entries. Cancelled, what it took is handed back all the same."""
@@ -247,13 +270,13 @@ class Taking:
             if has_code(reply, "NOSCRIPT") and stream is not None:
                 raise _ScriptForgottenError
             raise await self._client.refused_in(stream or str(commands[-1][-2]), group, reply)
-        return parse(reply)
+        return parse(call.replies)
 
     async def _hand_back_reply(
-        self, replies: list[Any], parse: Callable[[Any], Taken], group: str, consumer: str
+        self, replies: list[Any], parse: Callable[[list[Any]], Taken], group: str, consumer: str
     ) -> None:
         if replies and not isinstance(replies[-1], ServerError):
-            await self._hand_back(parse(replies[-1]), group, consumer)
+            await self._hand_back(parse(replies), group, consumer)
 
     async def _hand_back(self, taken: Taken, group: str, consumer: str) -> None:
         for stream, entries in taken.items():

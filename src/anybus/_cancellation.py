@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
-from .._errors import BackendError
+from ._errors import BackendError
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
