@@ -393,7 +393,8 @@ def test_a_refusal_never_repeats_a_password(url: str) -> None:
     ],
 )
 def test_a_malformed_memory_url_is_refused(url: str) -> None:
-    with refused("url", repr(url), "memory://"):
+    # What stands before an @ may be a password, and is not shown.
+    with refused("url", repr("memory://…" if "@" in url else url), "memory://"):
         connect(url)
 
 
@@ -800,7 +801,7 @@ async def test_a_bus_cannot_be_entered_again_after_its_end(harness: Harness) -> 
 
 async def test_a_bus_cannot_be_entered_twice_at_once_and_goes_on(harness: Harness, topic: str) -> None:
     async with StreamBus(harness.make_backend(), quick()) as bus:
-        with pytest.raises(ClosedError, match="once"):
+        with pytest.raises((ClosedError, RuntimeError), match="already been entered"):  # AnyIO's own words
             async with bus:
                 raise AssertionError("the body must not run")
         await bus.publish(Message(topic))

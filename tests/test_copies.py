@@ -254,13 +254,13 @@ def has_tag(topic: str) -> bool:
     ("topic", "group", "name"),
     [
         ("orders", "billing", "anybus:{orders}:retry:billing"),
-        ("orders.{42}", "billing", "anybus:orders.{42}:retry:billing"),
-        ("a{", "g", "anybus:{a{}:retry:g"),
-        ("{x}.a{y}", "g", "anybus:{x}.a{y}:retry:g"),
+        ("orders.{42}", "billing", "anybus:11:orders.{42}:retry:billing"),
+        ("a{", "g", "anybus:2:{a{}:retry:g"),
+        ("{x}.a{y}", "g", "anybus:8:{x}.a{y}:retry:g"),
         ("orders", "group {odd}", "anybus:{orders}:retry:group {odd}"),
     ],
 )
-def test_the_name_is_what_the_design_says(topic: str, group: str, name: str) -> None:
+def test_the_name_has_the_topics_slot_and_of_a_topic_with_braces_its_length(topic: str, group: str, name: str) -> None:
     assert retry_stream(topic, group) == name
 
 

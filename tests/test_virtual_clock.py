@@ -300,14 +300,16 @@ class Watched(MemoryBackend):
         return await super().renew(stream, group, consumer, message_ids)
 
 
-async def test_an_idle_subscription_reads_once_in_every_block_timeout(topic: str) -> None:
+async def test_an_idle_subscription_blocks_in_one_read_for_every_block_timeout(topic: str) -> None:
     backend = Watched()
     async with StreamBus(backend, StreamBusOptions(block_timeout=4.0, reclaim_interval=10.0)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), nobody):
             await anyio.sleep(39.0)
             reads = [(at, timeout) for at, stream, timeout in backend.reads if stream == topic]
-    assert [at for at, _ in reads] == pytest.approx([0, 4, 8, 12, 16, 20, 24, 28, 32, 36])
-    assert {timeout for _, timeout in reads} == {4.0}
+    blocking = [at for at, timeout in reads if timeout > 0]
+    assert blocking == pytest.approx([0, 4, 8, 12, 16, 20, 24, 28, 32, 36])
+    assert {timeout for _, timeout in reads} <= {4.0, 0.0}
+    assert len(reads) <= 2 * len(blocking), "nothing is asked busily"
 
 
 async def test_an_idle_subscription_looks_for_idle_and_due_entries_once_in_every_reclaim_interval(topic: str) -> None:
@@ -647,36 +649,41 @@ async def test_a_handler_that_refuses_to_end_is_reported_waited_for_and_leased_a
 
 
 class Fails(Watched):
-    """Fails to read a topic so many times."""
+    """Fails to read a topic so many times: at all, or only where a read may block (on a connection of its own)."""
 
-    def __init__(self, times: int) -> None:
+    def __init__(self, times: int, *, only_blocking: bool) -> None:
         super().__init__()
         self.failures_left = times
+        self.only_blocking = only_blocking
+        self.tried_at: list[float] = []
 
     async def read_new(
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float
     ) -> list[FetchedEntry]:
-        if timeout > 0 and self.failures_left:
-            self.failures_left -= 1
-            self.reads.append((now(), stream, timeout))
-            raise BackendError("the link is down", can_pass=True)
+        if not stream.startswith("anybus:") and (timeout > 0 or not self.only_blocking):
+            self.tried_at.append(now())
+            if self.failures_left:
+                self.failures_left -= 1
+                raise BackendError("the link is down", can_pass=True)
         return await super().read_new(stream, group, consumer, count=count, timeout=timeout)
 
 
-async def test_what_can_pass_is_tried_again_from_a_tenth_of_a_second_doubling_to_five(topic: str) -> None:
-    backend, recorder = Fails(10), Recorder()
-    handled_at: list[float] = []
+@pytest.mark.parametrize("only_blocking", [False, True], ids=["every read", "blocking reads only"])
+async def test_what_can_pass_is_tried_again_from_a_tenth_of_a_second_doubling_to_five(
+    only_blocking: bool, topic: str
+) -> None:
+    backend, recorder = Fails(10, only_blocking=only_blocking), Recorder()
 
     async def handler(delivery: Delivery) -> None:
-        handled_at.append(now())
+        """It works when the link is up again."""
 
     async with StreamBus(backend, StreamBusOptions(observer=recorder)) as bus:
-        async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
+            await anyio.sleep(60.0)
             await bus.publish(Message(topic))
             await anyio.sleep(60.0)
-    tries = [at for at, stream, timeout in backend.reads if stream == topic and timeout > 0][:11]
-    for number, (earlier, later) in enumerate(pairwise(tries)):
+            assert subscription.statistics().handled == 1
+    assert len(recorder.of("on_error", "read")) == 10
+    for number, (earlier, later) in enumerate(pairwise(backend.tried_at[:11])):
         bound = min(0.1 * 2**number, 5.0)
         assert bound / 2 <= later - earlier <= bound + 1e-6
-    assert len(recorder.of("on_error", "read")) == 10
-    assert handled_at == [tries[10]]

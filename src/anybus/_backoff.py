@@ -29,6 +29,8 @@ class ExponentialBackoff:
     def __post_init__(self) -> None:
         check_delay("initial", self.initial)
         check_delay("maximum", self.maximum)
+        if not isinstance(self.jitter, bool):
+            refuse("jitter", self.jitter, "a bool")
         check_delay("factor", self.factor)
         if not 1 <= self.factor <= 1e6:
             refuse("factor", self.factor, "a number from 1 to 1,000,000")

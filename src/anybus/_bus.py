@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import secrets
 from collections.abc import AsyncGenerator, Iterable
@@ -23,7 +24,7 @@ from ._runtime._context import Context, Counters, SuspectSlot
 from ._runtime._ledger import Budget, Ledger
 from ._runtime._pool import Handler
 from ._runtime._pull import DeliveryStream, PullTaker
-from ._runtime._subscription import Subscription
+from ._runtime._subscription import ClosedWhileEnteredError, Subscription
 from ._settlement import Policy
 from .abc import StreamBackend
 
@@ -58,7 +59,7 @@ class BatchOutcome:
             return
         if len(errors) == 1:
             raise errors[0]
-        may_have_happened = any(not isinstance(error, BackendError) or error.may_have_happened for error in errors)
+        may_have_happened = any(isinstance(error, BackendError) and error.may_have_happened for error in errors)
         text = f"{len(errors)} of {len(self.results)} messages were not published; the first error: {errors[0]}"
         raise BackendError(text, may_have_happened=may_have_happened) from errors[0]
 
@@ -141,6 +142,8 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             raise ClosedError(f"the bus is {self._state}: use it inside its 'async with' block")
 
     def _prepare(self, message: Message, options: PublishOptions | None) -> Message:
+        if options is not None and not isinstance(options, PublishOptions):
+            refuse("options", options, "an anybus.PublishOptions, or None")
         if not isinstance(message, Message):
             refuse("message", message, "an anybus.Message")
         limit = self._options.max_payload_bytes
@@ -183,6 +186,10 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         :raises ClosedError: if the bus is not open. Only what concerns the whole call is raised.
         """
         self._check_open("closing")
+        if isinstance(messages, Message) or not isinstance(messages, Iterable):
+            refuse("messages", messages, "an iterable of anybus.Message")
+        if options is not None and not isinstance(options, PublishOptions):
+            refuse("options", options, "an anybus.PublishOptions, or None")
         results: list[str | EventBusError] = []
         accepted: list[int] = []
         items: list[tuple[str, Message, None]] = []
@@ -241,9 +248,12 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         """``subscribe`` as one call, for ``await tg.start(bus.consume, config, handler)``, which gives the
         :class:`Subscription`. Returns when that is closed. Raises as ``subscribe`` does.
         """
-        async with self.subscribe(config, handler) as subscription:
-            task_status.started(subscription)
-            await subscription.wait_closed()
+        try:
+            async with self.subscribe(config, handler) as subscription:
+                task_status.started(subscription)
+                await subscription.wait_closed()
+        except ClosedWhileEnteredError:
+            return  # closed, as it would be a moment later: no reason for an error
 
     def deliveries(self, config: SubscriptionConfig) -> AbstractAsyncContextManager[DeliveryStream]:
         """The pull form: a stream of deliveries, each settled by hand.
@@ -344,7 +354,7 @@ async def _all_ended(subscriptions: Iterable[Subscription]) -> None:
 
 def _check_handler(handler: Any) -> None:
     function = handler
-    while hasattr(function, "func"):  # functools.partial
+    while isinstance(function, functools.partial):
         function = function.func
     if inspect.isclass(function):
         refuse("handler", handler, "an async function of one Delivery, not a class")

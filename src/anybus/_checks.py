@@ -16,7 +16,10 @@ RESERVED_PREFIX = "anybus:"
 
 
 def refuse(field: str, value: object, allowed: str) -> NoReturn:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # an int of more digits than Python will print
+        shown = f"<{type(value).__name__}>"
     if len(shown) > 80:
         shown = f"{shown[:60]}... ({len(shown)} characters)"
     raise ValidationError(f"{field} must be {allowed}, not {shown}")
@@ -73,9 +76,13 @@ def check_delay(field: str, value: Any, *, positive: bool = False) -> float:
     allowed = "a positive number of seconds" if positive else "a number of seconds, zero or more"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         refuse(field, value, allowed)
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    try:
+        seconds = float(value)
+    except OverflowError:
         refuse(field, value, allowed)
-    return float(value)
+    if not math.isfinite(seconds) or seconds < 0 or (positive and seconds == 0):
+        refuse(field, value, allowed)
+    return seconds
 
 
 def check_time(field: str, value: Any) -> datetime:
@@ -84,4 +91,7 @@ def check_time(field: str, value: Any) -> datetime:
         refuse(field, value, "a datetime")
     if value.tzinfo is None or value.utcoffset() is None:
         refuse(field, value, "a datetime with a time zone (datetime.now(timezone.utc))")
-    return value.astimezone(timezone.utc)
+    try:
+        return value.astimezone(timezone.utc)
+    except OverflowError:
+        refuse(field, value, "a time that UTC can tell, from year 1 to 9999")

@@ -43,7 +43,9 @@ def _memory(url: str) -> StreamBackend:
     except ValueError:
         refuse("url", url, "'memory://' or 'memory://<name>'")
     if parts.path or parts.query or parts.fragment or "@" in parts.netloc or ":" in parts.netloc:
-        refuse("url", url, "'memory://' or 'memory://<name>', without anything after the name")
+        # What stands before an @ may be a password.
+        shown = "memory://…" if "@" in url else url
+        refuse("url", shown, "'memory://' or 'memory://<name>', without user, port, path or query")
     return MemoryBackend(parts.netloc or None)
 
 

@@ -20,19 +20,31 @@ RETRY_FIRST_ID: Final = "retry-first-id"
 _MAX_ATTEMPTS: Final = 2**32 - 1
 
 
+def stream_base(topic: str) -> str:
+    """What the names of everything kept beside a topic begin with. It hashes to the topic's own slot in a cluster.
+
+    Of a topic with braces in its name the base tells its length, so that no two topics share one.
+    """
+    if "{" not in topic and "}" not in topic:
+        return f"anybus:{{{topic}}}"
+    rest = topic.partition("{")[2]
+    has_tag = "}" in rest and not rest.startswith("}")
+    return f"anybus:{len(topic)}:{topic if has_tag else '{' + topic + '}'}"
+
+
 def retry_stream(topic: str, group: str) -> str:
-    """The name of a group's own retry stream, the same on every backend. It shares the topic's hash slot."""
-    has_tag = "{" in topic and "}" in topic[topic.index("{") + 1 :] and not topic.partition("{")[2].startswith("}")
-    return f"anybus:{topic if has_tag else '{' + topic + '}'}:retry:{group}"
+    """The name of a group's own retry stream, the same on every backend."""
+    return f"{stream_base(topic)}:retry:{group}"
 
 
 def failed_attempts(headers: Mapping[str, str]) -> int:
     """The count of failed handlings that a retry copy carries: ASCII digits that fit 32 bits, else 0 (as in Rust)."""
     text = headers.get(RETRY_ATTEMPT, "")
     digits = text.removeprefix("+")
-    if not (digits.isascii() and digits.isdigit()) or len(digits.lstrip("0")) > 10:
+    significant = digits.lstrip("0")
+    if not (digits.isascii() and digits.isdigit()) or len(significant) > 10:
         return 0
-    count = int(digits)
+    count = int(significant or "0")
     return count if count <= _MAX_ATTEMPTS else 0
 
 
@@ -70,7 +82,12 @@ def dead_letter(
     message: Message, topic: str, origin: Origin, *, code: str, reason: str, error_type: str, at: datetime
 ) -> Message:
     """The message as it goes to the dead-letter topic: payload and other headers untouched."""
-    headers = {name: value for name, value in message.headers.items() if name != RETRY_FIRST_ID}
+    # What an earlier death (of a dead letter that was handled, and failed) left there is not this one's.
+    headers = {
+        name: value
+        for name, value in message.headers.items()
+        if name not in (RETRY_FIRST_ID, "dead-letter-error-type", "dead-letter-deliveries")
+    }
     headers.update(
         {
             "dead-letter-reason": cut(reason),

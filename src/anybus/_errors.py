@@ -61,6 +61,14 @@ class GroupLostError(BackendError):
         self.safe_id = safe_id
 
 
+def words(error: BaseException) -> str:
+    """What an exception says; its type's name if it says nothing, or cannot."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:
+        return type(error).__name__
+
+
 def can_pass(error: BaseException) -> bool:
     """Whether trying again may help: what a backend says of its own errors, and what the operating system raises."""
     if isinstance(error, BackendError):

@@ -195,6 +195,9 @@ class Message(_Envelope, frozen=True):
         """What describes the payload: kind, content type and version."""
         return Schema(self.kind, self.content_type, self.event_version)
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("uid", self.uid), ("topic", self.topic), ("key", self.key), ("payload_bytes", len(self.payload))]
+
     def __repr__(self) -> str:
         # Payload and headers may be large, or secret: neither belongs in a log by accident.
         return f"<Message {self.uid} topic={self.topic!r} key={self.key!r} payload={len(self.payload)} bytes>"

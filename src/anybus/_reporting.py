@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from ._errors import words
 from .abc import BusEvent, Observer
 from .abc._observer import ErrorScope
 
@@ -64,7 +65,7 @@ class Reporter:
             if value is not None
         )
         trace = error if scope == "handler" else None
-        logger.error("%s: %s: %s: %s [%s]", scope, detail, type(error).__name__, error, place, exc_info=trace)
+        logger.error("%s: %s: %s: %s [%s]", scope, detail, type(error).__name__, words(error), place, exc_info=trace)
 
     def tell(
         self,

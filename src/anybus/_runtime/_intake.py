@@ -81,14 +81,14 @@ class Intake:
             await self._opened.wait()
 
     async def _keep_reading(self) -> None:
-        recovery = _Recovery(self._context, "read")
+        look, wait = _Recovery(self._context, "read"), _Recovery(self._context, "read")
         while True:
             await self._until_open()
             await self._ledger.wait_for_read_room()
             # A read that blocks reserves what it asks for, all the while: that is one place and no more, so that
             # reclaim can use the rest. (A blocked reader is woken by the first entry anyway.)
-            if not await recovery.attempt(self._read, 0.0):
-                await recovery.attempt(self._read, self._context.options.block_timeout, 1)
+            if not await look.attempt(self._read, 0.0) and not look.failed:
+                await wait.attempt(self._read, self._context.options.block_timeout, 1)
 
     async def _keep_reclaiming(self) -> None:
         recovery = _Recovery(self._context, "reclaim")
@@ -239,6 +239,7 @@ class Intake:
         lease_until = self._leases.lease_from(began, context.clock())
         is_retry = stream != context.topic
         suspect: Held | None = None
+        taken: list[Held] = []
         refused: list[tuple[Held, MalformedEntry | MissingEntry]] = []
         for entry in entries:
             known = table.get(entry.id)
@@ -269,26 +270,25 @@ class Intake:
             )
             ledger.add(held)
             held.local_attempt = attempt > 1 and not is_retry
-            context.counters.received += 1
+            taken.append(held)
             if isinstance(entry, ClaimedMessage):
                 if self._admit(held):
                     suspect = held
             else:
                 refused.append((held, entry))
                 self._refuse(held, entry)
+        context.counters.received += len(taken)
         if ledger.waiting:
             self._wake()
-        self._tell(entries, refused)
+        self._tell(taken, refused)
         return suspect
 
-    def _tell(
-        self, entries: Sequence[FetchedEntry], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]
-    ) -> None:
+    def _tell(self, taken: Sequence[Held], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]) -> None:
         """Hooks come last: one that pauses or closes the subscription finds everything in its place."""
         reporter = self._context.reporter
         if reporter.hears_received:
-            for entry in entries:
-                reporter.tell("on_received", "received", message_id=entry.id)
+            for held in taken:
+                reporter.tell("on_received", "received", message_id=held.id, attempt=held.attempt)
         for held, entry in refused:
             scope: ErrorScope = "reclaim" if held.by_reclaim else "read"
             if isinstance(entry, MissingEntry):
@@ -363,6 +363,11 @@ class _Recovery:
         self._context = context
         self._scope: ErrorScope = scope
         self._failures = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last attempt did."""
+        return self._failures > 0
 
     async def attempt(self, work: Callable[..., Awaitable[bool]], /, *args: float) -> bool:
         try:

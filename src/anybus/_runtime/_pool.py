@@ -17,6 +17,7 @@ from anyio.lowlevel import checkpoint
 
 from .._cancellation import cancellation_in, is_cancelled, persist, sole
 from .._delivery import Delivery
+from .._errors import words
 from .._settlement import CANCELLED, RETURNED, Outcome, Result
 from .._verdicts import Reject, Retry
 from ._context import Context
@@ -215,14 +216,13 @@ class HandlerPool(Taker):
         verdict = sole(error)  # a handler with a task group of its own: its Retry arrives wrapped
         settled = held.stage is not Stage.OPEN and not self._on_receive
         if isinstance(verdict, Retry) and not settled and not self._on_receive:
-            return Result(Outcome.RETRY, str(verdict), "Retry", verdict.delay)
+            return Result(Outcome.RETRY, words(verdict), "Retry", verdict.delay)
         if isinstance(verdict, Reject) and not settled:
-            return Result(Outcome.REJECTED, str(verdict), "Reject")
+            return Result(Outcome.REJECTED, words(verdict), "Reject")
         self._report(held, error, "raised after it had settled its delivery" if settled else "failed")
         if is_cancelled():
             return CANCELLED  # its cleanup failed; whatever it would have come to, it was cut off
-        text = str(verdict) or type(verdict).__name__
-        return Result(Outcome.FAILED, text, f"{type(verdict).__module__}.{type(verdict).__qualname__}")
+        return Result(Outcome.FAILED, words(verdict), f"{type(verdict).__module__}.{type(verdict).__qualname__}")
 
     def _report(self, held: Held, error: BaseException, what: str) -> None:
         self._context.reporter.error(

@@ -82,6 +82,16 @@ class Settler:
             context.notices.once(f"{name} cannot check who owns an entry: a late ack takes it from its new owner")
         if not self._can_release:
             context.notices.once(f"{name} cannot release entries: what is handed back waits for its lease to end")
+        if "atomic_transfer" not in features:
+            context.notices.once(
+                f"{name} cannot append and acknowledge in one step (atomic_transfer): a crash between the two doubles "
+                "a retry or a dead letter"
+            )
+        if not self._can_keep_raw:
+            context.notices.once(
+                f"{name} cannot keep raw fields beside a message: of a malformed entry its dead letter keeps only the "
+                "bytes of the field 'message'"
+            )
         if not self._can_delay:
             context.notices.once(
                 f"{name} cannot delay messages: retries wait in this process, and a crash loses their backoff"

@@ -32,6 +32,10 @@ from ._pull import PullTaker
 from ._settler import Settler
 
 
+class ClosedWhileEnteredError(ClosedError):
+    """The end came before the beginning was over."""
+
+
 class Subscription:
     """A running subscription: what ``bus.subscribe`` gives. Made by the bus, never directly."""
 
@@ -159,7 +163,7 @@ class Subscription:
             with self._entering:
                 await self._make_groups()
             if self._ending.is_set():
-                raise ClosedError("the bus was closed while the subscription was being entered")
+                raise ClosedWhileEnteredError("the bus was closed while the subscription was being entered")
             async with self._running():
                 yield self
         finally:
@@ -293,8 +297,9 @@ class Subscription:
             context.reporter.error("close", late, detail="they come back when their lease is over")
         for scope in self._background.values():
             scope.cancel()
-        for stream in context.streams:
-            await self._forget(stream)
+        async with anyio.create_task_group() as tasks:
+            for stream in context.streams:
+                tasks.start_soon(self._forget, stream)
 
     def _until_aborted(self) -> anyio.CancelScope:
         self._grace = anyio.CancelScope()

@@ -112,8 +112,7 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
             raise failure
 
     async def publish(self, stream: str, message: Message) -> str:
-        reply: bytes = await self._client.call("XADD", stream, "*", "message", self._encode(message))
-        return reply.decode()
+        return self._client.text(await self._client.call("XADD", stream, "*", "message", self._encode(message)))
 
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
         results: list[str | EventBusError] = [""] * len(items)
@@ -136,8 +135,13 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
         for index, reply in zip(places, replies, strict=True):
             if isinstance(reply, ServerError):
                 results[index] = self._client.refused(reply)
+            elif isinstance(reply, EventBusError):
+                results[index] = reply
             else:
-                results[index] = reply if isinstance(reply, EventBusError) else reply.decode()
+                try:
+                    results[index] = self._client.text(reply)
+                except BackendError as error:
+                    results[index] = error
         return results
 
     def _encode(self, message: Message) -> bytes:
@@ -222,7 +226,9 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
         self, script: scripts.Script, stream: str, group: str, consumer: str, message_ids: Sequence[str]
     ) -> list[str]:
         args = (group, consumer, *span(message_ids), *message_ids)
-        return [raw.decode() for raw in await self._client.run(script, stream, group, (stream,), args)]
+        reply = await self._client.run(script, stream, group, (stream,), args)
+        with self._client.reading(reply):
+            return [raw.decode() for raw in reply]
 
     async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
         await self._taking.release(stream, group, consumer, message_ids)
@@ -253,7 +259,19 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
                 args += (message_id, len(outputs))
                 for output in outputs:
                     self._add_output(output, keys, args)
-            for status, *values in await self._client.run(scripts.TRANSFER, stream, group, keys, args):
+            try:
+                reply = await self._client.run(scripts.TRANSFER, stream, group, keys, args)
+                results += self._transferred(reply, len(part))
+            except BackendError as error:
+                if len(part) == len(items):
+                    raise
+                results += [error] * len(part)  # the other parts are done, or will be
+        return results
+
+    def _transferred(self, reply: Any, items: int) -> list[list[str] | EventBusError | None]:
+        results: list[list[str] | EventBusError | None] = []
+        with self._client.reading(reply):
+            for _, (status, *values) in zip(range(items), reply, strict=True):
                 if status == b"done":
                     results.append([raw.decode() for raw in values[0]])
                 elif status == b"not ours":
@@ -273,18 +291,22 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
         args += (keys.index(key) + 1, delay, secrets.token_hex(8), len(fields), *fields)
 
     async def count_entries(self, stream: str) -> int:
-        return int(await self._client.call("XLEN", stream))
+        reply = await self._client.call("XLEN", stream)
+        with self._client.reading(reply):
+            return int(reply)
 
     async def pending_entries(self, stream: str, group: str, *, limit: int = 1000) -> list[PendingEntry]:
         reply = await self._client.ask(stream, group, ("XPENDING", stream, group, "-", "+", limit))
-        return [
-            PendingEntry(raw_id.decode(), owner.decode(), idle / 1000, deliveries)
-            for raw_id, owner, idle, deliveries in reply
-        ]
+        with self._client.reading(reply):
+            return [
+                PendingEntry(raw_id.decode(), owner.decode(), idle / 1000, deliveries)
+                for raw_id, owner, idle, deliveries in reply
+            ]
 
     async def consumer_names(self, stream: str, group: str) -> list[str]:
         reply = await self._client.ask(stream, group, ("XINFO", "CONSUMERS", stream, group))
-        return sorted(dict(zip(item[::2], item[1::2], strict=True))[b"name"].decode() for item in reply)
+        with self._client.reading(reply):
+            return sorted(dict(zip(item[::2], item[1::2], strict=True))[b"name"].decode() for item in reply)
 
 
 def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:

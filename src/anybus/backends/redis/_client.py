@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -10,7 +11,7 @@ import anyio
 from ..._errors import BackendError, GroupLostError
 from . import _scripts as scripts
 from ._decoding import predecessor
-from ._errors import has_code, translate
+from ._errors import SENSELESS, has_code, senseless, translate
 from ._keys import meta
 from ._link import Link, exchange
 from ._multiplexer import Call, Multiplexer
@@ -75,6 +76,23 @@ class Client:
     async def load_scripts(self) -> None:
         """Tell a server that has forgotten them (SCRIPT FLUSH) all scripts again. Nobody waits for the replies."""
         await self.mux.start([("SCRIPT", "LOAD", script.source) for script in scripts.ALL])
+
+    @contextmanager
+    def reading(self, reply: Any) -> Generator[None, None, None]:
+        """What stands in the block takes a reply apart.
+
+        :raises BackendError: if no server answers so. The connection may be out of step: it is given up.
+        """
+        try:
+            yield
+        except SENSELESS as error:
+            self.mux.reset()
+            raise senseless(self.settings.place, reply) from error
+
+    def text(self, reply: Any) -> str:
+        """A reply that must be text, an entry's id for instance. Raises as :meth:`reading` does."""
+        with self.reading(reply):
+            return str(reply.decode())
 
     def refused(self, error: ServerError) -> BackendError:
         if has_code(error, "READONLY"):

@@ -45,6 +45,9 @@ class EntryDecoder:
                 message = lift_headers(message)
         except SerializationError as error:
             return self._malformed(entry_id, fields, str(error), deliveries)
+        except Exception as error:
+            # A codec of the application's own that raises what it should not: its neighbours must not suffer.
+            return self._malformed(entry_id, fields, f"the codec raised {error!r}", deliveries)
         return ClaimedMessage(entry_id, message, deliveries, self._published_at(entry_id))
 
     def _malformed(self, entry_id: str, fields: Sequence[bytes], error: str, deliveries: int) -> MalformedEntry:

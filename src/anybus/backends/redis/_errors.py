@@ -48,5 +48,16 @@ def translate(error: ServerError) -> BackendError:
     return translated
 
 
+SENSELESS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What taking a reply apart raises when it is of another kind than any server's."""
+
+
+def senseless(place: str, reply: object) -> BackendError:
+    """The server answered with what makes no sense: nobody knows what it did."""
+    return BackendError(
+        f"{place} answered with what makes no sense here: {reply!r:.80}", may_have_happened=True, can_pass=True
+    )
+
+
 def broken(detail: str, *, may_have_happened: bool) -> BackendError:
     return BackendError(detail, may_have_happened=may_have_happened, can_pass=True)

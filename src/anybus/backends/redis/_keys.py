@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from typing import Final
 
+from ..._copies import stream_base
+
 LAYOUT: Final = 1
 """The version of the layout of keys, and of the scripts that work on them."""
 
-RETURNED: Final = "anybus:returned"
-"""The parking consumer of released entries. Whoever empties it removes it."""
-
 
 def _split(stream: str) -> tuple[str, str]:
-    """A stream's base (``anybus:{topic}``, or ``anybus:top{tag}ic``) and, of a retry stream, its ``:group``."""
-    if stream.startswith("anybus:"):
-        base, found, group = stream.partition(":retry:")
-        if found:
-            return base, f":{group}"
-    rest = stream.partition("{")[2]
-    has_tag = "}" in rest and not rest.startswith("}")
-    return f"anybus:{stream if has_tag else '{' + stream + '}'}", ""
+    """A stream's base and, of a retry stream, its ``:group``."""
+    if not stream.startswith("anybus:"):
+        return stream_base(stream), ""
+    rest = stream.removeprefix("anybus:")
+    if rest.startswith("{"):
+        end = rest.index("}") + 1
+    else:
+        length, _, named = rest.partition(":")
+        end = len(length) + 1 + int(length) + (0 if _has_tag(named[: int(length)]) else 2)
+    return f"anybus:{rest[:end]}", rest[end:].removeprefix(":retry")
+
+
+def _has_tag(topic: str) -> bool:
+    inner = topic.partition("{")[2]
+    return "}" in inner and not inner.startswith("}")
 
 
 def delayed(stream: str) -> str:

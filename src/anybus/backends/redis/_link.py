@@ -76,14 +76,21 @@ async def _open_stream(settings: Settings) -> ByteStream:
 async def _introduce(link: Link, settings: Settings) -> None:
     commands: list[Command] = []
     if settings.credentials is not None:
-        commands.append(("AUTH", *await settings.credentials.get_credentials_async()))
+        try:
+            credentials = await settings.credentials.get_credentials_async()
+        except Exception as error:
+            # The application's own code: whatever it raises, it may have credentials again next time.
+            raise broken(f"no credentials for {settings.place}: {error!r}", may_have_happened=False) from error
+        commands.append(("AUTH", *credentials))
     if settings.db:
         commands.append(("SELECT", settings.db))
     if settings.client_name:
         commands.append(("CLIENT", "SETNAME", settings.client_name))
     commands.append(("CLIENT", "ID"))
     replies = await exchange(link, Protocol(), commands)
-    link.client_id = int(replies[-1])
+    if not isinstance(replies[-1], int):
+        raise BrokenProtocolError(f"CLIENT ID was answered with {replies[-1]!r:.80}")
+    link.client_id = replies[-1]
 
 
 async def exchange(link: Link, protocol: Protocol, commands: list[Command]) -> list[Any]:

@@ -11,8 +11,8 @@ from anyio.abc import TaskStatus
 
 from ..._backoff import recovery_delay
 from ..._cancellation import is_stray
-from ..._errors import BackendError
-from ._errors import broken, translate
+from ..._errors import BackendError, EventBusError
+from ._errors import SENSELESS, broken, translate
 from ._link import BROKEN, Link, open_link
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack
 from ._settings import Settings
@@ -40,7 +40,7 @@ class Multiplexer:
     def __init__(self, settings: Settings, on_connect: Callable[[Link], Awaitable[None]]) -> None:
         self._settings = settings
         self._on_connect = on_connect
-        self._scope = anyio.CancelScope(shield=True)
+        self._scope: anyio.CancelScope | None = None  # made within the loop, as the bus may be made before it runs
         self._link: Link | None = None
         self._protocol = Protocol()
         self._unsent: list[tuple[bytes, Call]] = []
@@ -48,7 +48,7 @@ class Multiplexer:
         self._demand = anyio.Event()
         self._ready = anyio.Event()
         self._last_error: BackendError | None = None
-        self._serving = anyio.CancelScope()
+        self._serving: anyio.CancelScope | None = None
         self._last_reply = 0.0
         self.connections = 0
 
@@ -57,14 +57,15 @@ class Multiplexer:
         return self._link is not None
 
     def close(self) -> None:
-        self._scope.cancel()
+        if self._scope is not None:
+            self._scope.cancel()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Connect, then serve until closed. The first connection must succeed; later ones are tried again.
 
         Shielded: when everything around it is cancelled, subscriptions still have to hand back what they hold.
         """
-        with self._scope:
+        with anyio.CancelScope(shield=True) as self._scope:
             link = await self._connect()
             task_status.started()
             while True:
@@ -87,6 +88,10 @@ class Multiplexer:
         except BROKEN as error:
             await link.aclose()
             raise broken(f"the connection to {self._settings.place} broke", may_have_happened=False) from error
+        except SENSELESS as error:
+            await link.aclose()
+            text = f"{self._settings.place} answers what makes no sense: is it a Redis or Valkey server?"
+            raise broken(text, may_have_happened=False) from error
         except BaseException:
             await link.aclose()
             raise
@@ -98,7 +103,9 @@ class Multiplexer:
             await self._demand.wait()
             try:
                 link = await self._connect()
-            except BackendError as error:
+            except EventBusError as error:
+                if not isinstance(error, BackendError):  # not a server for us any more
+                    error = BackendError(str(error), may_have_happened=False)
                 self._last_error = error
                 failures += 1
                 if not error.can_pass:
@@ -195,7 +202,8 @@ class Multiplexer:
 
     def reset(self) -> None:
         """Give this connection up: the server says that it is not the one we want (a replica, now)."""
-        self._serving.cancel()
+        if self._serving is not None:
+            self._serving.cancel()
 
     async def _until_connected(self) -> None:
         """
@@ -220,6 +228,9 @@ class Multiplexer:
         if self._link is None:
             await self._until_connected()
         call = Call(len(commands))
+        if not commands:
+            call.done()
+            return call
         self._unsent.append((pack(commands), call))
         self._wake_writer.set()
         return call

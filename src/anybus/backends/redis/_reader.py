@@ -59,19 +59,21 @@ class BlockingReader:
                     await link.send(pack(commands))
                 await self._receive(link, finished)
         except BROKEN as error:
-            await self._drop()
+            await self.give_up()
             text = f"the connection to {self._settings.place} broke: {str(error) or type(error).__name__}"
             raise broken(text, may_have_happened=True) from error
         except BaseException:
             # Cancelled: the entries may be on their way. Have the server answer now, and give them back.
-            with anyio.move_on_after(_SHIELDED, shield=True):
+            with anyio.move_on_after(_SHIELDED, shield=True) as scope:
                 await self._end_blocking(link, finished)
                 await hand_back(replies.replies)
+            if scope.cancelled_caught:
+                self.lost_track = True
             if not finished.is_set():
-                await self._drop()
+                await self.give_up()
             raise
         if not finished.is_set():
-            await self._drop()
+            await self.give_up()
             text = f"{self._settings.place} has not answered for {wait + self._settings.command_timeout:.3g} s"
             raise broken(text, may_have_happened=True)
         return replies.replies
@@ -100,6 +102,7 @@ class BlockingReader:
                 self.lost_track = True
             tasks.cancel_scope.cancel()
 
-    async def _drop(self) -> None:
+    async def give_up(self) -> None:
+        """This connection is of no use any more; the next request opens another."""
         self.lost_track = True
         await self.aclose()

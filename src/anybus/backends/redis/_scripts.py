@@ -192,6 +192,23 @@ return 0
 """,
 )
 
+# What was delivered to the consumer by reads (once, that is) above an id, up to ARGV[4] pending entries looked at; and
+# the highest id looked at ('' = there was none). The count stays what it is.
+UNSEEN: Final = Script(
+    "unseen",
+    """
+local page = redis.call('XPENDING', KEYS[1], ARGV[1], '(' .. ARGV[3], '+', ARGV[4], ARGV[2])
+local found = {}
+for _, entry in ipairs(page) do
+  if entry[4] == 1 then
+    local body = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'RETRYCOUNT', 1)
+    found[#found + 1] = {entry[1], body[1] and body[1][2] or false, 1}
+  end
+end
+return {#page > 0 and page[#page][1] or '', found}
+""",
+)
+
 # Scans are bounded by their number, since TIME stands still inside a script: 50 of them look at 32,000 entries with a
 # COUNT of 64, some 20 ms. The next call goes on from there.
 # One entry: id, its body (false = gone), the server's count of hand-overs, this one included.
@@ -321,4 +338,4 @@ return 1
 """,
 )
 
-ALL: Final = (ACK, RENEW, RELEASE, TRANSFER, MOVE_DUE, SCHEDULE, CANCEL, RECLAIM, PASS, FLOOR, REAP, FORGET)
+ALL: Final = (ACK, RENEW, RELEASE, TRANSFER, MOVE_DUE, SCHEDULE, CANCEL, UNSEEN, RECLAIM, PASS, FLOOR, REAP, FORGET)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from ...abc import FetchedEntry, MissingEntry, Redelivered
+from ..._errors import BackendError, GroupLostError
+from ...abc import FetchedEntry, Redelivered
 from . import _scripts as scripts
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
-from ._errors import has_code
+from ._errors import SENSELESS, has_code, senseless
 from ._keys import delayed, meta
 from ._protocol import Argument, Command, ServerError
 from ._reader import BlockingReader
@@ -65,7 +67,7 @@ class Taking:
         reader = self._readers.setdefault(
             (stream, group, consumer), BlockingReader(self._client.settings, self._unblock)
         )
-        if reader.lost_track:
+        while reader.lost_track:
             unseen = await self._find_unseen(reader, stream, group, consumer, count)
             if unseen:
                 return unseen
@@ -115,16 +117,26 @@ class Taking:
     async def _request(
         self, reader: BlockingReader, commands: list[Command], stream: str, group: str, consumer: str, wait: float
     ) -> list[Any]:
+        def parse(replies: list[Any]) -> Taken:
+            return {stream: self._decoder.read(replies[-1])}
+
         async def hand_back(replies: list[Any]) -> None:
-            if len(replies) == len(commands) and not isinstance(replies[-1], ServerError):
-                await self._hand_back({stream: self._decoder.read(replies[-1])}, group, consumer)
+            if len(replies) == len(commands):
+                await self._hand_back_reply(replies, parse, group, consumer)
 
         return await reader.request(commands, wait=wait, hand_back=hand_back)
 
     async def _read(self, reader: BlockingReader, reply: Any, stream: str, group: str) -> list[FetchedEntry]:
         if isinstance(reply, ServerError):
-            raise await self._client.refused_in(stream, group, reply)
-        entries = self._decoder.read(reply)
+            error = await self._client.refused_in(stream, group, reply)
+            if isinstance(error, GroupLostError):
+                reader.last_id = "0-0"  # made again, the group may hand over lower ids than these
+            raise error
+        try:
+            entries = self._decoder.read(reply)
+        except SENSELESS as error:
+            await reader.give_up()
+            raise senseless(self._client.settings.place, reply) from error
         if entries:
             reader.last_id = entries[-1].id
         return entries
@@ -142,21 +154,19 @@ class Taking:
 
         What it had claimed from others may be among it; the bus knows that it holds those.
         """
-        range_: Command = ("XPENDING", stream, group, f"({reader.last_id}", "+", count, consumer)
-        ids = [item[0] for item in await self._client.ask(stream, group, range_)]
-        if not ids:
-            reader.lost_track = False
-            return []
-        claim: Command = ("XCLAIM", stream, group, consumer, 0, *ids, "RETRYCOUNT", 1)
+        last = ""
 
         def parse(replies: list[Any]) -> Taken:
-            # 6.2 answers with a nil (or a pair of nils) for an entry whose body is gone.
-            return {stream: self._decoder.new([item for item in replies[-1] if item and item[0]])}
+            nonlocal last
+            last = replies[-1][0].decode()
+            return {stream: self._decoder.reclaimed(replies[-1][1])}
 
-        entries = (await self._take([claim], group, consumer, parse))[stream]
-        found = {entry.id for entry in entries}
-        entries += [MissingEntry(raw.decode()) for raw in ids if raw.decode() not in found]
-        reader.last_id = ids[-1].decode()
+        args = (group, consumer, reader.last_id, count)
+        entries = (await self._take_by_script(scripts.UNSEEN, (stream,), args, group, consumer, parse))[stream]
+        if last:
+            reader.last_id = last
+        else:
+            reader.lost_track = False
         return entries
 
     async def reclaim(self, stream: str, group: str, consumer: str, min_idle: float, count: int) -> list[FetchedEntry]:
@@ -204,10 +214,17 @@ class Taking:
 
         taken = await self._take_by_script(scripts.PASS, keys, args, group, consumer, parse)
         error = None
-        for where, refusal in refusals[:1]:
-            error = await self._client.refused_in(where, group, refusal)
-        if error is None:
-            await self._keep_house(stream, retry_stream, group, consumer, min_idle)
+        try:
+            for where, refusal in refusals[:1]:
+                error = await self._client.refused_in(where, group, refusal)
+            if error is None:
+                await self._keep_house(stream, retry_stream, group, consumer, min_idle)
+        except BackendError as failure:
+            error = failure  # what was taken is not lost with it
+        except BaseException:
+            with anyio.move_on_after(_SHIELDED, shield=True):
+                await self._hand_back(taken, group, consumer)
+            raise
         return Redelivered(taken[stream], new_retries, reclaimed_retries, error)
 
     async def _keep_house(self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float) -> None:
@@ -258,8 +275,12 @@ class Taking:
             if not call.event.is_set() and self.tasks is not None:
                 tasks = self.tasks
 
+                async def hand_back_late() -> None:
+                    with anyio.move_on_after(_SHIELDED, shield=True):
+                        await self._hand_back_reply(call.replies, parse, group, consumer)
+
                 def late() -> None:
-                    tasks.start_soon(self._hand_back_reply, call.replies, parse, group, consumer)
+                    tasks.start_soon(hand_back_late)
 
                 call.done = late
             raise
@@ -270,18 +291,23 @@ class Taking:
             if has_code(reply, "NOSCRIPT") and stream is not None:
                 raise _ScriptForgottenError
             raise await self._client.refused_in(stream or str(commands[-1][-2]), group, reply)
-        return parse(call.replies)
+        with self._client.reading(reply):
+            return parse(call.replies)
 
     async def _hand_back_reply(
         self, replies: list[Any], parse: Callable[[list[Any]], Taken], group: str, consumer: str
     ) -> None:
-        if replies and not isinstance(replies[-1], ServerError):
+        if not replies or isinstance(replies[-1], ServerError):
+            return
+        with suppress(*SENSELESS):
             await self._hand_back(parse(replies), group, consumer)
 
     async def _hand_back(self, taken: Taken, group: str, consumer: str) -> None:
+        """Raises nothing that would take the place of a cancellation: what cannot go back waits for its lease."""
         for stream, entries in taken.items():
             if entries:
-                await self.release(stream, group, consumer, [entry.id for entry in entries])
+                with suppress(BackendError):
+                    await self.release(stream, group, consumer, [entry.id for entry in entries])
 
     async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
         for start in range(0, len(message_ids), PER_SCRIPT):
