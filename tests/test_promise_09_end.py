@@ -21,12 +21,13 @@ from typing import Any
 import anyio
 import pytest
 from anyio import to_thread
-from harness import QUICK, SOON, Harness, Recorder, StepByStep, nothing_pending, quick, uids, until
+from harness import SOON, Harness, Recorder, StepByStep, nothing_pending, quick, uids, until
 
 from anybus import (
     BackendError,
     ClosedError,
     Delivery,
+    ExponentialBackoff,
     Message,
     Reject,
     StreamBus,
@@ -409,6 +410,7 @@ async def test_acks_that_wait_for_their_batch_are_flushed(harness: Harness, topi
     async with StreamBus(harness.make_backend(), quick(ack_flush_interval=LONG, claim_idle_timeout=LONG)) as bus:
         async with subscribed(bus, SubscriptionConfig(topic, GROUP), handler, cause):
             await publish(bus, topic, 1)  # the first ack after a pause goes at once
+            await until(lambda: len(handled) == 1)
             await nothing_pending(harness, topic, GROUP)
             ids = await publish(bus, topic, 3)
             await until(lambda: len(handled) == 4)
@@ -427,7 +429,7 @@ async def test_the_consumer_is_forgotten_last_and_once_for_each_stream(
             await publish(bus, topic, 3)
             await handler.has_begun(3)
         calls = list(backend.calls)
-    assert calls[-2:] == [("forget_consumer", topic), ("forget_consumer", retry_stream(topic, GROUP))]
+    assert set(calls[-2:]) == {("forget_consumer", topic), ("forget_consumer", retry_stream(topic, GROUP))}
     assert backend.count("forget_consumer") == 2
     assert backend.calls[len(calls) :] == [("left", "")]
     assert subscription.consumer not in await harness.consumers(topic, GROUP)
@@ -476,8 +478,9 @@ async def test_forgetting_the_consumer_may_fail_or_hang_and_the_end_ends(
         backend.forget_consumer = forget  # type: ignore[method-assign]
         async with subscribed(bus, SubscriptionConfig(topic, GROUP), Stuck(), body_ended):
             pass
-    assert forgotten == [topic, retry_stream(topic, GROUP)]
-    assert len(recorder.of("on_error", "close")) == (2 if failure == "raises" else len(recorder.of("on_error")))
+    assert sorted(forgotten) == sorted([topic, retry_stream(topic, GROUP)])
+    if failure == "raises":
+        assert [str(event.error) for event in recorder.of("on_error", "close")] == ["broken", "broken"]
 
 
 async def test_a_settlement_by_hand_that_fails_while_the_end_settles_the_rest_leaves_nothing_behind(
@@ -630,18 +633,18 @@ async def test_a_handler_in_a_thread_is_reported_and_waited_for_leased_all_the_w
 
 
 @pytest.mark.parametrize("outcome", [ValueError("in the end"), Reject("in the end")], ids=["failed", "rejected"])
-@pytest.mark.parametrize("cause", [body_ended, body_cancelled], ids=named)
-async def test_what_a_handler_in_a_thread_came_to_is_settled_if_it_failed_too(
+@pytest.mark.parametrize("cause", [body_ended, body_cancelled, aborted], ids=named)
+async def test_what_a_handler_in_a_thread_came_to_is_settled_if_it_did_not_succeed_too(
     harness: Harness, topic: str, cause: Cause, outcome: Exception
 ) -> None:
     handler = InThread(outcome)
     recorder = Recorder()
-    config = SubscriptionConfig(topic, GROUP, retry_backoff=QUICK)
+    config = SubscriptionConfig(topic, GROUP, retry_backoff=ExponentialBackoff(initial=0, maximum=0))
+    message = Message(topic, key="0")
     async with StreamBus(harness.make_backend(), quick(recorder, close_timeout=0.05, cleanup_timeout=0.1)) as bus:
         async with anyio.create_task_group() as tasks:
             async with subscribed(bus, config, handler, cause):
-                message = Message(topic, key="0")
-                await bus.publish(message)
+                entry_id = await bus.publish(message)
                 await handler.has_begun()
 
                 async def let_it_end() -> None:
@@ -652,11 +655,13 @@ async def test_what_a_handler_in_a_thread_came_to_is_settled_if_it_failed_too(
         assert len(handler.ended) == 1
         dead = uids(await harness.entries(f"{topic}.dead"))
         if isinstance(outcome, Reject):
-            assert await owners(harness, topic) == {}
             assert dead == [message.uid]
-        elif cause is body_ended:
-            pass
-        assert len(await owners(harness, topic)) + len(dead) <= 1
+            assert await owners(harness, topic) == {}
+        else:
+            # It failed, but it was also cut off: a retry is as good as a release. There is one of the two.
+            retries = uids(await harness.entries(retry_stream(topic, GROUP)))
+            assert not dead
+            assert [message.uid] * (not await released(harness, topic, [entry_id])) == retries
 
 
 # close(), abort(), wait_closed(), aclose()
@@ -791,8 +796,6 @@ async def test_a_task_that_a_handler_left_behind_may_wait_for_the_end(harness: H
     async with StreamBus(harness.make_backend(), quick()) as bus:
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as application:
-                async with bus.subscribe(SubscriptionConfig(topic, GROUP), lambda _: _never()) as unrelated:
-                    unrelated.close()
                 async with anyio.create_task_group() as tasks:
                     subscriptions: list[Subscription] = []
 
@@ -809,10 +812,6 @@ async def test_a_task_that_a_handler_left_behind_may_wait_for_the_end(harness: H
                     )
                     await publish(bus, topic, 1)
                 await ended.wait()
-
-
-async def _never() -> None:
-    await anyio.sleep_forever()
 
 
 async def test_closing_twice_is_fine_in_every_order(harness: Harness, topic: str) -> None:
@@ -859,10 +858,10 @@ async def test_everybody_who_waits_for_the_end_is_woken_when_it_is_over(harness:
                         await method()
                         woken.append(backend.count("forget_consumer"))
 
-                    for method in (subscription.wait_closed, subscription.aclose, subscription.wait_closed):
-                        tasks.start_soon(wait, method)
                     await publish(bus, topic, 1)
                     await handler.has_begun()
+                    for method in (subscription.wait_closed, subscription.aclose, subscription.wait_closed):
+                        tasks.start_soon(wait, method)
                     await anyio.wait_all_tasks_blocked()
                     assert not woken
                     handler.gate.set()
@@ -889,6 +888,8 @@ async def test_the_stream_of_deliveries_ends_when_it_is_closed(harness: Harness,
 
                     tasks.start_soon(receive_all)
                     await until(lambda: len(received) == 2)
+                    await nothing_pending(harness, topic, GROUP)
+                    await anyio.wait_all_tasks_blocked()
                     await stream.aclose()
                 with pytest.raises(anyio.ClosedResourceError):
                     await stream.receive()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
+from uuid import uuid4
 
 import anyio
 from anyio.abc import TaskStatus
@@ -11,20 +12,18 @@ from books import Books
 from handlers import Rule, Worker, check_docstring, enter_in_catalogue
 from report import Account, DeadLetter, close_account
 
+import anybus
 from anybus import (
     DROP,
     ExponentialBackoff,
-    MemoryBackend,
     Message,
     Observer,
-    StreamBus,
     StreamBusOptions,
     SubscriptionConfig,
+    retry_stream,
 )
-from anybus.abc import BusEvent
+from anybus.abc import BusEvent, StreamInspector
 
-TOPIC: Final = "source.functions"
-DEAD_LETTERS: Final = f"{TOPIC}.dead"
 AUDITORS: Final = "auditors"
 GROUPS: Final[Mapping[str, Rule]] = {"catalogue": enter_in_catalogue, "docstrings": check_docstring}
 
@@ -54,26 +53,32 @@ class Surprises(Observer):
 
 
 class Day:
-    """One run of the whole job on one event loop.
+    """One run of the whole job on one event loop, with topics of its own: a server may remember earlier runs.
 
+    :param url: the backend's.
     :param on_progress: called with the accounts as they stand, several times a second.
     """
 
     def __init__(
         self,
+        url: str,
         messages: Sequence[Message],
         books: Mapping[str, Books],
         on_progress: Callable[[Sequence[Account]], None],
     ) -> None:
-        self._messages = messages
+        self._topic = f"{messages[0].topic}.{uuid4().hex[:12]}"
+        self._dead_letters = f"{self._topic}.dead"
+        self._messages = [message.replace(topic=self._topic) for message in messages]
         self._published = frozenset(message.uid for message in messages)
         self._books = books
         self._on_progress = on_progress
         self._letters: list[DeadLetter] = []
-        self._backend = MemoryBackend()
         self.surprises = Surprises()
         options = StreamBusOptions(claim_idle_timeout=10.0, reclaim_interval=0.05, observer=self.surprises)
-        self._bus = StreamBus(self._backend, options)
+        self._bus = anybus.connect(url, options)
+        # Both backends that a URL can name offer to be looked into. What they say is the server's word.
+        assert isinstance(self._bus.backend, StreamInspector)
+        self._server: StreamInspector = self._bus.backend
 
     async def run(self) -> list[Account]:
         # Leaving the bus ends its subscriptions gracefully, and with them the tasks that run them.
@@ -99,7 +104,7 @@ class Day:
 
     def _config(self, group: str, label: str) -> SubscriptionConfig:
         backoff = ExponentialBackoff(initial=0.05, maximum=0.2)
-        return SubscriptionConfig(TOPIC, group, consumer=label, max_in_flight=8, retry_backoff=backoff)
+        return SubscriptionConfig(self._topic, group, consumer=label, max_in_flight=8, retry_backoff=backoff)
 
     async def _consume_until_cancelled(
         self, group: str, worker: Worker, *, task_status: TaskStatus[anyio.CancelScope]
@@ -119,7 +124,7 @@ class Day:
 
     async def _read_dead_letters(self, *, task_status: TaskStatus[None]) -> None:
         # A subscription on dead letters must say what becomes of those that it gives up itself.
-        config = SubscriptionConfig(DEAD_LETTERS, AUDITORS, dead_letter_topic=DROP, group_start_id="0")
+        config = SubscriptionConfig(self._dead_letters, AUDITORS, dead_letter_topic=DROP, group_start_id="0")
         async with self._bus.deliveries(config) as letters:
             task_status.started()
             async for letter in letters:
@@ -139,14 +144,13 @@ class Day:
             await anyio.sleep(0.1)
 
     async def _nothing_left(self) -> bool:
-        streams = [(DEAD_LETTERS, AUDITORS)]
+        streams = [(self._dead_letters, AUDITORS)]
         for group in GROUPS:
-            # A group's retries come through a stream of its own, which the bus names like this.
-            streams += [(TOPIC, group), (f"anybus:{{{TOPIC}}}:retry:{group}", group)]
+            streams += [(self._topic, group), (retry_stream(self._topic, group), group)]
         for stream, group in streams:
-            if await self._backend.pending_entries(stream, group, limit=1):
+            if await self._server.pending_entries(stream, group, limit=1):
                 return False
-        return await self._backend.count_entries(DEAD_LETTERS) == len(self._letters)
+        return await self._server.count_entries(self._dead_letters) == len(self._letters)
 
     def _accounts(self) -> list[Account]:
         return [close_account(group, self._published, self._books[group], self._letters) for group in GROUPS]

@@ -8,7 +8,9 @@ dead-letter topic; which group gave a message up stands in the dead letter's hea
 At the end a table holds sets of uids against each other: the input file, the files that the handlers wrote, and the
 dead letters as they were read back. The exit status is 1 if the accounting does not hold.
 
-    python examples/accounting/main.py [--loop asyncio|trio]
+    python examples/accounting/main.py [--loop asyncio|trio] [--url redis://localhost:6379]
+
+Without a URL it works in memory. On a server it leaves the topics of this run, and their dead letters, behind.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from pathlib import Path
 import anyio
 import msgspec
 from books import open_books
-from day import GROUPS, TOPIC, Day
+from day import GROUPS, Day
 from report import Bar, show
 from rich.console import Console
 
 from anybus import Message
 
 EVENTS = Path(__file__).with_name("events.jsonl")
+
+
+TOPIC = "source.functions"
+"""Each run publishes to topics of its own, whose names begin like this."""
 
 
 class Event(msgspec.Struct):
@@ -60,7 +66,7 @@ def read_messages() -> list[Message]:
     ]
 
 
-def run_on(loop: str, messages: Sequence[Message], console: Console) -> bool:
+def run_on(loop: str, url: str, messages: Sequence[Message], console: Console) -> bool:
     """Do it all on one event loop. True if the accounting holds."""
     started = time.monotonic()
     with (
@@ -68,7 +74,7 @@ def run_on(loop: str, messages: Sequence[Message], console: Console) -> bool:
         open_books(Path(folder), list(GROUPS)) as books,
         Bar(console, [f"{loop:8}{group}" for group in GROUPS], len(messages)) as bar,
     ):
-        day = Day(messages, books, bar.update)
+        day = Day(url, messages, books, bar.update)
         accounts = anyio.run(day.run, backend=loop)
     show(console, loop, accounts)
     console.print(f"Took {time.monotonic() - started:.1f} s.", highlight=False)
@@ -81,11 +87,12 @@ def run_on(loop: str, messages: Sequence[Message], console: Console) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Publishes and handles real events, and accounts for every one.")
     parser.add_argument("--loop", choices=("asyncio", "trio"), help="only on this event loop (default: on both)")
+    parser.add_argument("--url", default="memory://", help="where to do it (default: %(default)s)")
     arguments = parser.parse_args()
     messages = read_messages()
     console = Console()
     loops: list[str] = [arguments.loop] if arguments.loop else ["asyncio", "trio"]
-    held = [run_on(loop, messages, console) for loop in loops]
+    held = [run_on(loop, arguments.url, messages, console) for loop in loops]
     return 0 if all(held) else 1
 
 

@@ -30,6 +30,7 @@ from anybus import (
     SubscriptionConfig,
 )
 from anybus._copies import retry_stream
+from anybus.abc import BusEvent
 
 TOPIC, GROUP = "work", "g"
 RETRIES = retry_stream(TOPIC, GROUP)
@@ -46,7 +47,14 @@ running: set[str] = set()
 
 
 class Quiet(Observer):
-    """Standard error is for what ends the program."""
+    """Keeps what handlers raise off standard error, which is for what ends the program; the rest is reported."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def on_error(self, event: BusEvent) -> None:
+        if not (event.scope == "handler" and isinstance(event.error, ValueError)):
+            self.errors.append(repr(event))
 
 
 async def handle(delivery: Delivery) -> None:
@@ -98,8 +106,8 @@ async def receive_signals(scope: anyio.CancelScope, *, task_status: TaskStatus[N
             scope.cancel()
 
 
-async def work(backend: MemoryBackend, scope: anyio.CancelScope | None) -> None:
-    options = StreamBusOptions(claim_idle_timeout=LEASE, reclaim_interval=0.002, group_start_id="0", observer=Quiet())
+async def work(backend: MemoryBackend, observer: Quiet, scope: anyio.CancelScope | None) -> None:
+    options = StreamBusOptions(claim_idle_timeout=LEASE, reclaim_interval=0.002, group_start_id="0", observer=observer)
     backoff = ExponentialBackoff(initial=BACKOFF, maximum=BACKOFF)
     config = SubscriptionConfig(TOPIC, GROUP, max_in_flight=4, retry_backoff=backoff)
     ready = anyio.Event()
@@ -140,13 +148,13 @@ def living_tasks() -> int:
 
 
 async def main(mode: str) -> None:
-    backend = MemoryBackend()
+    backend, observer = MemoryBackend(), Quiet()
     before = living_tasks()
     if mode == "bare":
-        await work(backend, None)
+        await work(backend, observer, None)
         return
     with anyio.CancelScope() as scope:
-        await work(backend, scope)
+        await work(backend, observer, scope)
     left = living_tasks() - before
     report = await look(backend)
     report.update(
@@ -157,6 +165,7 @@ async def main(mode: str) -> None:
         rejected=rejected,
         at_once=at_once,
         tasks_left=left,
+        errors=observer.errors,
         cancelled=scope.cancelled_caught,
     )
     print(json.dumps(report), flush=True)

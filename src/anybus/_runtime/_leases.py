@@ -76,7 +76,7 @@ class Leases:
             error = as_failure(raised)
             context.reporter.error("renew", error, detail=f"renewing {len(held)} leases of {stream!r}")
             if not can_pass(error):
-                raise error from None
+                raise error from None  # noqa: ASYNC104
             return False  # noqa: ASYNC104
         for entry in held:
             if entry.id in owned:

@@ -249,7 +249,7 @@ class Subscription:
         """Run a part; what it raises ends the subscription, once, and as itself."""
         try:
             await part()
-        except anyio.get_cancelled_exc_class() as error:
+        except anyio.get_cancelled_exc_class() as error:  # noqa: ASYNC103 - what nobody cancelled is a failure
             if not is_stray(error):
                 raise
             self._fail(as_failure(error))

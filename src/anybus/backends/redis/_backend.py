@@ -96,9 +96,14 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
     async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
         failure: BaseException | None = None
         async with anyio.create_task_group() as tasks:
+
+            def alarm(error: BaseException) -> None:
+                tasks.start_soon(_raise, error)
+
             self._taking.tasks = tasks
             try:
-                await tasks.start(self._client.mux.run)
+                link = await self._client.mux.connect()
+                tasks.start_soon(self._client.mux.run, link, alarm)
                 yield self
             except anyio.get_cancelled_exc_class():
                 raise
@@ -312,3 +317,7 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
 def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
     """At most so many in one script: a script stops the whole server while it runs."""
     return [items[start : start + PER_SCRIPT] for start in range(0, len(items), PER_SCRIPT)]
+
+
+async def _raise(error: BaseException) -> None:
+    raise error

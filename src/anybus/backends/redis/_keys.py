@@ -9,6 +9,9 @@ from ..._copies import stream_base
 LAYOUT: Final = 1
 """The version of the layout of keys, and of the scripts that work on them."""
 
+RETURNED: Final = "anybus:returned"
+"""The parking consumer of released entries. Whoever empties it removes it."""
+
 
 def _split(stream: str) -> tuple[str, str]:
     """A stream's base and, of a retry stream, its ``:group``."""

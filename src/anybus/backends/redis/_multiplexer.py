@@ -7,10 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import anyio
-from anyio.abc import TaskStatus
 
 from ..._backoff import recovery_delay
-from ..._cancellation import is_stray
+from ..._cancellation import is_stray, sole
 from ..._errors import BackendError, EventBusError
 from ._errors import SENSELESS, broken, translate
 from ._link import BROKEN, Link, open_link
@@ -60,21 +59,33 @@ class Multiplexer:
         if self._scope is not None:
             self._scope.cancel()
 
-    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Connect, then serve until closed. The first connection must succeed; later ones are tried again.
+    async def connect(self) -> Link:
+        """The first connection, which must succeed, for :meth:`run`.
+
+        Not made in there: whoever waits for it may be cancelled, and the shield would not let that through.
+        """
+        self._scope = anyio.CancelScope(shield=True)
+        return await self._connect()
+
+    async def run(self, link: Link, alarm: Callable[[BaseException], None]) -> None:
+        """Serve until closed, on the first connection and then on others.
 
         Shielded: when everything around it is cancelled, subscriptions still have to hand back what they hold.
         """
-        with anyio.CancelScope(shield=True) as self._scope:
-            link = await self._connect()
-            task_status.started()
+        assert self._scope is not None
+        with self._scope:
             while True:
                 try:
                     await self._serve(link)
                     link = await self._reconnect()
                 except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a broken connection
-                    if not is_stray(error):
-                        raise
+                    if isinstance(error, anyio.get_cancelled_exc_class()):
+                        if not is_stray(error):
+                            raise
+                    else:
+                        # On trio a KeyboardInterrupt may strike in here. It ends the program, which still has to hand
+                        # back what it holds: this goes on until then.
+                        alarm(sole(error))
                     link = await self._reconnect()  # noqa: ASYNC102, ASYNC104 - no cancellation comes this far
 
     async def _connect(self) -> Link:

@@ -16,7 +16,7 @@ _SHIELDED = 1.0
 
 
 class BlockingReader:
-    """One consumer's connection. One request at a time.
+    """One consumer's connection, opened when it is needed. One request at a time.
 
     :param unblock: asks the server to end the blocking command of a client id; true if it did.
     """

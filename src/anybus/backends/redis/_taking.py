@@ -62,8 +62,6 @@ class Taking:
     async def read_new(self, stream: str, group: str, consumer: str, count: int, timeout: float) -> list[FetchedEntry]:
         read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
         move: Command = evalsha(scripts.MOVE_DUE, (stream, delayed(stream)), ())
-        if timeout <= 0:
-            return await self._look(stream, group, consumer, move, read)
         reader = self._readers.setdefault(
             (stream, group, consumer), BlockingReader(self._client.settings, self._unblock)
         )
@@ -71,12 +69,14 @@ class Taking:
             unseen = await self._find_unseen(reader, stream, group, consumer, count)
             if unseen:
                 return unseen
+        if timeout <= 0:
+            return await self._look(reader, stream, group, consumer, move, read)
         now = anyio.current_time()
         deadline = now + timeout
         while True:
             looked_at, next_due = self._looked.pop(stream, (-math.inf, math.inf))
             if now - looked_at > _STALE:
-                entries = await self._look(stream, group, consumer, move, read)
+                entries = await self._look(reader, stream, group, consumer, move, read)
                 now = anyio.current_time()
                 if entries or now >= deadline:
                     return entries
@@ -90,7 +90,9 @@ class Taking:
             if entries or now >= deadline:
                 return entries
 
-    async def _look(self, stream: str, group: str, consumer: str, move: Command, read: Command) -> list[FetchedEntry]:
+    async def _look(
+        self, reader: BlockingReader, stream: str, group: str, consumer: str, move: Command, read: Command
+    ) -> list[FetchedEntry]:
         """Append what is due, then read without waiting: two commands in one write."""
         moved: list[Any] = []
 
@@ -98,8 +100,14 @@ class Taking:
             moved.append(replies[0])
             return {stream: self._decoder.read(replies[-1])}
 
-        entries = (await self._take([move, read], group, consumer, parse))[stream]
-        if not entries:
+        try:
+            entries = (await self._take([move, read], group, consumer, parse, reader=reader))[stream]
+        except GroupLostError:
+            reader.last_id = "0-0"  # made again, the group may hand over lower ids than these
+            raise
+        if entries:
+            reader.last_id = entries[-1].id
+        else:
             next_due = await self._next_due(moved[0], stream)
             now = anyio.current_time()
             self._looked[stream] = (now, now + next_due)
@@ -263,8 +271,12 @@ class Taking:
         consumer: str,
         parse: Callable[[list[Any]], Taken],
         stream: str | None = None,
+        reader: BlockingReader | None = None,
     ) -> Taken:
-        """Send commands of which the last one takes entries. Cancelled, what it took is handed back all the same."""
+        """Send commands of which the last one takes entries. Cancelled, what it took is handed back all the same.
+
+        :param reader: to be told if the reply was lost.
+        """
         call = await self._client.mux.start(commands)
         try:
             await call.event.wait()
@@ -272,6 +284,8 @@ class Taking:
             with anyio.move_on_after(_SHIELDED, shield=True):
                 await call.event.wait()
                 await self._hand_back_reply(call.replies, parse, group, consumer)
+            if call.error is not None and reader is not None:
+                reader.lost_track = True
             if not call.event.is_set() and self.tasks is not None:
                 tasks = self.tasks
 
@@ -285,10 +299,12 @@ class Taking:
                 call.done = late
             raise
         if call.error is not None:
+            if reader is not None:
+                reader.lost_track = True
             raise call.error
         reply = call.replies[-1]
         if isinstance(reply, ServerError):
-            if has_code(reply, "NOSCRIPT") and stream is not None:
+            if has_code(reply, "NOSCRIPT") and commands[-1][0] == "EVALSHA":
                 raise _ScriptForgottenError
             raise await self._client.refused_in(stream or str(commands[-1][-2]), group, reply)
         with self._client.reading(reply):

@@ -1,0 +1,232 @@
+"""The bus itself, on the same tasks as its floors and peers."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import anyio
+from _floors import AT_ONCE, GROUP, TOPIC, Wire, check_drained, check_length, clear, forget_group
+from _peers import Latencies
+
+import anybus
+from anybus import Delivery, Message, Observer, StreamBus, StreamBusOptions, SubscriptionConfig
+from anybus.abc import BusEvent
+from anybus.backends.redis import RedisBackend
+
+
+def connect(port: int, observer: Observer | None = None) -> StreamBus:
+    options = StreamBusOptions(group_start_id="0", publish_timeout=60, observer=observer)
+    return anybus.connect(f"redis://127.0.0.1:{port}", options)
+
+
+async def nothing_pending(bus: StreamBus) -> None:
+    """By the server's word."""
+    assert isinstance(bus.backend, RedisBackend)
+    while await bus.backend.pending_entries(TOPIC, GROUP, limit=1):
+        await anyio.sleep(0.0005)
+
+
+async def drain(port: int, count: int) -> float:
+    """Messages a second: from subscribing until nothing is pending, with a handler that does nothing."""
+    handled = 0
+    done = anyio.Event()
+
+    async def handler(delivery: Delivery) -> None:
+        nonlocal handled
+        handled += 1
+        if handled == count:
+            done.set()
+
+    async with connect(port) as bus:
+        started = time.perf_counter()
+        async with bus.subscribe(SubscriptionConfig(TOPIC, GROUP, max_in_flight=256), handler):
+            await done.wait()
+            await nothing_pending(bus)
+            taken = time.perf_counter() - started
+    check_drained(port, count)
+    forget_group(port)
+    return count / taken
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a drain needed at most.
+
+    :ivar held: entries held at once.
+    :ivar traced: bytes that Python allocated, over what there was before.
+    """
+
+    held: int
+    traced: int
+
+
+async def drain_measured(port: int, count: int, max_pending_acks: int) -> Memory:
+    """The same with a look at the ledger at every message and at every allocation, and so without a clock."""
+    handled = held = 0
+    done = anyio.Event()
+
+    async with connect(port) as bus:
+
+        async def handler(delivery: Delivery) -> None:
+            nonlocal handled, held
+            handled += 1
+            if handled % 16 == 0:
+                held = max(held, subscription.statistics().held)
+            if handled == count:
+                done.set()
+
+        config = SubscriptionConfig(TOPIC, GROUP, max_in_flight=256, max_pending_acks=max_pending_acks)
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        async with bus.subscribe(config, handler) as subscription:
+            await done.wait()
+            await nothing_pending(bus)
+        peak = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
+    check_drained(port, count)
+    forget_group(port)
+    return Memory(held, peak)
+
+
+async def publish_from_tasks(port: int, count: int, tasks: int) -> float:
+    """Messages a second: each task makes a message, publishes it, waits for its id, and so on."""
+    clear(port)
+    async with connect(port) as bus:
+
+        async def publish(numbers: range) -> None:
+            for number in numbers:
+                await bus.publish(Message(TOPIC, b"x" * 300, key=str(number)))
+
+        started = time.perf_counter()
+        async with anyio.create_task_group() as group:
+            for number in range(tasks):
+                group.start_soon(publish, range(number, count, tasks))
+        taken = time.perf_counter() - started
+    check_length(port, count)
+    return count / taken
+
+
+async def publish_one_by_one(port: int, count: int) -> float:
+    return await publish_from_tasks(port, count, 1)
+
+
+async def publish_batches(port: int, messages: Sequence[Message]) -> float:
+    """Messages a second: batches of 200."""
+    clear(port)
+    async with connect(port) as bus:
+        started = time.perf_counter()
+        for start in range(0, len(messages), AT_ONCE):
+            outcome = await bus.publish_batch(messages[start : start + AT_ONCE])
+            outcome.raise_for_errors()
+        taken = time.perf_counter() - started
+    check_length(port, len(messages))
+    return len(messages) / taken
+
+
+class _AckTimes(Observer):
+    def __init__(self) -> None:
+        self.at: dict[str | None, float] = {}
+
+    def on_settled(self, event: BusEvent) -> None:
+        self.at[event.message_id] = time.perf_counter()
+
+
+async def latencies(port: int, count: int, interval: float) -> Latencies:
+    """One message per interval, to a subscription whose reader blocks on the empty stream."""
+    clear(port)
+    seen = Latencies(count)
+    acks = _AckTimes()
+    ids: list[str] = [""] * count
+    left = count
+    done = anyio.Event()
+
+    async def handler(delivery: Delivery) -> None:
+        nonlocal left
+        number = int(delivery.message.key)
+        seen.handled_at[number] = time.perf_counter()
+        ids[number] = delivery.id
+        left -= 1
+        if not left:
+            done.set()
+
+    async with connect(port, acks) as bus, bus.subscribe(SubscriptionConfig(TOPIC, GROUP), handler):
+        await anyio.sleep(0.2)
+        begin = time.perf_counter()
+        for number in range(count):
+            await anyio.sleep(max(0.0, begin + number * interval - time.perf_counter()))
+            seen.published[number] = time.perf_counter()
+            await bus.publish(Message(TOPIC, b"x" * 300, key=str(number)))
+        await done.wait()
+        await nothing_pending(bus)
+        await anyio.sleep(0.05)
+    check_drained(port, count)
+    seen.acked_at = [acks.at[message_id] for message_id in ids]
+    return seen
+
+
+async def slow_handlers(port: int, count: int, each: float, concurrency: int) -> float:
+    """Seconds for so many handlers that sleep, until nothing is pending."""
+    left = count
+    done = anyio.Event()
+
+    async def handler(delivery: Delivery) -> None:
+        nonlocal left
+        await anyio.sleep(each)
+        left -= 1
+        if not left:
+            done.set()
+
+    async with connect(port) as bus:
+        started = time.perf_counter()
+        async with bus.subscribe(SubscriptionConfig(TOPIC, GROUP, max_in_flight=concurrency), handler):
+            await done.wait()
+            await nothing_pending(bus)
+            taken = time.perf_counter() - started
+    check_drained(port, count)
+    forget_group(port)
+    return taken
+
+
+@dataclass(frozen=True)
+class Idleness:
+    """What waiting costs.
+
+    :ivar share: of one core, by this process' CPU time.
+    :ivar sent: commands that clients sent, per second.
+    :ivar executed: commands that the server executed, per second, those within scripts included.
+    """
+
+    share: float
+    sent: float
+    executed: float
+
+
+class Meter:
+    """Counts from its making to its reading, by MONITOR, which alone tells what came from a client and what did not."""
+
+    def __init__(self, port: int) -> None:
+        self._wire = Wire(port)
+        self._wire.call("MONITOR")
+        self._began, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> Idleness:
+        cpu, seconds = time.process_time() - self._cpu, time.perf_counter() - self._began
+        lines = self._wire.waiting_lines()
+        sent = sum(b" lua] " not in line for line in lines)
+        return Idleness(cpu / seconds, sent / seconds, len(lines) / seconds)
+
+
+async def idle(port: int, seconds: float) -> Idleness:
+    """A subscription to a stream where nothing comes."""
+
+    async def handler(delivery: Delivery) -> None:
+        return
+
+    async with connect(port) as bus, bus.subscribe(SubscriptionConfig(TOPIC, GROUP), handler):
+        await anyio.sleep(1)
+        meter = Meter(port)
+        await anyio.sleep(seconds)
+        return meter.read()

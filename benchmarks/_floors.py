@@ -1,0 +1,150 @@
+"""The floors: blocking sockets and hiredis, no event loop, nothing that a bus adds but the envelope."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import hiredis
+
+from anybus import JsonCodec, Message
+
+AT_ONCE = 200
+GROUP, TOPIC = "bench", "bench.redis"
+
+_hiredis: Any = hiredis  # its stubs know of no tuple of any length
+
+
+class Wire:
+    """One blocking connection."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._reader = hiredis.Reader()
+
+    def __enter__(self) -> Wire:  # noqa: PYI034
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def call(self, *command: Any) -> Any:
+        """Send one command, wait for its reply; an error reply is raised."""
+        self._socket.sendall(_hiredis.pack_command(command))
+        return self._reply()
+
+    def pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Send many in one write, wait for all replies."""
+        self._socket.sendall(b"".join([_hiredis.pack_command(command) for command in commands]))
+        return [self._reply() for _ in commands]
+
+    def waiting_lines(self) -> list[bytes]:
+        """What has arrived unasked, line by line. Closes the connection."""
+        data = b""
+        self._socket.settimeout(0.1)
+        with suppress(TimeoutError, socket.timeout):
+            while more := self._socket.recv(262_144):
+                data += more
+        self._socket.close()
+        return data.splitlines()
+
+    def _reply(self) -> Any:
+        reader = self._reader
+        while True:
+            reply: Any = reader.gets()
+            if reply is not False:
+                if isinstance(reply, Exception):
+                    raise reply
+                return reply
+            reader.feed(self._socket.recv(262_144))
+
+
+def prepare(count: int) -> list[Message]:
+    return [Message(TOPIC, b"x" * 300, key=str(number)) for number in range(count)]
+
+
+def fill(port: int, messages: Sequence[Message]) -> None:
+    """A stream that holds just these messages, without any group."""
+    encode = JsonCodec().encode
+    with Wire(port) as wire:
+        wire.call("FLUSHALL")
+        for start in range(0, len(messages), AT_ONCE):
+            part = messages[start : start + AT_ONCE]
+            wire.pipeline([("XADD", TOPIC, "*", "message", encode(message)) for message in part])
+
+
+def forget_group(port: int) -> None:
+    """So that the next contestant finds the stream as the last one did."""
+    with Wire(port) as wire:
+        for key in wire.call("KEYS", "anybus:*"):
+            wire.call("DEL", key)
+        wire.call("XGROUP", "DESTROY", TOPIC, GROUP)
+
+
+def check_drained(port: int, count: int) -> None:
+    """
+    :raises AssertionError: if the server knows of anything pending or unread.
+    """
+    with Wire(port) as wire:
+        pending = wire.call("XPENDING", TOPIC, GROUP)[0]
+        [group] = wire.call("XINFO", "GROUPS", TOPIC)
+        facts = dict(zip(group[::2], group[1::2], strict=True))
+        unread = wire.call("XRANGE", TOPIC, b"(" + facts[b"last-delivered-id"], "+", "COUNT", 1)
+        assert pending == 0, f"{pending} entries are pending"
+        assert not unread, "some entries were not read"
+        assert wire.call("XLEN", TOPIC) == count
+
+
+def check_length(port: int, count: int) -> None:
+    """
+    :raises AssertionError: if the stream does not hold so many entries.
+    """
+    with Wire(port) as wire:
+        length = wire.call("XLEN", TOPIC)
+        assert length == count, f"the stream holds {length} entries, not {count}"
+
+
+def clear(port: int) -> None:
+    with Wire(port) as wire:
+        wire.call("FLUSHALL")
+
+
+def drain(port: int, count: int) -> float:
+    """Messages a second: read 200, decode each, call a function, acknowledge 200."""
+    decode = JsonCodec().decode
+
+    def handler(message: Message) -> None:
+        return
+
+    with Wire(port) as wire:
+        started = time.perf_counter()
+        wire.call("XGROUP", "CREATE", TOPIC, GROUP, "0")
+        left = count
+        while left:
+            [[_, entries]] = wire.call("XREADGROUP", "GROUP", GROUP, "floor", "COUNT", AT_ONCE, "STREAMS", TOPIC, ">")
+            for _, fields in entries:
+                handler(decode(fields[1]))
+            wire.call("XACK", TOPIC, GROUP, *[entry_id for entry_id, _ in entries])
+            left -= len(entries)
+        taken = time.perf_counter() - started
+    check_drained(port, count)
+    forget_group(port)
+    return count / taken
+
+
+def publish_pipelined(port: int, messages: Sequence[Message]) -> float:
+    """Messages a second: encode 200, send them in one write, take 200 replies."""
+    encode = JsonCodec().encode
+    clear(port)
+    with Wire(port) as wire:
+        started = time.perf_counter()
+        for start in range(0, len(messages), AT_ONCE):
+            part = messages[start : start + AT_ONCE]
+            wire.pipeline([("XADD", TOPIC, "*", "message", encode(message)) for message in part])
+        taken = time.perf_counter() - started
+    check_length(port, len(messages))
+    return len(messages) / taken
