@@ -248,8 +248,8 @@ async def test_a_graceful_end_takes_nothing_more(harness: Harness, topic: str) -
             await subscription.wait_closed()
             assert backend.count("read_new") == reads
         assert len(handler.begun) == 1
-        async with backend.inner:
-            entries = await backend.inner.read_new(topic, GROUP, "peer", count=10, timeout=0)
+        async with harness.make_backend() as peer:
+            entries = await peer.read_new(topic, GROUP, "peer", count=10, timeout=0)
     assert [entry.id for entry in entries] == late
 
 
@@ -617,7 +617,7 @@ async def test_a_handler_in_a_thread_is_reported_and_waited_for_leased_all_the_w
                         # For more than a lease nobody can take it over.
                         renewals = backend.count("renew")
                         await until(lambda: backend.count("renew") >= renewals + 5, "renewals")
-                        async with backend.inner as peer:
+                        async with harness.make_backend() as peer:
                             taken = await peer.reclaim_idle(topic, GROUP, "peer", min_idle=0.3, count=10)
                             await peer.release(topic, GROUP, "peer", [entry.id for entry in taken])
                         assert ids[0] not in [entry.id for entry in taken]
@@ -937,7 +937,7 @@ async def test_a_delivery_that_was_pulled_is_renewed_until_its_block_is_left_and
             renewals = backend.count("renew")
             await until(lambda: backend.count("renew") >= renewals + 5, "renewals for more than a lease")
             assert not delivery.lease_lost
-            async with backend.inner as peer:
+            async with harness.make_backend() as peer:
                 assert await peer.reclaim_idle(topic, GROUP, "peer", min_idle=0.3, count=10) == []
         assert await released(harness, topic, ids)
 

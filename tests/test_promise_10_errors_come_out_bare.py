@@ -442,13 +442,13 @@ async def test_a_failure_while_the_body_raises_is_told_beside_the_bodys_error(ha
     failure = broken()
 
     async def read_new(stream: str, *_: object, **__: object) -> Any:
+        if stream != topic:
+            return []
         try:
-            if stream == topic:
-                gate.set()
+            gate.set()
             await anyio.sleep_forever()
         finally:
-            if stream == topic:
-                raise failure
+            raise failure
 
     async with StreamBus(backend, quick(recorder)) as bus:
         backend.read_new = read_new  # type: ignore[method-assign]

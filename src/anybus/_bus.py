@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import anyio
 from anyio.abc import TaskStatus
+from anyio.lowlevel import checkpoint
 
 from ._cancellation import persist
 from ._checks import refuse
@@ -248,6 +249,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         """``subscribe`` as one call, for ``await tg.start(bus.consume, config, handler)``, which gives the
         :class:`Subscription`. Returns when that is closed. Raises as ``subscribe`` does.
         """
+        await checkpoint()  # cancelled before it began, it says nothing of a bus that is closed by now
         try:
             async with self.subscribe(config, handler) as subscription:
                 task_status.started(subscription)

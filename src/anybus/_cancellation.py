@@ -59,6 +59,12 @@ def sole(error: BaseException) -> BaseException:
     return error
 
 
+def leaves(error: BaseException) -> list[BaseException]:
+    """The errors in a group, however deep; of anything else, itself."""
+    members = _members(error)
+    return [leaf for member in members for leaf in leaves(member)] if members else [error]
+
+
 def cancellation_in(error: BaseException) -> BaseException | None:
     """The cancellation in an error: itself, or a member of a group (trio's task groups mix them with errors)."""
     if isinstance(error, anyio.get_cancelled_exc_class()):

@@ -29,8 +29,19 @@ Handler = Callable[[Delivery], Awaitable[None]]
 
 _STREAK = 64
 
-handled_by: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("anybus_handled_by", default=frozenset())
-"""The pools in whose handlers the current code runs."""
+
+class Place:
+    """A worker's place: which pool it works for, and whether it is in a handler now."""
+
+    __slots__ = ("busy", "pool")
+
+    def __init__(self, pool: Taker) -> None:
+        self.pool = pool
+        self.busy = False
+
+
+handled_by: contextvars.ContextVar[frozenset[Place]] = contextvars.ContextVar("anybus_handled_by", default=frozenset())
+"""The workers in whose handlers the current code runs, or was started."""
 
 
 class Taker:
@@ -108,7 +119,6 @@ class HandlerPool(Taker):
             self._spawn()
 
     async def run(self) -> None:
-        handled_by.set(handled_by.get() | {id(self)})
         # Workers start from here, whoever wakes them: no handler inherits what another one put in its context.
         self._home = contextvars.copy_context()
         try:
@@ -132,17 +142,21 @@ class HandlerPool(Taker):
         self._spares -= 1
         streak = 0
         ledger = self._ledger
+        place = Place(self)
+        handled_by.set(handled_by.get() | {place})
         clean = contextvars.copy_context()
         try:
             while (held := self.next_entry()) is not None:
                 if not self._spares and ledger.waiting and self._workers < self._limit:
                     self._spawn()
+                place.busy = True
                 try:
                     if self._on_receive:
                         await self._handle_acked(held)
                     else:
                         await self._handle(held)
                 finally:
+                    place.busy = False
                     self.running.discard(held)
                 if contextvars.copy_context() != clean:
                     # The handler has left something behind in its context, which is not the next message's business.

@@ -18,7 +18,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from .._backoff import recovery_delay
-from .._cancellation import as_failure, is_stray, persist, sole
+from .._cancellation import as_failure, is_stray, leaves, persist
 from .._errors import ClosedError, EventBusError, can_pass
 from .._statistics import SubscriptionStatistics
 from ..abc import StreamInspector
@@ -136,7 +136,7 @@ class Subscription:
         await self.wait_closed()
 
     def _refuse_in_handlers(self) -> None:
-        if id(self._taker) in handled_by.get():
+        if any(place.pool is self._taker and place.busy for place in handled_by.get()):
             raise RuntimeError(
                 "a handler cannot wait for the end of its own subscription: call close() or abort() and return"
             )
@@ -254,7 +254,9 @@ class Subscription:
                 raise
             self._fail(as_failure(error))
         except BaseException as error:
-            self._fail(sole(error))
+            # Of several failures in one moment the first ends the subscription, bare, and the others are reported.
+            for failure in leaves(error):
+                self._fail(failure)
 
     async def _in_background(self, part: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
         """A part that works until everything is settled."""
