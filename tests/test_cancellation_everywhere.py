@@ -201,9 +201,7 @@ FINAL = frozenset({"returned", "acked", "rejected", "nacked", "left"})
 class Scenario:
     """One run: what is in the topic, what handlers make of it, and what must be true of it afterwards."""
 
-    def __init__(
-        self, harness: Harness, operator: StreamBackend, variant: Variant, steps: Steps, library: str
-    ) -> None:
+    def __init__(self, harness: Harness, operator: StreamBackend, variant: Variant, steps: Steps, library: str) -> None:
         self.topic = new_topic()
         self.retries = retry_stream(self.topic, GROUP)
         self.variant = variant

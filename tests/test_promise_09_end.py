@@ -715,9 +715,7 @@ async def test_consume_gives_its_subscription_and_returns_when_that_is_closed(
 
 
 @pytest.mark.parametrize("ending", ["close", "abort"])
-async def test_a_handler_may_begin_the_end_of_its_own_subscription(
-    harness: Harness, topic: str, ending: str
-) -> None:
+async def test_a_handler_may_begin_the_end_of_its_own_subscription(harness: Harness, topic: str, ending: str) -> None:
     subscriptions: list[Subscription] = []
     outcomes: list[str] = []
 
@@ -807,9 +805,7 @@ async def test_a_task_that_a_handler_left_behind_may_wait_for_the_end(harness: H
                     async def handler(delivery: Delivery) -> None:
                         application.start_soon(end)
 
-                    subscriptions.append(
-                        await tasks.start(bus.consume, SubscriptionConfig(topic, GROUP), handler)
-                    )
+                    subscriptions.append(await tasks.start(bus.consume, SubscriptionConfig(topic, GROUP), handler))
                     await publish(bus, topic, 1)
                 await ended.wait()
 
