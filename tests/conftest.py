@@ -20,7 +20,7 @@ LOOPS = [
 ]
 
 WITH_SERVER = "ANYBUS_SERVER" in os.environ
-"""Whether what needs a real server is run (``nox -s servers``). Without one it is not collected, rather than skipped."""
+"""Whether what needs a real server is run (``nox -s servers``). Otherwise it is left out."""
 
 SERVER = os.environ.get("ANYBUS_SERVER", "valkey")
 """The server that tests run on: valkey, redis62, redis70, redis82, or a path."""

@@ -250,12 +250,14 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         :class:`Subscription`. Returns when that is closed. Raises as ``subscribe`` does.
         """
         await checkpoint()  # cancelled before it began, it says nothing of a bus that is closed by now
+        if self._state == "closing":
+            return  # it would be closed a moment later: no reason for an error
         try:
             async with self.subscribe(config, handler) as subscription:
                 task_status.started(subscription)
                 await subscription.wait_closed()
         except ClosedWhileEnteredError:
-            return  # closed, as it would be a moment later: no reason for an error
+            return
 
     def deliveries(self, config: SubscriptionConfig) -> AbstractAsyncContextManager[DeliveryStream]:
         """The pull form: a stream of deliveries, each settled by hand.

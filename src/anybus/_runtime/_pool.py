@@ -44,6 +44,10 @@ handled_by: contextvars.ContextVar[frozenset[Place]] = contextvars.ContextVar("a
 """The workers in whose handlers the current code runs, or was started."""
 
 
+def _raise(error: BaseException) -> None:
+    raise error
+
+
 class Taker:
     """Takes what waits: what pool and pull stream have in common."""
 
@@ -57,6 +61,7 @@ class Taker:
         self.scope = anyio.CancelScope(shield=True)
         self.ended = anyio.Event()
         self.running: set[Held] = set()
+        self.on_fatal: Callable[[BaseException], None] = _raise
 
     def next_entry(self) -> Held | None:
         """The next entry that may start; its lease is looked at, since a process can be frozen at any moment."""
@@ -155,6 +160,12 @@ class HandlerPool(Taker):
                         await self._handle_acked(held)
                     else:
                         await self._handle(held)
+                except anyio.get_cancelled_exc_class():
+                    raise
+                except BaseException as error:
+                    # Ctrl-C, or an exit. Not out of this task: asyncio would let it out of its loop at once.
+                    self.on_fatal(error)
+                    break
                 finally:
                     place.busy = False
                     self.running.discard(held)
