@@ -193,6 +193,7 @@ PUBLISHED_KINDS = (
     *("walk", "fail", "slow", "quick", "ack", "quick", "reject", "retry", "walk", "quick", "leave", "slow"),
     *("walk", "ack", "slow", "walk"),
 )
+LATE_KINDS = ("walk", "ack", "fail", "quick", "reject")
 
 FINAL = frozenset({"returned", "acked", "rejected", "nacked", "left"})
 """Outcomes after which a message is not handled again."""
@@ -302,16 +303,28 @@ class Scenario:
         self.steps.counting = False
 
     async def body(self, bus: StreamBus, stream: DeliveryStream | None = None) -> None:
-        messages = [self.message(kind) for kind in PUBLISHED_KINDS]
-        await bus.publish(messages[0])
-        await bus.publish_batch(messages[1:])
-        while self.unfinished and not (self.variant.graceful and sum(self.begun.values()) >= 9):
-            self.progress = anyio.Event()
-            await self.progress.wait()
+        await self.publish(bus, PUBLISHED_KINDS)
+        if self.variant.graceful:
+            await self.until(lambda: sum(self.begun.values()) >= 9)
+        else:
+            await self.until(lambda: not self.unfinished)
+            # Now a read waits for these: they come to it, not it to them.
+            await self.publish(bus, LATE_KINDS)
+            await self.until(lambda: not self.unfinished)
         self.body_ended = True
         self.steps.counting = True
         if stream is not None:
             await stream.aclose()
+
+    async def publish(self, bus: StreamBus, kinds: Sequence[str]) -> None:
+        messages = [self.message(kind) for kind in kinds]
+        await bus.publish(messages[0])
+        await bus.publish_batch(messages[1:])
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self.progress = anyio.Event()
+            await self.progress.wait()
 
     async def handle(self, delivery: Delivery) -> None:
         uid, attempt = delivery.message.uid, delivery.state.attempt

@@ -125,7 +125,8 @@ class Subscription:
     async def wait_closed(self) -> None:
         """Wait until the end is over: everything settled or released, the consumer forgotten.
 
-        :raises RuntimeError: in one of the subscription's own handlers, which would wait for itself.
+        :raises RuntimeError: in one of the subscription's own handlers, which would wait for itself (and in a task that
+            a handler has left behind, while its worker is in the next handler).
         """
         self._refuse_in_handlers()
         await self._ended.wait()
