@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+import redis.exceptions
 from anyio import to_thread
 
 from anybus import GroupLostError, JsonCodec, Message

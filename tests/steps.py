@@ -96,7 +96,7 @@ def watched(steps: Steps, library: str) -> Iterator[None]:
         return asyncio.Task(drive(inner), loop=loop, **options)
 
     loop = asyncio.get_running_loop()
-    loop.set_task_factory(factory)  # type: ignore[arg-type]
+    loop.set_task_factory(factory)  # type: ignore[arg-type, unused-ignore]
     try:
         yield
     finally:

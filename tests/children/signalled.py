@@ -127,6 +127,7 @@ async def look(backend: MemoryBackend) -> dict[str, Any]:
     report: dict[str, Any] = {"streams": {}}
     await anyio.sleep(2 * BACKOFF)  # what waits for its retry is due by now
     for stream in (TOPIC, RETRIES, f"{TOPIC}.dead"):
+        where: dict[str, list[Any]]
         report["streams"][stream] = where = {"pending": [], "unread": [], "reclaimed": [], "consumers": []}
         if stream in (TOPIC, RETRIES):
             pending = await backend.pending_entries(stream, GROUP, limit=1_000_000)

@@ -59,7 +59,7 @@ class BlockingReader:
                     await link.send(pack(commands))
                 await self._receive(link, finished)
         except BROKEN as error:
-            await self.give_up()
+            await self.give_up()  # noqa: ASYNC120 - shielded in there
             text = f"the connection to {self._settings.place} broke: {str(error) or type(error).__name__}"
             raise broken(text, may_have_happened=True) from error
         except BaseException:
@@ -70,7 +70,7 @@ class BlockingReader:
             if scope.cancelled_caught:
                 self.lost_track = True
             if not finished.is_set():
-                await self.give_up()
+                await self.give_up()  # noqa: ASYNC102 - shielded in there
             raise
         if not finished.is_set():
             await self.give_up()

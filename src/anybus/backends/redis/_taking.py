@@ -143,7 +143,7 @@ class Taking:
         try:
             entries = self._decoder.read(reply)
         except SENSELESS as error:
-            await reader.give_up()
+            await reader.give_up()  # noqa: ASYNC120 - shielded in there
             raise senseless(self._client.settings.place, reply) from error
         if entries:
             reader.last_id = entries[-1].id
