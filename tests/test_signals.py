@@ -155,7 +155,7 @@ def test_a_signal_that_becomes_a_cancellation_loses_nothing(loop: str) -> None:
     handed_back: list[int] = []
     run_children(loop, "receiver", hows, lambda ended: handed_back.append(check_accounts(ended)))
     print(f"{sum(handed_back)} messages were handed back after {len(handed_back)} signals")
-    assert sum(handed_back) > len(hows), "the signals came when nothing was at stake"
+    assert sum(handed_back) > len(hows) / 2, "the signals came when nothing was at stake"
 
 
 @pytest.mark.timeout(300)
