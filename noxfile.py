@@ -32,7 +32,6 @@ def tests(session: nox.Session) -> None:
         return
     session.run("coverage", "erase")
     session.run("coverage", "run", "-m", "pytest")
-    session.run("coverage", "combine", "-q")
     session.run("coverage", "report")
 
 
