@@ -126,7 +126,7 @@ def _time(text: str) -> datetime:
 
 
 def _base64(text: str) -> bytes:
-    """Standard base64, padded: nothing else is on the wire, and Python's decoder lets padding pass that is out of place."""
+    """Standard base64, padded as it must be: some Pythons let padding pass that is out of place."""
     if len(text) % 4 or text.endswith("==="):
         raise ValueError("the payload is not padded base64")
     return base64.b64decode(text, validate=True)
