@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import secrets
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import anyio
 from anyio.abc import TaskStatus
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import checkpoint, current_token
 
 from ._cancellation import persist
 from ._checks import refuse
@@ -27,7 +27,7 @@ from ._runtime._pool import Handler
 from ._runtime._pull import DeliveryStream, PullTaker
 from ._runtime._subscription import ClosedWhileEnteredError, Subscription
 from ._settlement import Policy
-from .abc import StreamBackend
+from .abc import StreamBackend, TimedPublisher
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         if options is not None and not isinstance(options, StreamBusOptions):
             refuse("options", options, "an anybus.StreamBusOptions, or None")
         self._backend = backend
+        self._timed_publisher = backend if isinstance(backend, TimedPublisher) else None
         self._options = options or StreamBusOptions()
         self._reporter = Reporter(self._options.observer)
         self._notices = Notices()
@@ -166,17 +167,25 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         """
         self._check_open("closing")  # handlers that still run may publish what they came to
         message = self._prepare(message, options)
-        entry_id = ""
         try:
-            with anyio.move_on_after(self._options.publish_timeout) as scope:
-                entry_id = await self._backend.publish(message.topic, message)
-            if not entry_id and scope.cancelled_caught:
-                raise self._timed_out()
+            if self._timed_publisher is not None:
+                timeout = self._options.publish_timeout
+                entry_id = await self._timed_publisher.publish_within(message.topic, message, timeout=timeout)
+            else:
+                entry_id = await self._publish_by_deadline(message)
         except Exception as error:
             self._reporter.error("publish", error, detail=f"message {message.uid}", topic=message.topic)
             raise
         if self._reporter.hears_published:
             self._reporter.tell("on_published", "published", topic=message.topic, message_id=entry_id)
+        return entry_id
+
+    async def _publish_by_deadline(self, message: Message) -> str:
+        entry_id = ""
+        with anyio.move_on_after(self._options.publish_timeout) as scope:
+            entry_id = await self._backend.publish(message.topic, message)
+        if not entry_id and scope.cancelled_caught:
+            raise self._timed_out()
         return entry_id
 
     async def publish_batch(self, messages: Iterable[Message], options: PublishOptions | None = None) -> BatchOutcome:
@@ -347,13 +356,20 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             suspects=self._suspects,
             ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
             counters=Counters(),
-            clock=anyio.current_time,
+            clock=_clock(),
         )
 
 
 async def _all_ended(subscriptions: Iterable[Subscription]) -> None:
     for subscription in subscriptions:
         await subscription._ended.wait()
+
+
+def _clock() -> Callable[[], float]:
+    """AnyIO's clock, without its look for the running loop: it is read for every message."""
+    token = current_token()
+    clock: Callable[[], float] = getattr(token.native_token, "time", token.backend_class.current_time)
+    return clock
 
 
 def _check_handler(handler: Any) -> None:

@@ -7,6 +7,7 @@ A retry stream (``anybus:…``) has one group only: what that has acknowledged i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha1
 from typing import Final
 
@@ -16,13 +17,13 @@ class Script:
     name: str
     source: str
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
-# Which of the ids ARGV[first..last] belong to the consumer: one ranged XPENDING instead of one per id. ARGV[3] and
-# ARGV[4] are the lowest and the highest of them.
+# Which of the ids from ARGV[5] on belong to the consumer: one ranged XPENDING for them all. ARGV[3] and ARGV[4] are a
+# good guess at their range; what it misses is asked for one by one (an error there: not an id, and so not ours).
 _OWNED = """
 local function owned(key, group, consumer, low, high, limit)
   local found = {}
@@ -32,6 +33,12 @@ local function owned(key, group, consumer, low, high, limit)
     for i = 1, #page do found[page[i][1]] = page[i][4] end
     if #page == limit then from = '(' .. page[#page][1] end
   until #page < limit
+  for i = 5, #ARGV do
+    if not found[ARGV[i]] then
+      local one = redis.pcall('XPENDING', key, group, ARGV[i], ARGV[i], 1, consumer)
+      if one[1] then found[ARGV[i]] = one[1][4] end
+    end
+  end
   return found
 end
 """
