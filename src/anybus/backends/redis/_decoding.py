@@ -82,8 +82,8 @@ class EntryDecoder:
             if fields is not None and len(fields) == 2 and fields[0] == b"message" and len(fields[1]) <= MAX_RECEIVED:
                 try:
                     message = decode(fields[1])
-                except SerializationError:
-                    message = None
+                except Exception:
+                    message = None  # said below, in words
                 if message is not None and message.headers is NO_HEADERS:
                     entry_id = raw_id.decode()
                     append(ClaimedMessage(entry_id, message, 1, published_at(entry_id)))
