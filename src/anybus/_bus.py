@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import anyio
 from anyio.abc import TaskStatus
-from anyio.lowlevel import checkpoint, current_token
+from anyio.lowlevel import checkpoint
 
 from ._cancellation import persist
 from ._checks import refuse
+from ._clock import loop_clock
 from ._copies import retry_stream
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError
 from ._message import Message
@@ -356,20 +357,13 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             suspects=self._suspects,
             ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
             counters=Counters(),
-            clock=_clock(),
+            clock=loop_clock(),
         )
 
 
 async def _all_ended(subscriptions: Iterable[Subscription]) -> None:
     for subscription in subscriptions:
         await subscription._ended.wait()
-
-
-def _clock() -> Callable[[], float]:
-    """AnyIO's clock, without its look for the running loop: it is read for every message."""
-    token = current_token()
-    clock: Callable[[], float] = getattr(token.native_token, "time", token.backend_class.current_time)
-    return clock
 
 
 def _check_handler(handler: Any) -> None:

@@ -232,6 +232,8 @@ class Intake:
 
     def _accept(self, stream: str, entries: Sequence[FetchedEntry], began: float, *, by_reclaim: bool) -> Held | None:
         """Enter what was taken into the ledger. Returns a suspect that has the bus's one place, not yet started."""
+        if not entries:
+            return None
         context = self._context
         ledger = self._ledger
         table = ledger.tables[stream]

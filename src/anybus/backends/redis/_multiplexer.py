@@ -10,6 +10,7 @@ import anyio
 
 from ..._backoff import recovery_delay
 from ..._cancellation import is_stray, sole
+from ..._clock import loop_clock
 from ..._errors import BackendError, EventBusError
 from ._errors import SENSELESS, broken, translate
 from ._link import BROKEN, Link, open_link
@@ -17,7 +18,8 @@ from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerEr
 from ._settings import Settings
 from ._waves import Single, Waves
 
-_WATCH_INTERVAL = 0.5
+_LOOKS = 4
+"""So often within ``command_timeout`` somebody looks whether the server still answers."""
 
 
 class Call(Replies):
@@ -52,6 +54,7 @@ class Multiplexer:
         self._ready = anyio.Event()
         self._last_error: BackendError | None = None
         self._serving: anyio.CancelScope | None = None
+        self._clock = anyio.current_time
         self._last_reply = 0.0
         self.connections = 0
 
@@ -69,6 +72,7 @@ class Multiplexer:
         Not made in there: whoever waits for it may be cancelled, and the shield would not let that through.
         """
         self._scope = anyio.CancelScope(shield=True)
+        self._clock = loop_clock()
         return await self._connect()
 
     async def run(self, link: Link, alarm: Callable[[BaseException], None]) -> None:
@@ -140,7 +144,7 @@ class Multiplexer:
         protocol = self._protocol = Protocol()
         self._link = link
         self._demand = anyio.Event()
-        self._last_reply = anyio.current_time()
+        self._last_reply = self._clock()
         self.connections += 1
         self._wake_waiters()
         reason: BaseException | None = None
@@ -168,7 +172,7 @@ class Multiplexer:
                 try:
                     while True:
                         data = await link.receive()
-                        self._last_reply = anyio.current_time()
+                        self._last_reply = self._clock()
                         protocol.feed(data)
                 except BROKEN as error:
                     reason = error
@@ -232,8 +236,8 @@ class Multiplexer:
         timeout = self._settings.command_timeout
         waiting_since: float | None = None
         while True:
-            await anyio.sleep(min(_WATCH_INTERVAL, timeout / 4))
-            now = anyio.current_time()
+            await anyio.sleep(timeout / _LOOKS)
+            now = self._clock()
             if not protocol.is_waiting:
                 waiting_since = None
                 continue

@@ -9,6 +9,7 @@ from collections import deque
 
 import anyio
 
+from ..._clock import loop_clock
 from ._errors import broken
 from ._protocol import Replies
 
@@ -60,6 +61,7 @@ class Waves:
     """The waves of one connection, the oldest first."""
 
     def __init__(self) -> None:
+        self._clock = anyio.current_time
         self._open: Wave | None = None
         self._under_way: deque[Wave] = deque()
         self._first = anyio.Event()
@@ -68,7 +70,7 @@ class Waves:
         """A place in the wave that leaves next."""
         wave = self._open
         if wave is None:
-            wave = self._open = Wave(anyio.current_time() + timeout, timeout)
+            wave = self._open = Wave(self._clock() + timeout, timeout)
             if not self._under_way:
                 self._first.set()
             elif self._under_way[0].event.is_set():
@@ -87,8 +89,9 @@ class Waves:
 
     async def expire(self) -> None:
         """Tell those whose deadline has passed. Waves leave in order, and so do their deadlines come."""
+        self._clock = loop_clock()
         while True:
-            now = anyio.current_time()
+            now = self._clock()
             while self._under_way and (self._under_way[0].event.is_set() or self._under_way[0].deadline <= now):
                 wave = self._under_way.popleft()
                 if wave is self._open:
