@@ -33,7 +33,7 @@ from . import _scripts as scripts
 from ._client import Client
 from ._decoding import MAX_ENCODED, EntryDecoder, is_entry_id, span
 from ._errors import has_code
-from ._keys import delayed
+from ._keys import RESERVED, delayed
 from ._protocol import Argument, Command, ServerError
 from ._settings import Settings, from_client, from_url
 from ._taking import PER_SCRIPT, Taking
@@ -222,6 +222,8 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
             known = [message_id for message_id in message_ids if is_entry_id(message_id)]
             if known:
                 await self._client.ask(stream, group, ("XACK", stream, group, *known))
+                if stream.startswith(RESERVED):  # a retry stream, which has this one group only
+                    await self._client.call("XDEL", stream, *known)
             return []
         refused: list[str] = []
         for part in _parts(message_ids):

@@ -199,17 +199,20 @@ return 0
 """,
 )
 
-# What was delivered to the consumer by reads (once, that is) above an id, up to ARGV[4] pending entries looked at; and
-# the highest id looked at ('' = there was none). The count stays what it is.
+# What was delivered to the consumer above an id, up to ARGV[4] pending entries looked at; and the highest id looked at
+# ('' = there was none). Of that, what a read brought (handed over once, that is); or, with ARGV[5], what was handed
+# over or renewed at most so many ms ago. The count stays what it is.
 UNSEEN: Final = Script(
     "unseen",
     """
 local page = redis.call('XPENDING', KEYS[1], ARGV[1], '(' .. ARGV[3], '+', ARGV[4], ARGV[2])
 local found = {}
 for _, entry in ipairs(page) do
-  if entry[4] == 1 then
-    local body = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'RETRYCOUNT', 1)
-    found[#found + 1] = {entry[1], body[1] and body[1][2] or false, 1}
+  local wanted = entry[4] == 1
+  if ARGV[5] then wanted = entry[3] <= tonumber(ARGV[5]) end
+  if wanted then
+    local body = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'RETRYCOUNT', entry[4])
+    found[#found + 1] = {entry[1], body[1] and body[1][2] or false, entry[4]}
   end
 end
 return {#page > 0 and page[#page][1] or '', found}
