@@ -95,6 +95,7 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
         failure: BaseException | None = None
+        cancelled = False
         async with anyio.create_task_group() as tasks:
 
             def alarm(error: BaseException) -> None:
@@ -106,15 +107,23 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
                 tasks.start_soon(self._client.mux.run, link, alarm)
                 yield self
             except anyio.get_cancelled_exc_class():
+                cancelled = True
                 raise
             except BaseException as error:
                 failure = error
             finally:
-                with anyio.move_on_after(_SHIELDED, shield=True):
-                    await self._taking.aclose()
-                self._client.mux.close()
+                try:
+                    with anyio.move_on_after(_SHIELDED, shield=True):
+                        await self._taking.aclose()
+                finally:
+                    # Whatever hit us there: without this the group would wait for ever, shielded.
+                    self._client.mux.close()
         if failure is not None:
             raise failure
+        if cancelled:
+            # asyncio's own cancellation can coincide with one that opening a connection uses inside, and look like
+            # that: the group has taken it for its own. It is not to be lost, and a new one looks like what it is.
+            raise anyio.get_cancelled_exc_class()
 
     async def publish(self, stream: str, message: Message) -> str:
         return self._client.text(await self._client.call("XADD", stream, "*", "message", self._encode(message)))
