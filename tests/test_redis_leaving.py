@@ -2,7 +2,8 @@
 
 The specification, on asyncio's loops: wherever asyncio's own ``Task.cancel()`` hits the program, between the first step
 of entering the backend and the last one of leaving it, that ends by it, soon, and leaves neither a task nor a
-connection behind. On every loop: the multiplexed connection is closed whatever closing the readers comes to.
+connection behind. On every loop: the multiplexed connection is closed whatever closing the readers comes to; and an
+interrupt that strikes its task comes out as itself, when what was held has been handed back.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 import anyio
 import pytest
-from harness import SOON, until
-from servers import RunningServer
+from harness import SOON, Recorder, quick, until
+from servers import RedisHarness, RunningServer
 from steps import Steps, living_tasks, watched
 
+from anybus import Delivery, Message, StreamBus, SubscriptionConfig
 from anybus._cancellation import sole
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._link import Link
@@ -114,3 +116,46 @@ async def test_what_goes_wrong_with_closing_a_reader_keeps_no_connection_open(
         backend._client.mux.close()
     assert not scope.cancelled_caught, "it does not end"
     assert [sole(caught) for caught in came_out] == [error]
+
+
+@pytest.mark.parametrize("where", ["_serve", "_connect"])
+async def test_an_interrupt_of_the_connections_task_comes_out_bare_and_what_is_held_is_handed_back(
+    server: RunningServer, topic: str, where: str
+) -> None:
+    """On trio a Ctrl-C strikes whatever runs in that moment: while the connection serves, or while it is made again."""
+    harness = RedisHarness(server)
+    backend = harness.make_backend()
+    mux = backend._client.mux
+    begun = anyio.Event()
+    interrupt = KeyboardInterrupt()
+    struck: list[str] = []
+    real = getattr(mux, where)
+
+    async def strikes(*args: Any) -> Any:
+        if struck:
+            return await real(*args)
+        struck.append(where)
+        for link in args:
+            await link.aclose()
+        raise interrupt
+
+    async def handler(delivery: Delivery) -> None:
+        begun.set()
+        await anyio.sleep_forever()
+
+    came_out: BaseException | None = None
+    with anyio.fail_after(SOON):
+        try:
+            async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=60)) as bus:
+                async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
+                    entry_id = await bus.publish(Message(topic))
+                    await begun.wait()
+                    setattr(mux, where, strikes)
+                    mux.reset()
+                    await anyio.sleep_forever()
+        except BaseException as caught:
+            came_out = caught
+    assert struck == [where]
+    assert came_out is interrupt
+    [entry] = await harness.pending(topic, "g")
+    assert (entry.id, entry.consumer, entry.deliveries) == (entry_id, "anybus:returned", 0)

@@ -95,29 +95,36 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
         failure: BaseException | None = None
+        alarmed: BaseException | None = None
         cancelled = False
-        async with anyio.create_task_group() as tasks:
+        try:
+            async with anyio.create_task_group() as tasks:
 
-            def alarm(error: BaseException) -> None:
-                tasks.start_soon(_raise, error)
+                def alarm(error: BaseException) -> None:
+                    nonlocal alarmed
+                    alarmed = alarmed or error
+                    tasks.cancel_scope.cancel()
 
-            self._taking.tasks = tasks
-            try:
-                link = await self._client.mux.connect()
-                tasks.start_soon(self._client.mux.run, link, alarm)
-                yield self
-            except anyio.get_cancelled_exc_class():
-                cancelled = True
-                raise
-            except BaseException as error:
-                failure = error
-            finally:
+                self._taking.tasks = tasks
                 try:
-                    with anyio.move_on_after(_SHIELDED, shield=True):
-                        await self._taking.aclose()
+                    link = await self._client.mux.connect()
+                    tasks.start_soon(self._client.mux.run, link, alarm)
+                    yield self
+                except anyio.get_cancelled_exc_class():
+                    cancelled = True
+                    raise
+                except BaseException as error:
+                    failure = error
                 finally:
-                    # Whatever hit us there: without this the group would wait for ever, shielded.
-                    self._client.mux.close()
+                    try:
+                        with anyio.move_on_after(_SHIELDED, shield=True):
+                            await self._taking.aclose()
+                    finally:
+                        # Whatever hit us there: without this the group would wait for ever, shielded.
+                        self._client.mux.close()
+        finally:
+            if alarmed is not None:
+                raise alarmed from failure
         if failure is not None:
             raise failure
         if cancelled:
@@ -326,7 +333,3 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
 def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
     """At most so many in one script: a script stops the whole server while it runs."""
     return [items[start : start + PER_SCRIPT] for start in range(0, len(items), PER_SCRIPT)]
-
-
-async def _raise(error: BaseException) -> None:
-    raise error

@@ -73,11 +73,14 @@ class Multiplexer:
         Shielded: when everything around it is cancelled, subscriptions still have to hand back what they hold.
         """
         assert self._scope is not None
+        connected: Link | None = link
         with self._scope:
             while True:
                 try:
+                    if connected is None:
+                        connected = await self._reconnect()
+                    link, connected = connected, None
                     await self._serve(link)
-                    link = await self._reconnect()
                 except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a broken connection
                     if isinstance(error, anyio.get_cancelled_exc_class()):
                         if not is_stray(error):
@@ -86,7 +89,6 @@ class Multiplexer:
                         # On trio a KeyboardInterrupt may strike in here. It ends the program, which still has to hand
                         # back what it holds: this goes on until then.
                         alarm(sole(error))
-                    link = await self._reconnect()  # noqa: ASYNC102, ASYNC104 - no cancellation comes this far
 
     async def _connect(self) -> Link:
         link = await open_link(self._settings)
