@@ -49,6 +49,7 @@ class Multiplexer:
         self._last_error: BackendError | None = None
         self._serving: anyio.CancelScope | None = None
         self._last_reply = 0.0
+        self._closed = False
         self.connections = 0
 
     @property
@@ -56,6 +57,8 @@ class Multiplexer:
         return self._link is not None
 
     def close(self) -> None:
+        self._closed = True
+        self._wake_waiters()
         if self._scope is not None:
             self._scope.cancel()
 
@@ -65,6 +68,7 @@ class Multiplexer:
         Not made in there: whoever waits for it may be cancelled, and the shield would not let that through.
         """
         self._scope = anyio.CancelScope(shield=True)
+        self._closed = False
         return await self._connect()
 
     async def run(self, link: Link, alarm: Callable[[BaseException], None]) -> None:
@@ -227,6 +231,8 @@ class Multiplexer:
         deadline = min(anyio.current_time() + timeout, anyio.current_effective_deadline() - 0.01)
         with anyio.CancelScope(deadline=deadline) as scope:
             while self._link is None:
+                if self._closed:
+                    raise broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
                 self._demand.set()
                 await self._ready.wait()
                 error = self._last_error
