@@ -25,7 +25,7 @@ from servers import RedisHarness, RunningServer
 from anybus import BackendError, EventBusError, GroupLostError, JsonCodec, Message, MsgpackCodec
 from anybus._copies import retry_stream
 from anybus.abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, Output, Redelivered
-from anybus.backends.redis import RedisBackend
+from anybus.backends.redis import RedisBackend, _taking
 from anybus.backends.redis import _scripts as scripts
 from anybus.backends.redis._decoding import MAX_RECEIVED
 from anybus.backends.redis._keys import RETURNED, delayed, meta
@@ -165,6 +165,7 @@ async def test_cancelled_reclaims_leave_nothing_taken_but_unseen(harness: RedisH
         await backend.create_group(topic, "g", "0")
         handed_back = what_is_handed_back(backend)
         async with under_load(backend, topic) as published:
+            await until(lambda: len(published[topic]) >= 10)  # something to take over from the first time on
             while cancelled < CANCELLATIONS:
                 if len(held) >= 10 or nothing_left:
                     # Back to where they can be taken over again, with some more.
@@ -194,6 +195,7 @@ async def test_cancelled_passes_leave_nothing_taken_but_unseen(harness: RedisHar
             await backend.create_group(stream, "g", "0")
         handed_back = what_is_handed_back(backend)
         async with under_load(backend, topic, retries) as published:
+            await until(lambda: len(published[topic]) >= 10)  # something to take over from the first time on
             while cancelled < CANCELLATIONS:
                 if len(held[topic]) + len(held[retries]) >= 10 or nothing_left:
                     more = ids(await backend.read_new(topic, "g", "other", count=10, timeout=0))
@@ -215,6 +217,53 @@ async def test_cancelled_passes_leave_nothing_taken_but_unseen(harness: RedisHar
         for stream, taken in held.items():
             await assert_nothing_is_unseen(harness, backend, stream, taken, published[stream])
         assert await in_step(backend)
+
+
+def _by_stream(taken: Redelivered, topic: str, retries: str) -> dict[str, list[FetchedEntry]]:
+    return {topic: taken.reclaimed, retries: taken.retries + taken.reclaimed_retries}
+
+
+@pytest.mark.parametrize("way", ["read", "reclaim", "pass"])
+async def test_what_a_cancelled_call_took_goes_back_although_the_second_for_it_is_over(
+    way: str, harness: RedisHarness, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server, or this whole machine, stood still for so long; and then the backend is left at once."""
+    monkeypatch.setattr(_taking, "_SHIELDED", 0.0)
+    streams = (topic, retry_stream(topic, "g"))
+    async with harness.make_backend() as other:
+        for stream in streams:
+            await other.create_group(stream, "g", "0")
+            for _ in range(3):
+                await other.publish(stream, Message("t"))
+            if way != "read":
+                taken = await other.read_new(stream, "g", "other", count=3, timeout=0)
+                await other.release(stream, "g", "other", ids(taken))
+        went_back: list[str] = []
+        for steps in range(60):
+            if went_back and steps >= 12:
+                break
+            await other.publish(topic, Message("t"))  # something new for a read
+            async with harness.make_backend() as backend:
+                assert await backend.count_entries(topic) == 4 + steps  # it is connected now
+                handed_back = what_is_handed_back(backend)
+
+                async def take(backend: RedisBackend = backend) -> Any:
+                    if way == "read":
+                        return await backend.read_new(topic, "g", "c", count=1, timeout=0)
+                    if way == "reclaim":
+                        return await backend.reclaim_idle(topic, "g", "c", min_idle=LONG, count=3)
+                    return await backend.redeliver(*streams, "g", "c", min_idle=LONG, count=6)
+
+                result, cancelled = await cancelled_after(steps % 12, take)
+                if not cancelled:
+                    found = {topic: result} if isinstance(result, list) else _by_stream(result, *streams)
+                    for stream, entries in found.items():
+                        await backend.release(stream, "g", "c", ids(entries))
+            went_back += handed_back
+            for stream in streams:
+                for entry in await harness.pending(stream, "g"):
+                    assert (entry.consumer, entry.deliveries) == (RETURNED, 0), f"cancelled after {steps} steps"
+        assert went_back
 
 
 async def test_the_cancellation_of_a_read_comes_out_even_where_its_entries_cannot_go_back(

@@ -96,26 +96,42 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
         failure: BaseException | None = None
-        async with anyio.create_task_group() as tasks:
+        alarmed: BaseException | None = None
+        cancelled = False
+        try:
+            async with anyio.create_task_group() as tasks:
 
-            def alarm(error: BaseException) -> None:
-                tasks.start_soon(_raise, error)
+                def alarm(error: BaseException) -> None:
+                    nonlocal alarmed
+                    alarmed = alarmed or error
+                    tasks.cancel_scope.cancel()
 
-            self._taking.tasks = tasks
-            try:
-                link = await self._client.mux.connect()
-                tasks.start_soon(self._client.mux.run, link, alarm)
-                yield self
-            except anyio.get_cancelled_exc_class():
-                raise
-            except BaseException as error:
-                failure = error
-            finally:
-                with anyio.move_on_after(_SHIELDED, shield=True):
-                    await self._taking.aclose()
-                self._client.mux.close()
+                self._taking.tasks = tasks
+                try:
+                    link = await self._client.mux.connect()
+                    tasks.start_soon(self._client.mux.run, link, alarm)
+                    yield self
+                except anyio.get_cancelled_exc_class():
+                    cancelled = True
+                    raise
+                except BaseException as error:
+                    failure = error
+                finally:
+                    try:
+                        with anyio.move_on_after(_SHIELDED, shield=True):
+                            await self._taking.aclose()
+                    finally:
+                        # Whatever hit us there: without this the group would wait for ever, shielded.
+                        self._client.mux.close()
+        finally:
+            if alarmed is not None:
+                raise alarmed from failure
         if failure is not None:
             raise failure
+        if cancelled:
+            # asyncio's own cancellation can coincide with one that opening a connection uses inside, and look like
+            # that: the group has taken it for its own. It is not to be lost, and a new one looks like what it is.
+            raise anyio.get_cancelled_exc_class()
 
     async def publish(self, stream: str, message: Message) -> str:
         return self._client.text(await self._client.call("XADD", stream, "*", "message", self._encode(message)))
@@ -326,7 +342,3 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
 def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
     """At most so many in one script: a script stops the whole server while it runs."""
     return [items[start : start + PER_SCRIPT] for start in range(0, len(items), PER_SCRIPT)]
-
-
-async def _raise(error: BaseException) -> None:
-    raise error

@@ -56,6 +56,7 @@ class Multiplexer:
         self._serving: anyio.CancelScope | None = None
         self._clock = anyio.current_time
         self._last_reply = 0.0
+        self._closed = False
         self.connections = 0
 
     @property
@@ -63,6 +64,8 @@ class Multiplexer:
         return self._link is not None
 
     def close(self) -> None:
+        self._closed = True
+        self._wake_waiters()
         if self._scope is not None:
             self._scope.cancel()
 
@@ -73,6 +76,7 @@ class Multiplexer:
         """
         self._scope = anyio.CancelScope(shield=True)
         self._clock = loop_clock()
+        self._closed = False
         return await self._connect()
 
     async def run(self, link: Link, alarm: Callable[[BaseException], None]) -> None:
@@ -81,11 +85,14 @@ class Multiplexer:
         Shielded: when everything around it is cancelled, subscriptions still have to hand back what they hold.
         """
         assert self._scope is not None
+        connected: Link | None = link
         with self._scope:
             while True:
                 try:
+                    if connected is None:
+                        connected = await self._reconnect()
+                    link, connected = connected, None
                     await self._serve(link)
-                    link = await self._reconnect()
                 except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a broken connection
                     if isinstance(error, anyio.get_cancelled_exc_class()):
                         if not is_stray(error):
@@ -94,7 +101,6 @@ class Multiplexer:
                         # On trio a KeyboardInterrupt may strike in here. It ends the program, which still has to hand
                         # back what it holds: this goes on until then.
                         alarm(sole(error))
-                    link = await self._reconnect()  # noqa: ASYNC102, ASYNC104 - no cancellation comes this far
 
     async def _connect(self) -> Link:
         link = await open_link(self._settings)
@@ -279,6 +285,8 @@ class Multiplexer:
         deadline = min(anyio.current_time() + timeout, anyio.current_effective_deadline() - 0.01)
         with anyio.CancelScope(deadline=deadline) as scope:
             while self._link is None:
+                if self._closed:
+                    raise broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
                 self._demand.set()
                 await self._ready.wait()
                 error = self._last_error

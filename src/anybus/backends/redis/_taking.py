@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -51,10 +51,13 @@ class Taking:
         self._looked: dict[str, tuple[float, float]] = {}
         """When a stream was last found empty by a read that does not wait, and when its next delayed entry is due."""
         self.tasks: TaskGroup | None = None
+        self._hand_backs: set[anyio.Event] = set()
 
     async def aclose(self) -> None:
         for reader in list(self._readers.values()):
             await reader.aclose()
+        while self._hand_backs:
+            await next(iter(self._hand_backs)).wait()
 
     async def forget(self, stream: str, group: str, consumer: str) -> None:
         member = (stream, group, consumer)
@@ -282,8 +285,7 @@ class Taking:
         except BackendError as failure:
             error = failure  # what was taken is not lost with it
         except BaseException:
-            with anyio.move_on_after(_SHIELDED, shield=True):
-                await self._hand_back(taken, group, consumer)
+            await self._within_a_second(lambda: self._hand_back(taken, group, consumer))  # noqa: ASYNC102 - shielded
             raise
         return Redelivered(taken[stream], new_retries, reclaimed_retries, error)
 
@@ -340,22 +342,13 @@ class Taking:
         try:
             await call.event.wait()
         except BaseException:
-            with anyio.move_on_after(_SHIELDED, shield=True):
+
+            async def hand_back() -> None:
                 await call.event.wait()
+                look_for_loss()
                 await self._hand_back_reply(call.replies, parse, group, consumer)
-            look_for_loss()
-            if not call.event.is_set() and self.tasks is not None:
-                tasks = self.tasks
 
-                async def hand_back_late() -> None:
-                    look_for_loss()
-                    with anyio.move_on_after(_SHIELDED, shield=True):
-                        await self._hand_back_reply(call.replies, parse, group, consumer)
-
-                def late() -> None:
-                    tasks.start_soon(hand_back_late)
-
-                call.done = late
+            await self._within_a_second(hand_back)  # noqa: ASYNC102 - shielded in there
             raise
         if call.error is not None:
             look_for_loss()
@@ -367,6 +360,28 @@ class Taking:
             raise await self._client.refused_in(stream or str(commands[-1][-2]), group, reply)
         with self._client.reading(reply):
             return parse(call.replies)
+
+    async def _within_a_second(self, hand_back: Callable[[], Awaitable[None]]) -> None:
+        """Hand back, and wait for that, shielded, for a second at most.
+
+        In a task of the backend's: if the second is over, since the server or this process stood still, or asyncio's
+        own cancellation pierces the shield, that ends the waiting and not the handing back.
+        """
+        done = anyio.Event()
+
+        async def outlive() -> None:
+            try:
+                with anyio.CancelScope(shield=True):  # the multiplexer leaves nobody waiting for ever
+                    await hand_back()
+            finally:
+                self._hand_backs.discard(done)
+                done.set()
+
+        assert self.tasks is not None
+        self._hand_backs.add(done)
+        self.tasks.start_soon(outlive)
+        with anyio.move_on_after(_SHIELDED, shield=True):
+            await done.wait()
 
     async def _hand_back_reply(
         self, replies: list[Any], parse: Callable[[list[Any]], Taken], group: str, consumer: str
