@@ -256,6 +256,7 @@ async def test_what_a_cancelled_call_took_goes_back_although_the_second_for_it_i
 
                 result, cancelled = await cancelled_after(steps % 12, take)
                 if not cancelled:
+                    assert result is not None
                     found = {topic: result} if isinstance(result, list) else _by_stream(result, *streams)
                     for stream, entries in found.items():
                         await backend.release(stream, "g", "c", ids(entries))
