@@ -48,7 +48,7 @@ class EntryDecoder:
         except Exception as error:
             # A codec of the application's own that raises what it should not: its neighbours must not suffer.
             return self._malformed(entry_id, fields, f"the codec raised {error!r}", deliveries)
-        return ClaimedMessage(entry_id, message, deliveries, self._published_at(entry_id))
+        return ClaimedMessage(entry_id, message, deliveries, self.published_at(entry_id))
 
     def _malformed(self, entry_id: str, fields: Sequence[bytes], error: str, deliveries: int) -> MalformedEntry:
         raw = {
@@ -56,7 +56,7 @@ class EntryDecoder:
         }
         return MalformedEntry(entry_id, raw, error, deliveries)
 
-    def _published_at(self, entry_id: str) -> datetime:
+    def published_at(self, entry_id: str) -> datetime:
         milliseconds = entry_id.partition("-")[0]
         if self._second[0] != milliseconds:
             # Entries of one read often share their millisecond.
