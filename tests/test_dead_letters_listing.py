@@ -320,8 +320,9 @@ async def test_a_dead_letter_too_large_to_be_received_is_listed_by_its_size(
     ],
 )
 async def test_what_makes_no_sense_is_refused_by_name(bus: StreamBus, given: dict[str, Any], named: str) -> None:
+    arguments: dict[str, Any] = {"topic": "orders", **given}
     with pytest.raises(ValidationError, match=f"^{named} must be"):
-        bus.dead_letters(**{"topic": "orders", **given})
+        bus.dead_letters(**arguments)
 
 
 async def test_a_page_refuses_what_is_no_place_and_no_number(bus: StreamBus, topic: str) -> None:
@@ -337,7 +338,7 @@ async def test_a_page_refuses_what_is_no_place_and_no_number(bus: StreamBus, top
 
 async def test_a_backend_that_cannot_says_so(topic: str) -> None:
     async with StreamBus(ListBackend()) as bus:
-        with pytest.raises(UnsupportedError, match="ListBackend cannot look through dead letters.*DeadLetterStore"):
+        with pytest.raises(UnsupportedError, match=r"ListBackend cannot look through dead letters.*DeadLetterStore"):
             bus.dead_letters(topic)
 
 

@@ -139,6 +139,6 @@ async def test_a_group_that_has_it_pending_learns_that_it_is_gone(harness: Harne
 @pytest.mark.parametrize("letters", ["1-0", [None], 1])
 async def test_what_makes_no_sense_is_refused_by_name(bus: StreamBus, topic: str, letters: object) -> None:
     await bury(bus.backend, topic, "a")
-    with pytest.raises(ValidationError, match="^letters must be"):
+    with pytest.raises(ValidationError, match=r"^letters must be"):
         await bus.dead_letters(topic).purge(letters)  # type: ignore[arg-type]
     assert await left(bus.dead_letters(topic)) == ["a"]

@@ -84,6 +84,8 @@ class DeadLetterStore(abc.ABC):
     async def move_entries(self, stream: str, moves: Sequence[Move]) -> list[str | EventBusError | None]:
         """For each: append, and delete the entry, in one step. One result per move, in order.
 
+        A backend that cannot do both in one step appends first: interrupted it doubles, and never loses.
+
         :return: the new id; None = the entry is gone, nothing was done; an error = nothing was done, the entry is
             still there. One failure hides no other.
         :raises BackendError: if nobody knows which were done. Those that were are gone: trying again does no harm.
