@@ -12,10 +12,19 @@ from collections.abc import AsyncGenerator, Sequence
 import anyio
 import pytest
 from harness import SOON, Harness, uids
-from letters import give_up_malformed
+from letters import bury, give_up_malformed
 from servers import RunningServer
 
-from anybus import BackendError, EventBusError, MemoryBackend, Message, ValidationError
+from anybus import (
+    BackendError,
+    EventBusError,
+    MemoryBackend,
+    Message,
+    ReplayReport,
+    StreamBus,
+    SubscriptionConfig,
+    ValidationError,
+)
 from anybus.abc import ClaimedMessage, DeadLetterStore, MalformedEntry, Move, StoredEntry, StreamBackend
 from anybus.backends.redis import RedisBackend
 
@@ -256,6 +265,42 @@ async def test_an_entry_of_too_many_fields_is_refused_and_stays(server: RunningS
         assert isinstance(refused, BackendError)
         assert "too many fields" in str(refused)
         assert await store.last_entry_id(topic) == entry_id
+
+
+# --- rights
+
+OPERATOR = """
+  +auth +select +client|id +client|setname +command|info +script|load +eval +evalsha +time
+  +xadd +xlen +xreadgroup +xack +xdel +xclaim +xautoclaim +xpending
+  +xgroup|create +xgroup|delconsumer +xinfo|groups +xinfo|consumers
+  +zadd +zrem +zrange +zrangebyscore +zscan +hget +hset
+  +client|unblock +info +xrange +xrevrange
+"""
+"""What docs/redis.md says that a user needs."""
+
+
+async def test_the_documented_rights_are_enough(server: RunningServer, topic: str) -> None:
+    name, password = topic.replace(".", "-"), "secret"
+
+    def command(*words: str) -> None:
+        with server.client() as client:
+            client.execute_command("ACL", *words)
+
+    rules = ("on", f">{password}", f"~{topic}*", f"~anybus:{{{topic}*", "-@all", *OPERATOR.split())
+    await anyio.to_thread.run_sync(command, "SETUSER", name, *rules)
+    try:
+        url = f"redis://{name}:{password}@127.0.0.1:{server.port}"
+        async with StreamBus(RedisBackend(url)) as bus:
+            async with bus.deliveries(SubscriptionConfig(topic, "billing")):
+                pass
+            await bury(bus.backend, topic, *"abcd")
+            letters = bus.dead_letters(topic)
+            ids = [letter.id async for letter in letters]
+            assert await letters.replay(ids[:1]) == ReplayReport(replayed=1)
+            assert await letters.replay(ids[1:2], to="group") == ReplayReport(replayed=1)
+            assert await letters.purge() == 2
+    finally:
+        await anyio.to_thread.run_sync(command, "DELUSER", name)
 
 
 # --- removing

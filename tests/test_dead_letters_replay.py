@@ -584,3 +584,9 @@ async def test_an_async_progress_is_refused_since_nobody_would_await_it(bus: Str
 
     with pytest.raises(ValidationError, match="on_progress must be a plain function"):
         await bus.dead_letters(topic).replay(on_progress=progress)  # type: ignore[arg-type]
+
+    class Told:
+        async def __call__(self, _: ReplayProgress) -> None: ...
+
+    with pytest.raises(ValidationError, match="on_progress must be a plain function"):
+        await bus.dead_letters(topic).replay(on_progress=Told())  # type: ignore[arg-type]

@@ -64,7 +64,10 @@ class ReplayProgress:
 
 
 def check_progress(function: Any) -> None:
-    if function is not None and (not callable(function) or inspect.iscoroutinefunction(function)):
+    if function is None:
+        return
+    called = getattr(function, "__call__", None)  # noqa: B004 - an object may be called, too
+    if called is None or inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called):
         refuse("on_progress", function, "a plain function of one ReplayProgress, or None")
 
 
