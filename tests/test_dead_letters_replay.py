@@ -565,6 +565,8 @@ async def test_what_a_group_has_pending_on_the_dead_letter_topic_can_be_replayed
         ({"rate": -1.0}, "rate"),
         ({"rate": float("inf")}, "rate"),
         ({"rate": float("nan")}, "rate"),
+        ({"rate": 10**400}, "rate"),
+        ({"rate": 5e-324}, "rate"),
         ({"rate": True}, "rate"),
         ({"rate": "10"}, "rate"),
         ({"on_progress": 3}, "on_progress"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -20,6 +21,8 @@ from .abc import DeadLetterStore, Move
 
 STEPS_PER_SECOND: Final = 20
 """A replay with a rate goes in steps of so many messages that there are at most so many steps in a second."""
+
+_MOST: Final = sys.float_info.max
 
 ReplayTarget = Literal["topic", "group"]
 ReplayOutcome = Literal["replayed", "gone", "failed"]
@@ -80,10 +83,13 @@ class Pace:
         self._due = -math.inf
         if rate is None:
             return
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-            refuse("rate", rate, "a positive, finite number of messages per second, or None")
-        self.step = max(1, min(PAGE_COUNT, int(rate / STEPS_PER_SECOND)))
+        allowed = "a positive, finite number of messages per second, or None"
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < _MOST:
+            refuse("rate", rate, allowed)
         self._interval = 1 / rate
+        if math.isinf(self._interval):
+            refuse("rate", rate, allowed)
+        self.step = max(1, min(PAGE_COUNT, int(rate / STEPS_PER_SECOND)))
 
     async def wait(self, count: int) -> None:
         """Returns when so many more may go."""
