@@ -778,6 +778,7 @@ async def test_credentials_are_asked_for_on_every_connection(server: RunningServ
 
         client = redis.Redis(port=server.port, credential_provider=Provider())
         async with RedisBackend.from_client_settings(client) as backend:
+            await backend.count_entries("t")
             backend._client.mux.reset()
             with anyio.fail_after(SOON):
                 while asked < 3:

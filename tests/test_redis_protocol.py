@@ -235,7 +235,7 @@ def test_commands_are_packed_as_arrays_of_bulk_strings_one_after_another(command
     assert reader.gets() is False
 
 
-@pytest.mark.parametrize("argument", [None, object(), ["a"], ("a",)], ids=repr)
+@pytest.mark.parametrize("argument", [None, object(), ["a"], ("a",)], ids=["none", "object", "list", "tuple"])
 def test_an_argument_of_another_type_is_refused(argument: Any) -> None:
     with pytest.raises(TypeError):
         pack([("SET", "a", argument)])

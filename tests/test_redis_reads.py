@@ -24,7 +24,7 @@ from servers import RedisHarness, RunningServer
 
 from anybus import BackendError, EventBusError, GroupLostError, JsonCodec, Message, MsgpackCodec
 from anybus._copies import retry_stream
-from anybus.abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, Output
+from anybus.abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, Output, Redelivered
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis import _scripts as scripts
 from anybus.backends.redis._decoding import MAX_RECEIVED
@@ -160,12 +160,13 @@ async def test_cancelled_reclaims_leave_nothing_taken_but_unseen(harness: RedisH
     dice = random.Random(3)
     held: set[str] = set()
     cancelled = 0
+    nothing_left = True
     async with harness.make_backend() as backend:
         await backend.create_group(topic, "g", "0")
         handed_back = what_is_handed_back(backend)
         async with under_load(backend, topic) as published:
             while cancelled < CANCELLATIONS:
-                if len(held) >= 10 or cancelled == 0:
+                if len(held) >= 10 or nothing_left:
                     # Back to where they can be taken over again, with some more.
                     more = ids(await backend.read_new(topic, "g", "other", count=10, timeout=0))
                     await backend.release(topic, "g", "c", sorted(held))
@@ -175,6 +176,7 @@ async def test_cancelled_reclaims_leave_nothing_taken_but_unseen(harness: RedisH
                     dice.randrange(25), lambda: backend.reclaim_idle(topic, "g", "c", min_idle=LONG, count=3)
                 )
                 cancelled += was_cancelled
+                nothing_left = entries == []
                 held.update(ids(entries or []))
         assert handed_back
         await assert_nothing_is_unseen(harness, backend, topic, held, published[topic])
@@ -186,13 +188,14 @@ async def test_cancelled_passes_leave_nothing_taken_but_unseen(harness: RedisHar
     retries = retry_stream(topic, "g")
     held: dict[str, set[str]] = {topic: set(), retries: set()}
     cancelled = 0
+    nothing_left = True
     async with harness.make_backend() as backend:
         for stream in held:
             await backend.create_group(stream, "g", "0")
         handed_back = what_is_handed_back(backend)
         async with under_load(backend, topic, retries) as published:
             while cancelled < CANCELLATIONS:
-                if len(held[topic]) + len(held[retries]) >= 10 or cancelled == 0:
+                if len(held[topic]) + len(held[retries]) >= 10 or nothing_left:
                     more = ids(await backend.read_new(topic, "g", "other", count=10, timeout=0))
                     await backend.release(topic, "g", "other", more)
                     for stream, taken in held.items():
@@ -203,6 +206,7 @@ async def test_cancelled_passes_leave_nothing_taken_but_unseen(harness: RedisHar
                     lambda: backend.redeliver(topic, retries, "g", "c", min_idle=LONG, count=3),
                 )
                 cancelled += was_cancelled
+                nothing_left = found == Redelivered([], [], [])
                 if found is not None:
                     assert found.lost is None
                     held[topic].update(ids(list(found.reclaimed)))
@@ -313,6 +317,51 @@ async def test_what_a_broken_connection_delivered_unseen_is_found_by_the_next_re
         assert [entry.deliveries for entry in found if isinstance(entry, ClaimedMessage)] == [1, 1]
 
 
+@pytest.mark.parametrize("takes", ["reclaim", "pass"])
+@pytest.mark.parametrize("cancelled", [False, True], ids=["", "cancelled"])
+async def test_what_a_pass_took_whose_reply_was_lost_is_found_by_the_next_pass(
+    cancelled: bool, takes: str, server: RunningServer, harness: RedisHarness, topic: str
+) -> None:
+    """Not after a lease: the entries are this consumer's, and nobody holds them."""
+    retries = retry_stream(topic, "g")
+    async with harness.make_backend() as other, losing(server) as (losses, backend):
+        for stream in (topic, retries):
+            await backend.create_group(stream, "g", "0")
+        mine = await other.publish(topic, Message(topic, b"mine"))
+        assert ids(await backend.read_new(topic, "g", "c", count=10, timeout=SOON)) == [mine]
+        published = [await other.publish(topic, Message(topic, b"%d" % number)) for number in range(5)]
+        await other.read_new(topic, "g", "dead", count=10, timeout=0)
+        await other.release(topic, "g", "dead", published)
+        expected = published
+        if takes == "pass":
+            expected = [*published, await other.publish(retries, Message(topic, b"retry"))]
+
+        async def take(min_idle: float) -> list[FetchedEntry]:
+            if takes == "reclaim":
+                return await backend.reclaim_idle(topic, "g", "c", min_idle=min_idle, count=10)
+            taken = await backend.redeliver(topic, retries, "g", "c", min_idle=min_idle, count=10)
+            return taken.reclaimed + taken.retries + taken.reclaimed_retries
+
+        losses.losing = True
+        with anyio.fail_after(SOON), anyio.CancelScope() as scope, suppress(BackendError):
+            if cancelled:
+                scope.cancel()
+            await take(LONG)
+        assert losses.lost == 1
+        losses.losing = False
+        found: list[FetchedEntry] = []
+        with anyio.fail_after(SOON):
+            while len(found) < len(expected):
+                with suppress(BackendError):
+                    # What this consumer holds anyway may come along: the bus knows that.
+                    found += [entry for entry in await take(LONG) if entry.id != mine]
+            assert await take(LONG) == []
+        assert ids(found) == expected
+        counts = [entry.deliveries for entry in found if isinstance(entry, ClaimedMessage)]
+        assert counts == [1] * len(expected), "released and taken once, or read once"
+        assert ids(await backend.reclaim_idle(topic, "g", "d", min_idle=LONG, count=10)) == []
+
+
 async def test_a_cancelled_read_whose_reply_is_lost_is_found_by_the_next_read(
     server: RunningServer, harness: RedisHarness, topic: str
 ) -> None:
@@ -382,6 +431,23 @@ async def test_entries_deleted_meanwhile_are_told_as_missing_or_not_at_all(
                     found += await backend.read_new(topic, "g", "c", count=10, timeout=1)
         assert ids(found) == published
         assert [isinstance(entry, MissingEntry) for entry in found] == [False, True, False]
+
+
+async def test_a_missing_entry_whose_taker_was_cancelled_is_logged(
+    harness: RedisHarness, admin: Any, topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From 7.0 on it leaves the pending list when it is seen: nobody else will ever hear of it."""
+    async with harness.make_backend() as backend:
+        await backend.create_group(topic, "g", "0")
+        lost = await backend.publish(topic, Message(topic))
+        await backend.read_new(topic, "g", "dead", count=10, timeout=0)
+        await backend.release(topic, "g", "dead", [lost])
+        admin.xdel(topic, lost)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await backend.reclaim_idle(topic, "g", "c", min_idle=LONG, count=10)
+    assert lost in caplog.text
+    assert topic in caplog.text
 
 
 async def test_killed_readers_lose_nothing_while_entries_arrive(
@@ -548,8 +614,10 @@ async def test_retry_streams_do_not_grow(harness: RedisHarness, topic: str) -> N
 
                 await until(retried, "the retry")
                 source = retries
-            if number % 3:
+            if number % 3 == 1:
                 await backend.ack_many(retries, "g", [entry.id], consumer="c")
+            elif number % 3 == 2:
+                await backend.ack(retries, "g", entry.id)
             else:
                 assert await backend.transfer(retries, "g", "c", entry.id, []) == []
         assert await backend.count_entries(retries) == 0

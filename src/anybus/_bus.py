@@ -17,6 +17,7 @@ from anyio.lowlevel import checkpoint
 
 from ._cancellation import persist
 from ._checks import refuse
+from ._clock import loop_clock
 from ._copies import retry_stream
 from ._dead_letter import LetterFilter
 from ._dead_letters import DeadLetters, open_dead_letters
@@ -30,7 +31,7 @@ from ._runtime._pool import Handler
 from ._runtime._pull import DeliveryStream, PullTaker
 from ._runtime._subscription import ClosedWhileEnteredError, Subscription
 from ._settlement import Policy
-from .abc import StreamBackend
+from .abc import StreamBackend, TimedPublisher
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         if options is not None and not isinstance(options, StreamBusOptions):
             refuse("options", options, "an anybus.StreamBusOptions, or None")
         self._backend = backend
+        self._timed_publisher = backend if isinstance(backend, TimedPublisher) else None
         self._options = options or StreamBusOptions()
         self._reporter = Reporter(self._options.observer)
         self._notices = Notices()
@@ -169,17 +171,25 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         """
         self._check_open("closing")  # handlers that still run may publish what they came to
         message = self._prepare(message, options)
-        entry_id = ""
         try:
-            with anyio.move_on_after(self._options.publish_timeout) as scope:
-                entry_id = await self._backend.publish(message.topic, message)
-            if not entry_id and scope.cancelled_caught:
-                raise self._timed_out()
+            if self._timed_publisher is not None:
+                timeout = self._options.publish_timeout
+                entry_id = await self._timed_publisher.publish_within(message.topic, message, timeout=timeout)
+            else:
+                entry_id = await self._publish_by_deadline(message)
         except Exception as error:
             self._reporter.error("publish", error, detail=f"message {message.uid}", topic=message.topic)
             raise
         if self._reporter.hears_published:
             self._reporter.tell("on_published", "published", topic=message.topic, message_id=entry_id)
+        return entry_id
+
+    async def _publish_by_deadline(self, message: Message) -> str:
+        entry_id = ""
+        with anyio.move_on_after(self._options.publish_timeout) as scope:
+            entry_id = await self._backend.publish(message.topic, message)
+        if not entry_id and scope.cancelled_caught:
+            raise self._timed_out()
         return entry_id
 
     async def publish_batch(self, messages: Iterable[Message], options: PublishOptions | None = None) -> BatchOutcome:
@@ -383,7 +393,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             suspects=self._suspects,
             ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
             counters=Counters(),
-            clock=anyio.current_time,
+            clock=loop_clock(),
         )
 
 

@@ -65,14 +65,29 @@ class Headers(Mapping[str, str]):
 NO_HEADERS = Headers()
 
 
+def _are_ascii(*values: str) -> bool:
+    # str's own method: whatever is no str fails here, and what is ASCII needs no further look.
+    try:
+        return all(map(str.isascii, values))
+    except TypeError:
+        return False
+
+
+def _check_texts(message: Message, *fields: str) -> None:
+    for field in fields:
+        value = getattr(message, field)
+        if value is not None:
+            check_text(field, value)
+
+
 def new_uid() -> str:
     """A time-ordered UUID (version 7, RFC 9562 section 5.7): 48 bits of Unix milliseconds, 74 random bits."""
     # os.urandom and not the random module: two processes forked from one must never agree.
-    value = (time.time_ns() // 1_000_000 << 80) | int.from_bytes(os.urandom(10), "big")
-    value = value & ~(0xF << 76) | 0x7 << 76
-    value = value & ~(0x3 << 62) | 0x2 << 62
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    time_part, tail = f"{time.time_ns() // 1_000_000:012x}", os.urandom(10).hex()
+    return f"{time_part[:8]}-{time_part[8:]}-7{tail[:3]}-{_VARIANT[tail[3]]}{tail[4:7]}-{tail[7:19]}"
+
+
+_VARIANT = {digit: "89ab"[index % 4] for index, digit in enumerate("0123456789abcdef")}
 
 
 def _now() -> datetime:
@@ -123,10 +138,9 @@ class Message(_Envelope, frozen=True):
             if not isinstance(self.payload, (bytes, bytearray, memoryview)):
                 refuse("payload", self.payload, "bytes (for JSON use Message.from_json)")
             _set(self, "payload", bytes(self.payload))
-        for field in ("uid", "key", "kind", "source"):
-            value = getattr(self, field)
-            if type(value) is not str or not value.isascii():
-                check_text(field, value)
+        if not _are_ascii(self.uid, self.key, self.kind, self.source):
+            for field in ("uid", "key", "kind", "source"):
+                check_text(field, getattr(self, field))
         if type(self.headers) is not Headers:
             if not isinstance(self.headers, Mapping):
                 refuse("headers", self.headers, "a mapping of str to str")
@@ -135,10 +149,8 @@ class Message(_Envelope, frozen=True):
             _set(self, "occurred_at", check_time("occurred_at", self.occurred_at))
         if self.expires_at is not None:
             _set(self, "expires_at", check_time("expires_at", self.expires_at))
-        for field in ("content_type", "event_version", "trace_uid", "correlation_uid"):
-            value = getattr(self, field)
-            if value is not None:
-                check_text(field, value)
+        if not (self.content_type is self.event_version is self.trace_uid is self.correlation_uid is None):
+            _check_texts(self, "content_type", "event_version", "trace_uid", "correlation_uid")
         if self.idempotency_key:
             check_name("idempotency_key", self.idempotency_key)
         elif self.idempotency_key is not None and self.idempotency_key != "":

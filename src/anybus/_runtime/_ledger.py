@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import TypeVar
 
 import anyio
+import msgspec
 
 from .._message import Message
 from .._settlement import Result
@@ -35,6 +36,9 @@ class Stage(enum.IntEnum):
     """No longer held."""
 
 
+_WAITING, _OPEN, _GONE = Stage.WAITING, Stage.OPEN, Stage.GONE  # read for every message
+
+
 class Waiter:
     """Somebody awaits the server's answer to a settlement."""
 
@@ -45,78 +49,36 @@ class Waiter:
         self.error: Exception | None = None
 
 
-class Held:
-    """One entry that is pending and ours."""
+class Held(msgspec.Struct, eq=False):
+    """One entry that is pending and ours. (A Struct: one is made for every message.)"""
 
-    __slots__ = (
-        "attempt",
-        "by_reclaim",
-        "deliveries",
-        "failed",
-        "gone",
-        "id",
-        "intent",
-        "lease_until",
-        "local_attempt",
-        "lost",
-        "message",
-        "outputs",
-        "parked",
-        "published_at",
-        "reason",
-        "received_at",
-        "result",
-        "retaken",
-        "scope",
-        "stage",
-        "started_at",
-        "stream",
-        "suspect",
-        "tries",
-        "uncertain",
-        "unsettled",
-        "waiter",
-    )
-
-    def __init__(
-        self,
-        stream: str,
-        entry_id: str,
-        message: Message,
-        attempt: int,
-        deliveries: int | None,
-        published_at: datetime | None,
-        received_at: datetime,
-        lease_until: float,
-        by_reclaim: bool,
-    ) -> None:
-        self.stream = stream
-        self.id = entry_id
-        self.message = message
-        self.attempt = attempt
-        self.deliveries = deliveries
-        self.published_at = published_at
-        self.received_at = received_at
-        self.lease_until = lease_until
-        self.by_reclaim = by_reclaim
-        self.stage = Stage.WAITING
-        self.lost = False
-        self.suspect = False
-        self.parked = False
-        self.local_attempt = False
-        self.reason = ""
-        self.retaken = False
-        self.failed = False
-        self.started_at = 0.0
-        self.tries = 0
-        self.uncertain = False
-        self.intent: str = ""
-        self.outputs: Sequence[Output] = ()
-        self.waiter: Waiter | None = None
-        self.result: Result | None = None
-        self.scope: anyio.CancelScope | None = None
-        self.gone: anyio.Event | None = None
-        self.unsettled = Stage.OPEN
+    stream: str
+    id: str
+    message: Message
+    attempt: int
+    deliveries: int | None
+    published_at: datetime | None
+    received_at: datetime
+    lease_until: float
+    by_reclaim: bool
+    stage: Stage = Stage.WAITING
+    lost: bool = False
+    suspect: bool = False
+    parked: bool = False
+    local_attempt: bool = False
+    reason: str = ""
+    retaken: bool = False
+    failed: bool = False
+    started_at: float = 0.0
+    tries: int = 0
+    uncertain: bool = False
+    intent: str = ""
+    outputs: Sequence[Output] = ()
+    waiter: Waiter | None = None
+    result: Result | None = None
+    scope: anyio.CancelScope | None = None
+    gone: anyio.Event | None = None
+    unsettled: Stage = Stage.OPEN
 
     def again(self, attempt: int) -> Held:
         """The record of the next handling of the same entry, which waits here."""
@@ -204,9 +166,9 @@ class Ledger:
             self.budget.by_read += 1
 
     def remove(self, held: Held) -> None:
-        if held.stage is Stage.GONE:
+        if held.stage is _GONE:
             return
-        held.stage = Stage.GONE
+        held.stage = _GONE
         if held.local_attempt:
             _remember(self._attempts, (held.stream, held.id), held.attempt)
         del self.tables[held.stream][held.id]
@@ -225,20 +187,38 @@ class Ledger:
         """The next entry that waits, now with a handler."""
         while self.waiting:
             held = self.waiting.popleft()
-            if held.stage is Stage.WAITING:
+            if held.stage is _WAITING:
                 if self._read_room is not None and not self.has_waiting():
                     self.changed()
                 return held
         return None
 
     def has_waiting(self) -> bool:
-        while self.waiting and self.waiting[0].stage is not Stage.WAITING:
+        while self.waiting and self.waiting[0].stage is not _WAITING:
             self.waiting.popleft()
         return bool(self.waiting)
 
     def remember_handled(self, held: Held) -> None:
         """An entry that was handled here, but whose ack nobody confirmed: should it come back, it is only acked."""
         _remember(self._handled, (held.stream, held.id), None)
+
+    def remove_acked(self, entries: Sequence[Held]) -> None:
+        """``remember_acked`` and ``remove`` for many; who waits for room is woken once."""
+        remember = self._acked.append
+        for held in entries:
+            remember((held.stream, held.id))
+            if held.local_attempt or held.gone is not None or held.stage is _GONE:
+                self.remove(held)
+                continue
+            held.stage = _GONE
+            del self.tables[held.stream][held.id]
+            if held.by_reclaim:
+                self.budget.by_reclaim -= 1
+            else:
+                self.budget.by_read -= 1
+        self.changed()
+        if self.on_removed is not None:
+            self.on_removed()
 
     def remember_acked(self, held: Held) -> None:
         """An entry that was handled here, and whose ack the server has. Of use only if the server forgets it."""
@@ -251,6 +231,11 @@ class Ledger:
         """
         for key in self._acked:
             _remember(self._handled, key, None)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is remembered of entries that are no longer held."""
+        return bool(self._handled or self._attempts)
 
     def recall_attempt(self, stream: str, entry_id: str) -> int:
         """The attempt of an entry that waited here for its retry and was let go, where no copy carries the count."""
@@ -293,7 +278,7 @@ class Ledger:
 
     async def wait_for_only(self, held: Held) -> None:
         """Wait until nothing else is held, or this one no longer waits."""
-        while len(self) > 1 and held.stage is Stage.WAITING:
+        while len(self) > 1 and held.stage is _WAITING:
             self._watched = anyio.Event()
             try:
                 await self._watched.wait()

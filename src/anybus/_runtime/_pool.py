@@ -1,9 +1,9 @@
 """The handlers' pool: as many workers as there is work for, and no more than ``max_in_flight``.
 
 A worker takes what is ready without waiting; before it calls the handler it makes sure that one spare worker exists
-if more is waiting; it ends when nothing is ready. So handlers that never wait are called in a plain loop, and handlers
-that do wait run side by side. A fixed pool would be woken one by one for every batch, and a task for every message
-costs more than most handlers.
+if more is waiting; when nothing is ready it ends, a few excepted that wait for more. So handlers that never wait are
+called in a plain loop, and handlers that do wait run side by side. A fixed pool would be woken one by one for every
+batch, and a task for every message costs more than most handlers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from ._settler import Settler
 
 Handler = Callable[[Delivery], Awaitable[None]]
 
+_OPEN = Stage.OPEN  # read for every message
 _STREAK = 64
+_PARKED = 4
+"""So many workers wait for more; a new task costs more than waking one of them."""
 
 
 class Place:
@@ -58,6 +61,7 @@ class Taker:
         self._keeper = keeper
         self._clock = context.clock
         self._stopping = anyio.Event()
+        self._stopped = False
         self.scope = anyio.CancelScope(shield=True)
         self.ended = anyio.Event()
         self.running: set[Held] = set()
@@ -65,7 +69,7 @@ class Taker:
 
     def next_entry(self) -> Held | None:
         """The next entry that may start; its lease is looked at, since a process can be frozen at any moment."""
-        while not self._stopping.is_set():
+        while not self._stopped:
             held = self._ledger.take()
             if held is None:
                 return None
@@ -74,13 +78,14 @@ class Taker:
                 self._settler.handed_back += 1
                 self._settler.release(held)
                 continue
-            held.stage = Stage.OPEN
+            held.stage = _OPEN
             self.running.add(held)
             return held
         return None
 
     def stop(self) -> None:
         """Take nothing more."""
+        self._stopped = True
         self._stopping.set()
 
     def wake(self) -> None:
@@ -108,8 +113,10 @@ class HandlerPool(Taker):
         self._limit = context.max_in_flight
         self._needs_scope = context.handler_timeout is not None or context.on_lease_lost == "cancel"
         self._on_receive = context.policy.ack_mode == "auto-on-receive"
+        self._is_plain = not (self._on_receive or self._needs_scope)
         self._workers = 0
         self._spares = 0
+        self._parked: list[anyio.Event] = []
         self._tasks: TaskGroup | None = None
         self._home: contextvars.Context | None = None
 
@@ -118,10 +125,15 @@ class HandlerPool(Taker):
             self._tasks is not None
             and not self._spares
             and self._workers < self._limit
-            and not self._stopping.is_set()
+            and not self._stopped
             and self._ledger.has_waiting()
         ):
-            self._spawn()
+            self._add_worker()
+
+    def stop(self) -> None:
+        super().stop()
+        while self._parked:
+            self._parked.pop().set()
 
     async def run(self) -> None:
         # Workers start from here, whoever wakes them: no handler inherits what another one put in its context.
@@ -136,49 +148,95 @@ class HandlerPool(Taker):
             self._tasks = None
             self.ended.set()
 
-    def _spawn(self) -> None:
+    def _add_worker(self) -> None:
         assert self._tasks is not None
         assert self._home is not None
         self._workers += 1
         self._spares += 1
-        self._home.run(self._tasks.start_soon, self._work)
+        if self._parked:
+            self._parked.pop().set()
+        else:
+            self._home.run(self._tasks.start_soon, self._work)
 
     async def _work(self) -> None:
-        self._spares -= 1
-        streak = 0
-        ledger = self._ledger
         place = Place(self)
         handled_by.set(handled_by.get() | {place})
         clean = contextvars.copy_context()
+        goes_on = True
+        while goes_on:
+            self._spares -= 1
+            try:
+                goes_on = await self._work_off(place, clean)
+            finally:
+                self._workers -= 1
+            self.wake()
+            goes_on = goes_on and await self._called_again()
+
+    async def _called_again(self) -> bool:
+        """Wait until there is more to do, if not enough others wait already."""
+        if self._stopped or len(self._parked) >= _PARKED:
+            return False
+        called = anyio.Event()
+        self._parked.append(called)
         try:
-            while (held := self.next_entry()) is not None:
-                if not self._spares and ledger.waiting and self._workers < self._limit:
-                    self._spawn()
-                place.busy = True
-                try:
-                    if self._on_receive:
-                        await self._handle_acked(held)
+            await called.wait()
+        except BaseException:
+            if called in self._parked:
+                self._parked.remove(called)
+            elif not self._stopped:
+                # Called and cut off in one moment: somebody else has to go.
+                self._workers -= 1
+                self._spares -= 1
+                self.wake()
+            raise
+        return not self._stopped
+
+    async def _work_off(self, place: Place, clean: contextvars.Context) -> bool:
+        """Handle what is ready. False: this worker must not go on."""
+        streak = 0
+        ledger, handler, keeper, conclude = self._ledger, self._handler, self._keeper, self._settler.conclude
+        while (held := self.next_entry()) is not None:
+            if not self._spares and ledger.waiting and self._workers < self._limit:
+                self._add_worker()
+            place.busy = True
+            try:
+                if self._is_plain:
+                    # The way of nearly every message, without a coroutine more than the handler's own.
+                    try:
+                        await handler(Delivery(held, keeper))
+                    except BaseException as error:  # noqa: ASYNC103 - raised again in there
+                        self._raised(held, error)
                     else:
-                        await self._handle(held)
-                except anyio.get_cancelled_exc_class():
-                    raise
-                except BaseException as error:
-                    # Ctrl-C, or an exit. Not out of this task: asyncio would let it out of its loop at once.
-                    self.on_fatal(error)
-                    break
-                finally:
-                    place.busy = False
-                    self.running.discard(held)
-                if contextvars.copy_context() != clean:
-                    # The handler has left something behind in its context, which is not the next message's business.
-                    break
-                streak += 1
-                if streak == _STREAK:
-                    streak = 0
-                    await checkpoint()
-        finally:
-            self._workers -= 1
-        self.wake()
+                        conclude(held, RETURNED)
+                elif self._on_receive:
+                    await self._handle_acked(held)
+                else:
+                    await self._handle(held)
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as error:
+                # Ctrl-C, or an exit. Not out of this task: asyncio would let it out of its loop at once.
+                self.on_fatal(error)
+                return False
+            finally:
+                place.busy = False
+                self.running.discard(held)
+            if contextvars.copy_context() != clean:
+                # The handler has left something behind in its context, which is not the next message's business.
+                return False
+            streak += 1
+            if streak == _STREAK:
+                streak = 0
+                await checkpoint()
+        return True
+
+    def _raised(self, held: Held, error: BaseException) -> None:
+        try:
+            result = self._judge(held, error)
+        except anyio.get_cancelled_exc_class():
+            self._settler.conclude(held, CANCELLED)
+            raise
+        self._settler.conclude(held, result)
 
     async def _handle(self, held: Held) -> None:
         try:

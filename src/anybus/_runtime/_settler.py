@@ -48,6 +48,9 @@ ACKED, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
 )
 
 
+_OPEN, _SETTLING = Stage.OPEN, Stage.SETTLING  # read for every message
+
+
 class Settler:
     """Owns the way of every entry from its outcome to the server's answer."""
 
@@ -146,9 +149,11 @@ class Settler:
 
     def conclude(self, held: Held, result: Result) -> None:
         """A handler has ended. What it has not settled is settled now."""
-        if held.stage is Stage.OPEN:
+        if held.stage is _OPEN:
             if result is RETURNED and self._acks_returned:
-                self.ack(held)
+                held.stage = _SETTLING
+                held.intent = ACKED
+                self._acks.put(held)
             else:
                 self.apply(held, result)
         elif held.stage is Stage.SETTLING and held.waiter is not None:
@@ -329,8 +334,7 @@ class Settler:
             ids = [held.id for held in entries]
             refused = await context.backend.ack_many(stream, context.group, ids, consumer=self._fence)
             if not refused:
-                for held in entries:
-                    self._done(held)
+                self._all_done(entries)
                 return
             not_ours = set(refused)
             for held in entries:
@@ -386,6 +390,23 @@ class Settler:
         for held in entries:
             if held.stage is Stage.SETTLING:
                 self._failed(held, error, lane, reported=True)
+
+    def _all_done(self, entries: Sequence[Held]) -> None:
+        """``_done`` for each; with what is nearly every message (handled, acked, nobody waits) kept short."""
+        context = self._context
+        if context.reporter.hears_settled:
+            for held in entries:
+                self._done(held)
+            return
+        acked: list[Held] = []
+        for held in entries:
+            if held.intent == ACKED and held.waiter is None and not held.failed:
+                held.lost = False
+                acked.append(held)
+            else:
+                self._done(held)
+        context.counters.handled += len(acked)
+        context.ledger.remove_acked(acked)
 
     def _done(self, held: Held) -> None:
         context = self._context

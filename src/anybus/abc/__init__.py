@@ -5,6 +5,7 @@ from ._backend import PassSource as PassSource
 from ._backend import PublishItem as PublishItem
 from ._backend import StreamBackend as StreamBackend
 from ._backend import StreamInspector as StreamInspector
+from ._backend import TimedPublisher as TimedPublisher
 from ._backend import TransferItem as TransferItem
 from ._codec import Codec as Codec
 from ._dead_letters import DeadLetterStore as DeadLetterStore

@@ -223,6 +223,18 @@ class PassSource(abc.ABC):
         """
 
 
+class TimedPublisher(abc.ABC):
+    """What a backend may offer beside :class:`StreamBackend`: a publish that keeps its own deadline."""
+
+    @abc.abstractmethod
+    async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
+        """``publish``, in so many seconds at most. (A cancel scope for each of many small publishes is dear.)
+
+        :raises BackendError: as ``publish`` does, and if the time is over; ``may_have_happened`` tells whether the
+            message may have been stored all the same.
+        """
+
+
 class StreamInspector(abc.ABC):
     """What a backend with the feature ``inspect`` offers beside :class:`StreamBackend`: looking, touching nothing."""
 

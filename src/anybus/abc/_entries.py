@@ -13,7 +13,7 @@ from .._errors import BackendError
 from .._message import Message
 
 
-class ClaimedMessage(msgspec.Struct, frozen=True):
+class ClaimedMessage(msgspec.Struct, frozen=True, gc=False):
     """An entry that was read and decoded.
 
     :ivar id: the entry's id in its stream.

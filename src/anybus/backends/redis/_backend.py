@@ -26,6 +26,7 @@ from ...abc import (
     Redelivered,
     StreamBackend,
     StreamInspector,
+    TimedPublisher,
     TransferItem,
 )
 from . import _scripts as scripts
@@ -33,7 +34,7 @@ from ._client import Client
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, is_entry_id, span
 from ._errors import has_code
-from ._keys import delayed
+from ._keys import RESERVED, delayed
 from ._protocol import Argument, Command, ServerError
 from ._settings import Settings, from_client, from_url
 from ._taking import PER_SCRIPT, Taking
@@ -41,7 +42,9 @@ from ._taking import PER_SCRIPT, Taking
 _SHIELDED = 1.0
 
 
-class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspector, PassSource, RedisDeadLetters):
+class RedisBackend(
+    anyio.AsyncContextManagerMixin, StreamBackend, StreamInspector, PassSource, TimedPublisher, RedisDeadLetters
+):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
     One multiplexed connection carries everything that does not block; each blocking read has one of its own.
@@ -120,6 +123,12 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
 
     async def publish(self, stream: str, message: Message) -> str:
         return self._client.text(await self._client.call("XADD", stream, "*", "message", self._encode(message)))
+
+    async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
+        reply = await self._client.mux.single(("XADD", stream, "*", "message", self._encode(message)), timeout)
+        if isinstance(reply, ServerError):
+            raise self._client.refused(reply)
+        return reply.decode() if isinstance(reply, bytes) else self._client.text(reply)
 
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
         results: list[str | EventBusError] = [""] * len(items)
@@ -213,13 +222,15 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
     async def ack_many(
         self, stream: str, group: str, message_ids: Sequence[str], *, consumer: str | None = None
     ) -> list[str]:
-        known = [message_id for message_id in message_ids if is_entry_id(message_id)]
-        refused = [message_id for message_id in message_ids if not is_entry_id(message_id)]
         if consumer is None:
+            known = [message_id for message_id in message_ids if is_entry_id(message_id)]
             if known:
                 await self._client.ask(stream, group, ("XACK", stream, group, *known))
+                if stream.startswith(RESERVED):  # a retry stream, which has this one group only
+                    await self._client.call("XDEL", stream, *known)
             return []
-        for part in _parts(known):
+        refused: list[str] = []
+        for part in _parts(message_ids):
             refused += await self._owned(scripts.ACK, stream, group, consumer, part)
         return refused
 

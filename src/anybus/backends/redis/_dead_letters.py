@@ -54,7 +54,7 @@ class RedisDeadLetters(DeadLetterStore):
         names = [(name or b"").decode(errors="backslashreplace") for name in fields[::2]]
         read = [value for pair in zip(fields[::2], fields[1::2], strict=True) if pair[1] is not None for value in pair]
         entry = self._decoder.entry(raw_id, [value or b"" for value in read], 1)
-        published_at = self._decoder.published_at(raw_id.decode())
+        published_at = self._decoder._published_at(raw_id.decode())
         message = entry.message if isinstance(entry, ClaimedMessage) else None
         error = entry.error if isinstance(entry, MalformedEntry) else None
         rest = {

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from ..._errors import SerializationError
-from ..._message import lift_headers
+from ..._message import NO_HEADERS, lift_headers
 from ...abc import ClaimedMessage, Codec, FetchedEntry, MalformedEntry, MissingEntry
 
 MAX_ENCODED: Final = 8 * 1024 * 1024
@@ -22,7 +22,7 @@ class EntryDecoder:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._second = ("", datetime.fromtimestamp(0, timezone.utc))
+        self._second = ("-", datetime.fromtimestamp(0, timezone.utc))
 
     def entry(self, raw_id: bytes, fields: Sequence[bytes] | None, deliveries: int) -> FetchedEntry:
         entry_id = raw_id.decode()
@@ -41,14 +41,14 @@ class EntryDecoder:
             return self._malformed(entry_id, fields, f"{len(body)} bytes are more than {MAX_RECEIVED}", deliveries)
         try:
             message = self._codec.decode(body)
-            if message.headers:
+            if message.headers is not NO_HEADERS:
                 message = lift_headers(message)
         except SerializationError as error:
             return self._malformed(entry_id, fields, str(error), deliveries)
         except Exception as error:
             # A codec of the application's own that raises what it should not: its neighbours must not suffer.
             return self._malformed(entry_id, fields, f"the codec raised {error!r}", deliveries)
-        return ClaimedMessage(entry_id, message, deliveries, self.published_at(entry_id))
+        return ClaimedMessage(entry_id, message, deliveries, self._published_at(entry_id))
 
     def _malformed(self, entry_id: str, fields: Sequence[bytes], error: str, deliveries: int) -> MalformedEntry:
         raw = {
@@ -56,26 +56,40 @@ class EntryDecoder:
         }
         return MalformedEntry(entry_id, raw, error, deliveries)
 
-    def published_at(self, entry_id: str) -> datetime:
-        milliseconds = entry_id.partition("-")[0]
-        if self._second[0] != milliseconds:
+    def _published_at(self, entry_id: str) -> datetime:
+        prefix, at = self._second
+        if not entry_id.startswith(prefix):
             # Entries of one read often share their millisecond.
+            milliseconds = entry_id.partition("-")[0]
             try:
                 at = datetime.fromtimestamp(int(milliseconds) / 1000, timezone.utc)
             except (ValueError, OverflowError, OSError):
                 at = datetime.max.replace(tzinfo=timezone.utc)  # an id that somebody chose by hand
-            self._second = (milliseconds, at)
-        return self._second[1]
+            self._second = (f"{milliseconds}-", at)
+        return at
 
     def read(self, reply: Any) -> list[FetchedEntry]:
         """The reply of an XREADGROUP of one stream: what is new has been handed over once."""
         if not reply:
             return []
-        return [self.entry(raw_id, fields, 1) for raw_id, fields in reply[0][1]]
+        return self.new(reply[0][1])
 
     def new(self, entries: Any) -> list[FetchedEntry]:
-        """The entries of one stream, new ones."""
-        return [self.entry(raw_id, fields, 1) for raw_id, fields in entries]
+        """The entries of one stream, new ones. What is nearly every one is decoded here, the rest in :meth:`entry`."""
+        found: list[FetchedEntry] = []
+        append, decode, published_at = found.append, self._codec.decode, self._published_at
+        for raw_id, fields in entries:
+            if fields is not None and len(fields) == 2 and fields[0] == b"message" and len(fields[1]) <= MAX_RECEIVED:
+                try:
+                    message = decode(fields[1])
+                except Exception:
+                    message = None  # said below, in words
+                if message is not None and message.headers is NO_HEADERS:
+                    entry_id = raw_id.decode()
+                    append(ClaimedMessage(entry_id, message, 1, published_at(entry_id)))
+                    continue
+            append(self.entry(raw_id, fields, 1))
+        return found
 
     def reclaimed(self, entries: Any) -> list[FetchedEntry]:
         """What the reclaim script returns: id, fields (nil = gone), the server's count."""
@@ -97,10 +111,9 @@ def predecessor(entry_id: str) -> str:
 
 
 def span(message_ids: Sequence[str]) -> tuple[str, str]:
-    """The lowest and the highest of some ids."""
-    if len(message_ids) == 1:
-        return message_ids[0], message_ids[0]
-    return min(message_ids, key=position), max(message_ids, key=position)
+    """A range that most likely holds these ids: compared as text, which is right for ids of the same length."""
+    low, high = min(message_ids), max(message_ids)
+    return (low, high) if is_entry_id(low) and is_entry_id(high) else ("-", "+")
 
 
 def is_entry_id(text: str) -> bool:

@@ -9,15 +9,18 @@ from ..._copies import stream_base
 LAYOUT: Final = 1
 """The version of the layout of keys, and of the scripts that work on them."""
 
+RESERVED: Final = "anybus:"
+"""What the names of retry streams, and of everything else that is kept beside a topic, begin with."""
+
 RETURNED: Final = "anybus:returned"
 """The parking consumer of released entries. Whoever empties it removes it."""
 
 
 def _split(stream: str) -> tuple[str, str]:
     """A stream's base and, of a retry stream, its ``:group``."""
-    if not stream.startswith("anybus:"):
+    if not stream.startswith(RESERVED):
         return stream_base(stream), ""
-    rest = stream.removeprefix("anybus:")
+    rest = stream.removeprefix(RESERVED)
     if rest.startswith("{"):
         end = rest.index("}") + 1
     else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from typing import Any
 
 import anyio
-from anyio.abc import ByteStream
+from anyio.abc import ByteStream, SocketAttribute
 
 from ._errors import broken, translate
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack
@@ -24,6 +26,24 @@ class Link:
         self._stream = stream
         self._settings = settings
         self.client_id = 0
+        self._socket: socket.socket | None = None
+        raw = stream.extra(SocketAttribute.raw_socket, None)
+        if raw is not None and settings.tls is None and sys.platform != "win32":
+            self._socket = socket.fromfd(raw.fileno(), raw.family, raw.type)
+            self._socket.setblocking(False)
+
+    def send_nowait(self, data: bytes) -> int:
+        """Hand over what the kernel takes at once; how many bytes that was.
+
+        Only when every reply to what was sent before has arrived: until then some of it may be in the loop's own
+        buffer, and this would overtake it.
+        """
+        if self._socket is None:
+            return 0
+        try:
+            return self._socket.send(data)
+        except OSError:
+            return 0  # full, or broken: ``send`` will tell
 
     async def send(self, data: bytes) -> None:
         await self._stream.send(data)
@@ -33,6 +53,9 @@ class Link:
 
     async def aclose(self) -> None:
         """Close without ceremony: the server notices by itself, and nobody waits for TLS's goodbye."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
         with anyio.CancelScope(shield=True):
             await anyio.aclose_forcefully(self._stream)
 

@@ -10,13 +10,16 @@ import anyio
 
 from ..._backoff import recovery_delay
 from ..._cancellation import is_stray, sole
+from ..._clock import loop_clock
 from ..._errors import BackendError, EventBusError
 from ._errors import SENSELESS, broken, translate
 from ._link import BROKEN, Link, open_link
-from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack
+from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack, pack_one
 from ._settings import Settings
+from ._waves import Single, Waves
 
-_WATCH_INTERVAL = 0.5
+_LOOKS = 4
+"""So often within ``command_timeout`` somebody looks whether the server still answers."""
 
 
 class Call(Replies):
@@ -42,12 +45,16 @@ class Multiplexer:
         self._scope: anyio.CancelScope | None = None  # made within the loop, as the bus may be made before it runs
         self._link: Link | None = None
         self._protocol = Protocol()
-        self._unsent: list[tuple[bytes, Call]] = []
+        self._unsent: list[tuple[bytes, Call | Single]] = []
+        self._sending = False
+        self._rest = b""
+        self._waves = Waves()
         self._wake_writer = anyio.Event()
         self._demand = anyio.Event()
         self._ready = anyio.Event()
         self._last_error: BackendError | None = None
         self._serving: anyio.CancelScope | None = None
+        self._clock = anyio.current_time
         self._last_reply = 0.0
         self.connections = 0
 
@@ -65,6 +72,7 @@ class Multiplexer:
         Not made in there: whoever waits for it may be cancelled, and the shield would not let that through.
         """
         self._scope = anyio.CancelScope(shield=True)
+        self._clock = loop_clock()
         return await self._connect()
 
     async def run(self, link: Link, alarm: Callable[[BaseException], None]) -> None:
@@ -136,7 +144,7 @@ class Multiplexer:
         protocol = self._protocol = Protocol()
         self._link = link
         self._demand = anyio.Event()
-        self._last_reply = anyio.current_time()
+        self._last_reply = self._clock()
         self.connections += 1
         self._wake_waiters()
         reason: BaseException | None = None
@@ -160,16 +168,18 @@ class Multiplexer:
 
                 tasks.start_soon(write)
                 tasks.start_soon(watch)
+                tasks.start_soon(self._waves.expire)
                 try:
                     while True:
                         data = await link.receive()
-                        self._last_reply = anyio.current_time()
+                        self._last_reply = self._clock()
                         protocol.feed(data)
                 except BROKEN as error:
                     reason = error
                 tasks.cancel_scope.cancel()
         finally:
             self._link = None
+            self._rest = b""
             self._abandon(protocol, reason)
             await link.aclose()
 
@@ -181,28 +191,53 @@ class Multiplexer:
             text += " (what arrived was not the protocol)"
         protocol.fail(broken(text, may_have_happened=True))
         unsent, self._unsent = self._unsent, []
+        self._waves.clear()
         for _, call in unsent:
             call.fail(broken(text, may_have_happened=False))
 
     async def _write(self, link: Link, protocol: Protocol) -> None:
         while True:
-            if not self._unsent:
+            if not self._unsent and not self._rest:
                 self._wake_writer = anyio.Event()
                 await self._wake_writer.wait()
             batch, self._unsent = self._unsent, []
-            for _, call in batch:
+            parts, self._rest = [self._rest], b""
+            self._waves.seal()
+            for packed, call in batch:
+                if call.error is None:  # else its deadline passed in the line, and it was told that it was not sent
+                    call.sent = True
+                    protocol.expect(call)
+                    parts.append(packed)
+            self._sending = True
+            try:
+                await link.send(b"".join(parts))
+            finally:
+                self._sending = False
+
+    def _put(self, packed: bytes, call: Call | Single) -> None:
+        """Into the line. On an idle connection it leaves at once, without waking the writer, which takes its time."""
+        link, protocol = self._link, self._protocol
+        if link is not None and not (self._unsent or self._sending or self._rest or protocol.is_waiting):
+            sent = link.send_nowait(packed)
+            if sent:
                 call.sent = True
                 protocol.expect(call)
-            data = batch[0][0] if len(batch) == 1 else b"".join([packed for packed, _ in batch])
-            await link.send(data)
+                self._waves.seal()
+                self._rest = packed[sent:]
+                if self._rest:
+                    self._wake_writer.set()
+                return
+        self._unsent.append((packed, call))
+        if len(self._unsent) == 1:
+            self._wake_writer.set()
 
     async def _watch(self, protocol: Protocol) -> None:
         """Returns when something has been waiting for a reply for too long: a frozen server says nothing, ever."""
         timeout = self._settings.command_timeout
         waiting_since: float | None = None
         while True:
-            await anyio.sleep(min(_WATCH_INTERVAL, timeout / 4))
-            now = anyio.current_time()
+            await anyio.sleep(timeout / _LOOKS)
+            now = self._clock()
             if not protocol.is_waiting:
                 waiting_since = None
                 continue
@@ -210,6 +245,25 @@ class Multiplexer:
                 waiting_since = now
             if now - max(waiting_since, self._last_reply) >= timeout:
                 return
+
+    async def single(self, command: Command, timeout: float) -> Any:
+        """Send one command, with whatever else leaves now; its reply.
+
+        :raises BackendError: if the connection broke, or there was no answer in time; ``may_have_happened`` tells
+            whether it had been sent.
+        """
+        if self._link is None:
+            with anyio.move_on_after(timeout):
+                [reply] = await self.pipeline((command,))
+                return reply
+            raise broken("no answer within publish_timeout", may_have_happened=True)
+        packed = pack_one(command)
+        call = self._waves.join(timeout)
+        self._put(packed, call)
+        await call.wave.event.wait()
+        if call.error is not None:
+            raise call.error
+        return call.replies[0]
 
     def reset(self) -> None:
         """Give this connection up: the server says that it is not the one we want (a replica, now)."""
@@ -242,8 +296,7 @@ class Multiplexer:
         if not commands:
             call.done()
             return call
-        self._unsent.append((pack(commands), call))
-        self._wake_writer.set()
+        self._put(pack(commands), call)
         return call
 
     async def pipeline(self, commands: Sequence[Command]) -> list[Any]:

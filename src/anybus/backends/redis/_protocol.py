@@ -16,6 +16,11 @@ _NOT_ENOUGH = object()
 _pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType, reportUnknownMemberType]
 
 
+def pack_one(command: Command) -> bytes:
+    """One command as bytes."""
+    return _pack(tuple(command))
+
+
 class ServerError(Exception):
     """An error reply, as the server worded it."""
 

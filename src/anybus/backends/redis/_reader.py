@@ -102,6 +102,9 @@ class BlockingReader:
                 self.lost_track = True
             tasks.cancel_scope.cancel()
 
+    def lose_track(self) -> None:
+        self.lost_track = True
+
     async def give_up(self) -> None:
         """This connection is of no use any more; the next request opens another."""
         self.lost_track = True

@@ -7,6 +7,7 @@ A retry stream (``anybus:…``) has one group only: what that has acknowledged i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha1
 from typing import Final
 
@@ -16,13 +17,13 @@ class Script:
     name: str
     source: str
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
-# Which of the ids ARGV[first..last] belong to the consumer: one ranged XPENDING instead of one per id. ARGV[3] and
-# ARGV[4] are the lowest and the highest of them.
+# Which of the ids from ARGV[5] on belong to the consumer: one ranged XPENDING for them all. ARGV[3] and ARGV[4] are a
+# good guess at their range; what it misses is asked for one by one (an error there: not an id, and so not ours).
 _OWNED = """
 local function owned(key, group, consumer, low, high, limit)
   local found = {}
@@ -32,6 +33,12 @@ local function owned(key, group, consumer, low, high, limit)
     for i = 1, #page do found[page[i][1]] = page[i][4] end
     if #page == limit then from = '(' .. page[#page][1] end
   until #page < limit
+  for i = 5, #ARGV do
+    if not found[ARGV[i]] then
+      local one = redis.pcall('XPENDING', key, group, ARGV[i], ARGV[i], 1, consumer)
+      if one[1] then found[ARGV[i]] = one[1][4] end
+    end
+  end
   return found
 end
 """
@@ -192,17 +199,20 @@ return 0
 """,
 )
 
-# What was delivered to the consumer by reads (once, that is) above an id, up to ARGV[4] pending entries looked at; and
-# the highest id looked at ('' = there was none). The count stays what it is.
+# What was delivered to the consumer above an id, up to ARGV[4] pending entries looked at; and the highest id looked at
+# ('' = there was none). Of that, what a read brought (handed over once, that is); or, with ARGV[5], what was handed
+# over or renewed at most so many ms ago. The count stays what it is.
 UNSEEN: Final = Script(
     "unseen",
     """
 local page = redis.call('XPENDING', KEYS[1], ARGV[1], '(' .. ARGV[3], '+', ARGV[4], ARGV[2])
 local found = {}
 for _, entry in ipairs(page) do
-  if entry[4] == 1 then
-    local body = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'RETRYCOUNT', 1)
-    found[#found + 1] = {entry[1], body[1] and body[1][2] or false, 1}
+  local wanted = entry[4] == 1
+  if ARGV[5] then wanted = entry[3] <= tonumber(ARGV[5]) end
+  if wanted then
+    local body = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'RETRYCOUNT', entry[4])
+    found[#found + 1] = {entry[1], body[1] and body[1][2] or false, entry[4]}
   end
 end
 return {#page > 0 and page[#page][1] or '', found}

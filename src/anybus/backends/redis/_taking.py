@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ..._errors import BackendError, GroupLostError
-from ...abc import FetchedEntry, Redelivered
+from ...abc import FetchedEntry, MissingEntry, Redelivered
 from . import _scripts as scripts
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
@@ -21,10 +22,13 @@ from ._protocol import Argument, Command, ServerError
 from ._reader import BlockingReader
 from ._scripts import Script
 
+_logger = logging.getLogger("anybus")
+
 _SHIELDED = 1.0
 _SHORT_BLOCK = 0.4
 _STALE = 0.1
 _FLOOR_INTERVAL = 5.0
+_CLOCK_MARGIN = 1.0
 PER_SCRIPT = 250
 
 Member = tuple[str, str, str]
@@ -42,6 +46,8 @@ class Taking:
         self._kept_at: dict[tuple[str, str], float] = {}
         self._reaped_at: dict[tuple[str, str], float] = {}
         self._passes = 0
+        self._astray: dict[Member, tuple[float, str]] = {}
+        """When a pass was sent whose reply was lost, and up to which id somebody has looked for what it took."""
         self._looked: dict[str, tuple[float, float]] = {}
         """When a stream was last found empty by a read that does not wait, and when its next delayed entry is due."""
         self.tasks: TaskGroup | None = None
@@ -53,6 +59,7 @@ class Taking:
     async def forget(self, stream: str, group: str, consumer: str) -> None:
         member = (stream, group, consumer)
         self._cursors.pop(member, None)
+        self._astray.pop(member, None)
         self._kept_at.pop((stream, group), None)
         self._reaped_at.pop((stream, group), None)
         reader = self._readers.pop(member, None)
@@ -101,7 +108,7 @@ class Taking:
             return {stream: self._decoder.read(replies[-1])}
 
         try:
-            entries = (await self._take([move, read], group, consumer, parse, reader=reader))[stream]
+            entries = (await self._take([move, read], group, consumer, parse, lost=reader.lose_track))[stream]
         except GroupLostError:
             reader.last_id = "0-0"  # made again, the group may hand over lower ids than these
             raise
@@ -177,14 +184,53 @@ class Taking:
             reader.lost_track = False
         return entries
 
+    async def _find_astray(self, member: Member, count: int) -> list[FetchedEntry]:
+        """What a pass has taken whose reply was lost: what is this consumer's since it was sent.
+
+        What was renewed since is among it; the bus knows that it holds that.
+        """
+        stream, group, consumer = member
+        while member in self._astray:
+            since, last = self._astray[member]
+            looked_up_to = ""
+
+            def parse(replies: list[Any]) -> Taken:
+                nonlocal looked_up_to
+                looked_up_to = replies[-1][0].decode()
+                return {stream: self._decoder.reclaimed(replies[-1][1])}
+
+            longest = int((anyio.current_time() - since + _CLOCK_MARGIN) * 1000)
+            args = (group, consumer, last, count, longest)
+            taken = await self._take_by_script(scripts.UNSEEN, (stream,), args, group, consumer, parse)
+            if looked_up_to:
+                self._astray[member] = since, looked_up_to
+            else:
+                self._astray.pop(member, None)
+            if taken[stream]:
+                return taken[stream]
+        return []
+
     async def reclaim(self, stream: str, group: str, consumer: str, min_idle: float, count: int) -> list[FetchedEntry]:
         member = (stream, group, consumer)
+        if astray := await self._find_astray(member, count):
+            return astray
         keys, args = (stream,), (group, consumer, int(min_idle * 1000), count, self._cursors.get(member, "0-0"))
 
         def parse(replies: list[Any]) -> Taken:
             return {stream: self._reclaimed(member, replies[-1])}
 
-        return (await self._take_by_script(scripts.RECLAIM, keys, args, group, consumer, parse))[stream]
+        lost = self._loses(member)
+        return (await self._take_by_script(scripts.RECLAIM, keys, args, group, consumer, parse, lost))[stream]
+
+    def _loses(self, *members: Member) -> Callable[[], None]:
+        """To be called if the reply to what is sent now is lost."""
+        now = anyio.current_time()
+
+        def lost() -> None:
+            for member in members:
+                self._astray.setdefault(member, (now, "0-0"))
+
+        return lost
 
     def _reclaimed(self, member: Member, reply: Any) -> list[FetchedEntry]:
         self._cursors[member] = reply[0].decode()
@@ -195,6 +241,11 @@ class Taking:
     ) -> Redelivered:
         self._passes += 1
         topic, retries = (stream, group, consumer), (retry_stream, group, consumer)
+        if self._astray:
+            if found := await self._find_astray(topic, count):
+                return Redelivered(found, [], [])
+            if found := await self._find_astray(retries, count):
+                return Redelivered([], [], found)
         keys = (stream, delayed(stream), retry_stream, delayed(retry_stream))
         cursors = (self._cursors.get(topic, "0-0"), self._cursors.get(retries, "0-0"))
         args = (group, consumer, int(min_idle * 1000), count, *cursors, self._passes % 3)
@@ -220,7 +271,8 @@ class Taking:
             taken[retry_stream] = new_retries + reclaimed_retries
             return taken
 
-        taken = await self._take_by_script(scripts.PASS, keys, args, group, consumer, parse)
+        lost = self._loses(topic, retries)
+        taken = await self._take_by_script(scripts.PASS, keys, args, group, consumer, parse, lost)
         error = None
         try:
             for where, refusal in refusals[:1]:
@@ -257,12 +309,14 @@ class Taking:
         group: str,
         consumer: str,
         parse: Callable[[list[Any]], Taken],
+        lost: Callable[[], None] | None = None,
     ) -> Taken:
         try:
-            return await self._take([evalsha(script, keys, args)], group, consumer, parse, stream=keys[0])
+            return await self._take([evalsha(script, keys, args)], group, consumer, parse, keys[0], lost)
         except _ScriptForgottenError:
             await self._client.load_scripts()
-            return await self._take([("EVAL", script.source, len(keys), *keys, *args)], group, consumer, parse, keys[0])
+            evaluate: Command = ("EVAL", script.source, len(keys), *keys, *args)
+            return await self._take([evaluate], group, consumer, parse, keys[0], lost)
 
     async def _take(
         self,
@@ -271,12 +325,17 @@ class Taking:
         consumer: str,
         parse: Callable[[list[Any]], Taken],
         stream: str | None = None,
-        reader: BlockingReader | None = None,
+        lost: Callable[[], None] | None = None,
     ) -> Taken:
         """Send commands of which the last one takes entries. Cancelled, what it took is handed back all the same.
 
-        :param reader: to be told if the reply was lost.
+        :param lost: called if they may have been carried out, and the reply will not come.
         """
+
+        def look_for_loss() -> None:
+            if lost is not None and call.error is not None:
+                lost()
+
         call = await self._client.mux.start(commands)
         try:
             await call.event.wait()
@@ -284,12 +343,12 @@ class Taking:
             with anyio.move_on_after(_SHIELDED, shield=True):
                 await call.event.wait()
                 await self._hand_back_reply(call.replies, parse, group, consumer)
-            if call.error is not None and reader is not None:
-                reader.lost_track = True
+            look_for_loss()
             if not call.event.is_set() and self.tasks is not None:
                 tasks = self.tasks
 
                 async def hand_back_late() -> None:
+                    look_for_loss()
                     with anyio.move_on_after(_SHIELDED, shield=True):
                         await self._hand_back_reply(call.replies, parse, group, consumer)
 
@@ -299,8 +358,7 @@ class Taking:
                 call.done = late
             raise
         if call.error is not None:
-            if reader is not None:
-                reader.lost_track = True
+            look_for_loss()
             raise call.error
         reply = call.replies[-1]
         if isinstance(reply, ServerError):
@@ -321,6 +379,10 @@ class Taking:
     async def _hand_back(self, taken: Taken, group: str, consumer: str) -> None:
         """Raises nothing that would take the place of a cancellation: what cannot go back waits for its lease."""
         for stream, entries in taken.items():
+            missing = [entry.id for entry in entries if isinstance(entry, MissingEntry)]
+            if missing:
+                # From 7.0 on the server has forgotten them by now: nobody else will hear of them.
+                _logger.warning("pending in group %r, but gone from %r: %s", group, stream, ", ".join(missing))
             if entries:
                 with suppress(BackendError):
                     await self.release(stream, group, consumer, [entry.id for entry in entries])
