@@ -79,8 +79,11 @@ async def test_what_was_told_to_be_unsent_is_never_sent(monkeypatch: pytest.Monk
             await takes_more.wait()
             await send(link, data)
 
+        def takes_nothing(link: Link, data: bytes) -> int:
+            return 0
+
         monkeypatch.setattr(Link, "send", send_later)
-        monkeypatch.setattr(Link, "send_nowait", lambda link, data: 0)
+        monkeypatch.setattr(Link, "send_nowait", takes_nothing)
         errors: dict[str, BackendError] = {}
 
         async def publish(key: str) -> None:

@@ -8,6 +8,9 @@ from ._codec import JsonCodec as JsonCodec
 from ._codec import MsgpackCodec as MsgpackCodec
 from ._connect import connect as connect
 from ._copies import retry_stream as retry_stream
+from ._dead_letter import DeadLetter as DeadLetter
+from ._dead_letters import DeadLetterPage as DeadLetterPage
+from ._dead_letters import DeadLetters as DeadLetters
 from ._delivery import Delivery as Delivery
 from ._delivery import DeliveryState as DeliveryState
 from ._errors import AlreadySettledError as AlreadySettledError
@@ -25,6 +28,8 @@ from ._options import DROP as DROP
 from ._options import PublishOptions as PublishOptions
 from ._options import StreamBusOptions as StreamBusOptions
 from ._options import SubscriptionConfig as SubscriptionConfig
+from ._replay import ReplayProgress as ReplayProgress
+from ._replay import ReplayReport as ReplayReport
 from ._runtime._pool import Handler as Handler
 from ._runtime._pull import DeliveryStream as DeliveryStream
 from ._runtime._subscription import Subscription as Subscription

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, cast
 
 import anyio
@@ -18,6 +19,8 @@ from ._cancellation import persist
 from ._checks import refuse
 from ._clock import loop_clock
 from ._copies import retry_stream
+from ._dead_letter import LetterFilter
+from ._dead_letters import DeadLetters, open_dead_letters
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError
 from ._message import Message
 from ._options import Drop, PublishOptions, StreamBusOptions, SubscriptionConfig
@@ -231,6 +234,39 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             elif self._reporter.hears_published:
                 self._reporter.tell("on_published", "published", topic=topic, message_id=outcome)
         return BatchOutcome(tuple(results))
+
+    def dead_letters(
+        self,
+        topic: str,
+        *,
+        dead_letter_topic: str | None = None,
+        group: str | None = None,
+        code: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        key: str | None = None,
+    ) -> DeadLetters:
+        """The dead letters of a topic, for operators: to look through, to replay, to purge. Nothing is read yet.
+
+        Those for which all that is given holds are meant; without filters, all of the topic's. A dead letter that
+        does not say which topic it comes from counts as this topic's.
+
+        :param topic: the application's topic, from which they came, and to which they go back.
+        :param dead_letter_topic: where they are; None = ``<topic>.dead``.
+        :param group: the group that gave them up.
+        :param code: why: ``rejected``, ``retries``, ``deliveries``, ``malformed``...
+        :param since: given up at this time or later.
+        :param until: given up before this time.
+        :param key: the message's key.
+        :raises ValidationError: if a parameter is refused.
+        :raises UnsupportedError: if the backend is no :class:`anybus.abc.DeadLetterStore`.
+        :raises ClosedError: if the bus is not open.
+        """
+        self._check_open()
+        only = LetterFilter(topic=topic, group=group, code=code, since=since, until=until, key=key)
+        return open_dead_letters(
+            self._backend, dead_letter_topic, only, check_open=self._check_open, reporter=self._reporter
+        )
 
     def _timed_out(self) -> BackendError:
         text = f"no answer within publish_timeout ({self._options.publish_timeout} s)"

@@ -17,6 +17,9 @@ RETRY_REASON: Final = "retry-reason"
 RETRY_FIRST_ID: Final = "retry-first-id"
 """The id of the topic's entry, which a dead letter has to name however often its copies were retried."""
 
+_BUS_PREFIXES: Final = ("dead-letter-", "retry-")
+"""The headers that the bus writes on copies begin so."""
+
 _MAX_ATTEMPTS: Final = 2**32 - 1
 
 
@@ -104,6 +107,17 @@ def dead_letter(
         headers["dead-letter-error-type"] = cut(error_type)
     if origin.deliveries is not None:
         headers["dead-letter-deliveries"] = str(origin.deliveries)
+    return message.replace(topic=topic, headers=Headers(headers))
+
+
+def restored(message: Message, topic: str, *, first_id: str | None = None) -> Message:
+    """A dead letter's message as it was before the bus wrote in its headers.
+
+    :param first_id: for the retry stream: its next dead letter has to name the topic's entry, too.
+    """
+    headers = {name: value for name, value in message.headers.items() if not name.startswith(_BUS_PREFIXES)}
+    if first_id is not None:
+        headers[RETRY_FIRST_ID] = first_id
     return message.replace(topic=topic, headers=Headers(headers))
 
 

@@ -8,6 +8,9 @@ from ._backend import StreamInspector as StreamInspector
 from ._backend import TimedPublisher as TimedPublisher
 from ._backend import TransferItem as TransferItem
 from ._codec import Codec as Codec
+from ._dead_letters import DeadLetterStore as DeadLetterStore
+from ._dead_letters import Move as Move
+from ._dead_letters import StoredEntry as StoredEntry
 from ._entries import ClaimedMessage as ClaimedMessage
 from ._entries import FetchedEntry as FetchedEntry
 from ._entries import MalformedEntry as MalformedEntry

@@ -140,19 +140,38 @@ class Stream:
     def alive(self) -> list[Entry]:
         return [entry for entry in self._log if not entry.deleted]
 
-    def delete(self, entry_id: str) -> None:
-        for entry in self._log:
-            if entry.id == entry_id:
-                entry.deleted, entry.message, entry.raw = True, None, {}
-                self._deletions += 1
+    def between(self, after: int, until: int) -> Iterator[Entry]:
+        first, end = (min(max(position - self._base, 0), len(self._log)) for position in (after, until))
+        return (self._log[index] for index in range(first, end) if not self._log[index].deleted)
+
+    def backwards(self) -> Iterator[Entry]:
+        return (entry for entry in reversed(self._log) if not entry.deleted)
+
+    def find(self, entry_id: str) -> Entry | None:
+        digits = entry_id.removesuffix("-0")
+        # Longer numbers are no entry's, and Python would refuse to read the longest.
+        index = int(digits) - self._base - 1 if digits.isascii() and digits.isdigit() and len(digits) < 20 else -1
+        entry = self._log[index] if 0 <= index < len(self._log) else None
+        return None if entry is None or entry.deleted or entry.id != entry_id else entry
+
+    def delete(self, entry_id: str) -> bool:
+        """Delete an entry's body; false = it is gone already."""
+        entry = self.find(entry_id)
+        if entry is None:
+            return False
+        self._delete(entry)
+        return True
+
+    def _delete(self, entry: Entry) -> None:
+        entry.deleted, entry.message, entry.raw = True, None, {}
+        self._deletions += 1
+        if self._deletions >= _COMPACT_AT and self._deletions * 2 > len(self._log):
+            self._compact()
 
     def acked(self, stream: str, entry: Entry) -> None:
         """A retry stream has one group only: what that has acknowledged is of no use any more."""
-        if stream.startswith("anybus:"):
-            entry.deleted, entry.message, entry.raw = True, None, {}
-            self._deletions += 1
-            if self._deletions >= _COMPACT_AT and self._deletions * 2 > len(self._log):
-                self._compact()
+        if stream.startswith("anybus:") and not entry.deleted:
+            self._delete(entry)
 
     def _compact(self) -> None:
         gone = next((index for index, entry in enumerate(self._log) if not entry.deleted), len(self._log))

@@ -24,6 +24,7 @@ from ..abc import (
     StreamInspector,
     TransferItem,
 )
+from ._memory_dead_letters import MemoryDeadLetters
 from ._memory_store import RETURNED, Group, Pending, Stream
 
 __all__ = ["MemoryBackend"]
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
 
 
-class MemoryBackend(StreamBackend, StreamInspector):
+class MemoryBackend(StreamBackend, StreamInspector, MemoryDeadLetters):
     """Streams, groups and pending entries in this process's memory.
 
     It keeps what is published, as a stream does, for as long as it lives. Time is AnyIO's clock, so that a virtual

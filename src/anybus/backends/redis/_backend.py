@@ -31,6 +31,7 @@ from ...abc import (
 )
 from . import _scripts as scripts
 from ._client import Client
+from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, is_entry_id, span
 from ._errors import has_code
 from ._keys import RESERVED, delayed
@@ -41,7 +42,9 @@ from ._taking import PER_SCRIPT, Taking
 _SHIELDED = 1.0
 
 
-class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspector, PassSource, TimedPublisher):
+class RedisBackend(
+    anyio.AsyncContextManagerMixin, StreamBackend, StreamInspector, PassSource, TimedPublisher, RedisDeadLetters
+):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
     One multiplexed connection carries everything that does not block; each blocking read has one of its own.
@@ -87,7 +90,8 @@ class RedisBackend(anyio.AsyncContextManagerMixin, StreamBackend, StreamInspecto
     def _configure(self, settings: Settings, codec: Codec | None) -> None:
         self._codec = codec or JsonCodec()
         self._client = Client(settings)
-        self._taking = Taking(self._client, EntryDecoder(self._codec))
+        self._decoder = EntryDecoder(self._codec)
+        self._taking = Taking(self._client, self._decoder)
 
     def __repr__(self) -> str:
         state = "connected" if self._client.mux.is_connected else "not connected"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import anyio
 
 from ..._errors import BackendError, GroupLostError
-from . import _scripts as scripts
+from . import _dead_letter_scripts, _scripts
 from ._decoding import predecessor
 from ._errors import SENSELESS, has_code, senseless, translate
 from ._keys import meta
@@ -19,6 +19,8 @@ from ._protocol import Argument, Command, Protocol, ServerError
 from ._scripts import Script
 from ._server import Server, look_at
 from ._settings import Settings
+
+_ALL: Final = (*_scripts.ALL, *_dead_letter_scripts.ALL)
 
 
 class Client:
@@ -32,7 +34,7 @@ class Client:
     async def _greet(self, link: Link) -> None:
         """On every new connection: is this a server that we can work with? Load the scripts."""
         self.server = await look_at(link, self.settings)
-        await exchange(link, Protocol(), [("SCRIPT", "LOAD", script.source) for script in scripts.ALL])
+        await exchange(link, Protocol(), [("SCRIPT", "LOAD", script.source) for script in _ALL])
 
     async def call(self, *command: Argument) -> Any:
         """
@@ -75,7 +77,7 @@ class Client:
 
     async def load_scripts(self) -> None:
         """Tell a server that has forgotten them (SCRIPT FLUSH) all scripts again. Nobody waits for the replies."""
-        await self.mux.start([("SCRIPT", "LOAD", script.source) for script in scripts.ALL])
+        await self.mux.start([("SCRIPT", "LOAD", script.source) for script in _ALL])
 
     @contextmanager
     def reading(self, reply: Any) -> Generator[None, None, None]:

@@ -120,4 +120,4 @@ def is_entry_id(text: str) -> bool:
     """Whether the server would take this for an entry's id."""
     milliseconds, dash, sequence = text.partition("-")
     parts = (milliseconds, sequence) if dash else (milliseconds,)
-    return all(part.isascii() and part.isdigit() and int(part) < 2**64 for part in parts)
+    return all(part.isascii() and part.isdigit() and len(part) <= 20 and int(part) < 2**64 for part in parts)
