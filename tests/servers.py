@@ -87,7 +87,10 @@ class RunningServer:
         while True:
             with contextlib.suppress(redis.exceptions.RedisError), self.client() as client:
                 client.ping()
-                return
+                # Another program's server may have been given the same free port: ours does not start then.
+                info: Any = client.info("server")
+                if info["process_id"] == self._process.pid:
+                    return
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise RuntimeError(f"{self.name} does not start: {(self.folder / 'log').read_text()[-2000:]}")
             time.sleep(0.02)

@@ -597,7 +597,7 @@ async def test_a_cancelled_scope_loses_nothing_at_any_point(
     harness: Harness, variant: Variant, anyio_backend_name: str
 ) -> None:
     execution = Execution(harness, variant, anyio_backend_name)
-    await execution.at_every_point(at_most=at_most(harness, variant, math.inf, 30))
+    await execution.at_every_point(at_most=at_most(harness, variant, math.inf, 24))
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
@@ -606,7 +606,7 @@ async def test_a_native_cancellation_loses_nothing_at_any_point(
     harness: Harness, variant: Variant, anyio_backend_name: str
 ) -> None:
     execution = Execution(harness, variant, anyio_backend_name, ("native",))
-    await execution.at_every_point(at_most=at_most(harness, variant, 150, 20))
+    await execution.at_every_point(at_most=at_most(harness, variant, 150, 16))
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
@@ -616,4 +616,4 @@ async def test_a_second_cancellation_on_top_of_the_first_loses_nothing_at_any_po
     harness: Harness, variant: Variant, means: Means, anyio_backend_name: str
 ) -> None:
     execution = Execution(harness, variant, anyio_backend_name, means)
-    await execution.at_every_point(at_most=at_most(harness, variant, 40, 8))
+    await execution.at_every_point(at_most=at_most(harness, variant, 40, 6))
