@@ -259,14 +259,25 @@ class Multiplexer:
             whether it had been sent.
         """
         if self._link is None:
-            with anyio.move_on_after(timeout):
-                [reply] = await self.pipeline((command,))
-                return reply
-            raise broken("no answer within publish_timeout", may_have_happened=True)
+            return await self._single_when_connected(command, timeout)
         packed = pack_one(command)
         call = self._waves.join(timeout)
         self._put(packed, call)
         await call.wave.event.wait()
+        if call.error is not None:
+            raise call.error
+        return call.replies[0]
+
+    async def _single_when_connected(self, command: Command, timeout: float) -> Any:
+        call: Call | None = None
+        with anyio.move_on_after(timeout):
+            call = await self.start((command,))
+            await call.event.wait()
+        if call is None or not call.event.is_set():
+            error = broken("no answer within publish_timeout", may_have_happened=call is not None and call.sent)
+            if call is not None:
+                call.fail(error)  # in the line still, it stays there
+            raise error
         if call.error is not None:
             raise call.error
         return call.replies[0]
