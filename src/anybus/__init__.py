@@ -15,6 +15,7 @@ from ._errors import BackendError as BackendError
 from ._errors import ClosedError as ClosedError
 from ._errors import EventBusError as EventBusError
 from ._errors import GroupLostError as GroupLostError
+from ._errors import HandlerTimeoutError as HandlerTimeoutError
 from ._errors import LeaseLostError as LeaseLostError
 from ._errors import SerializationError as SerializationError
 from ._errors import UnsupportedError as UnsupportedError
@@ -25,6 +26,7 @@ from ._options import DROP as DROP
 from ._options import PublishOptions as PublishOptions
 from ._options import StreamBusOptions as StreamBusOptions
 from ._options import SubscriptionConfig as SubscriptionConfig
+from ._policies import Failure as Failure
 from ._runtime._pool import Handler as Handler
 from ._runtime._pull import DeliveryStream as DeliveryStream
 from ._runtime._subscription import Subscription as Subscription

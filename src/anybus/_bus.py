@@ -20,6 +20,7 @@ from ._copies import retry_stream
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError
 from ._message import Message
 from ._options import Drop, PublishOptions, StreamBusOptions, SubscriptionConfig
+from ._policies import FailurePolicy, backoff_table, check_rules
 from ._reporting import Notices, Reporter
 from ._runtime._context import Context, Counters, SuspectSlot
 from ._runtime._ledger import Budget, Ledger
@@ -272,6 +273,9 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             refuse("ack_mode", config.ack_mode, "'manual' or unset for deliveries(), which are settled by hand")
         if config.handler_timeout is not None:
             refuse("handler_timeout", config.handler_timeout, "unset for deliveries(), which have no handler")
+        for field in ("retry_on", "give_up_on"):
+            if getattr(config, field) is not None:
+                refuse(field, getattr(config, field), "unset for deliveries(), which have no handler that raises")
         if config.on_lease_lost != "continue":
             refuse("on_lease_lost", config.on_lease_lost, "'continue' for deliveries(), which have no handler")
         return self._delivery_stream(config)
@@ -333,8 +337,14 @@ class StreamBus(anyio.AsyncContextManagerMixin):
                 ack_mode="manual" if pulled else config.ack_mode or "auto-on-handler-success",
                 max_retry=config.max_retry,
                 max_deliveries=config.max_deliveries,
-                backoff=config.retry_backoff,
+                backoff=backoff_table(config.retry_backoff),
                 counts_crashes=counts,
+            ),
+            failure_policy=FailurePolicy(
+                retry_on=check_rules("retry_on", config.retry_on),
+                give_up_on=check_rules("give_up_on", config.give_up_on),
+                backoff=config.retry_backoff if callable(config.retry_backoff) else None,
+                max_age=config.max_age,
             ),
             options=options,
             group_start_id=config.group_start_id or options.group_start_id,

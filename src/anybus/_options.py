@@ -10,6 +10,7 @@ from typing import Final, Literal
 from ._backoff import ExponentialBackoff
 from ._checks import check_delay, check_int, check_name, check_topic, refuse
 from ._message import Headers
+from ._policies import Backoff, Rules, check_backoff, check_no_contradiction, check_rules
 from .abc._observer import Observer
 
 AckMode = Literal["auto-on-handler-success", "manual", "auto-on-receive"]
@@ -17,6 +18,7 @@ OnLeaseLost = Literal["continue", "cancel"]
 
 ACK_MODES: Final = ("auto-on-handler-success", "manual", "auto-on-receive")
 LABEL_SUFFIX_BYTES: Final = 17
+DEFAULT_BACKOFF: Final = ExponentialBackoff()
 
 
 class Drop(enum.Enum):
@@ -94,7 +96,11 @@ class SubscriptionConfig:
     :param max_pending_acks: at most so many entries are held at once; None = twice ``max_in_flight``.
     :param max_retry: the number of retries after the first handling: 3 means four handlings.
     :param max_deliveries: hand-overs of one entry that may end without an outcome (a crash), at least 4.
-    :param retry_backoff: how long a failed message waits for its retry.
+    :param retry_backoff: how long a failed message waits for its retry: an :class:`ExponentialBackoff`, seconds, a list
+        of seconds of which the last repeats, or a function of a :class:`Failure`.
+    :param retry_on: only such failures are retried, others are given up on at once; None = all are.
+    :param give_up_on: such failures are given up on at once, whatever ``retry_on`` says; None = none are.
+    :param max_age: a message whose first entry was stored longer ago is given up on; None = never.
     :param dead_letter_topic: where what is given up on goes; None = ``<topic>.dead``; :data:`DROP` = nowhere.
     :param handler_timeout: after this long the handler is cancelled, and that is a failure; None = never.
     :param group_start_id: where the group begins if it is made; None = as the bus's options say.
@@ -110,7 +116,10 @@ class SubscriptionConfig:
     max_pending_acks: int | None = field(default=None, kw_only=True)
     max_retry: int = field(default=3, kw_only=True)
     max_deliveries: int = field(default=10, kw_only=True)
-    retry_backoff: ExponentialBackoff = field(default=ExponentialBackoff(), kw_only=True)
+    retry_backoff: Backoff = field(default=DEFAULT_BACKOFF, kw_only=True)
+    retry_on: Rules | None = field(default=None, kw_only=True)
+    give_up_on: Rules | None = field(default=None, kw_only=True)
+    max_age: float | None = field(default=None, kw_only=True)
     dead_letter_topic: str | Drop | None = field(default=None, kw_only=True)
     handler_timeout: float | None = field(default=None, kw_only=True)
     group_start_id: str | None = field(default=None, kw_only=True)
@@ -130,20 +139,32 @@ class SubscriptionConfig:
         check_int("max_retry", self.max_retry, least=0)
         # Below four an entry would be given up on before it had once been handled alone, as a suspect.
         check_int("max_deliveries", self.max_deliveries, least=4)
-        if not isinstance(self.retry_backoff, ExponentialBackoff):
-            refuse("retry_backoff", self.retry_backoff, "an anybus.ExponentialBackoff")
-        if self.dead_letter_topic is not None and self.dead_letter_topic is not DROP:
-            check_topic("dead_letter_topic", self.dead_letter_topic)
-            if self.dead_letter_topic == self.topic:
-                refuse("dead_letter_topic", self.dead_letter_topic, "another topic than the subscription's own")
-        if self.dead_letter_topic is None:
-            check_topic("dead_letter_topic", f"{self.topic}.dead")
+        self._check_retry_policy()
+        self._check_dead_letter_topic()
         if self.handler_timeout is not None:
             check_delay("handler_timeout", self.handler_timeout, positive=True)
         if self.group_start_id is not None:
             _check_start_id(self.group_start_id)
         if self.on_lease_lost not in ("continue", "cancel"):
             refuse("on_lease_lost", self.on_lease_lost, "'continue' or 'cancel'")
+
+    def _check_retry_policy(self) -> None:
+        retry_on = check_rules("retry_on", self.retry_on)
+        give_up_on = check_rules("give_up_on", self.give_up_on)
+        check_no_contradiction(retry_on, give_up_on)
+        if self.max_age is not None:
+            check_delay("max_age", self.max_age, positive=True)
+        object.__setattr__(self, "retry_backoff", check_backoff(self.retry_backoff))
+        object.__setattr__(self, "retry_on", retry_on)
+        object.__setattr__(self, "give_up_on", give_up_on)
+
+    def _check_dead_letter_topic(self) -> None:
+        if self.dead_letter_topic is not None and self.dead_letter_topic is not DROP:
+            check_topic("dead_letter_topic", self.dead_letter_topic)
+            if self.dead_letter_topic == self.topic:
+                refuse("dead_letter_topic", self.dead_letter_topic, "another topic than the subscription's own")
+        if self.dead_letter_topic is None:
+            check_topic("dead_letter_topic", f"{self.topic}.dead")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .._copies import retry_stream
 from .._options import OnLeaseLost, StreamBusOptions
+from .._policies import FailurePolicy
 from .._reporting import Notices, Reporter
 from .._settlement import Policy
 from ..abc import StreamBackend
@@ -61,6 +62,7 @@ class Context:
     group: str
     consumer: str
     policy: Policy
+    failure_policy: FailurePolicy
     options: StreamBusOptions
     group_start_id: str
     max_in_flight: int

@@ -37,6 +37,7 @@ class Intake:
         self._wake = wake
         self._ledger = context.ledger
         self._budget = context.ledger.budget
+        self._ages = context.failure_policy.max_age is not None
         self._shut_by: set[str] = set()
         self._opened = anyio.Event()
         self._reading: anyio.CancelScope | None = None
@@ -302,7 +303,7 @@ class Intake:
         """What waited here for its retry is due."""
         if self._shut_by:
             self._settler.release(held)
-        else:
+        elif not (self._ages and self._settler.expire(held)):
             self._ledger.waiting.append(held)
             self._wake()
 
@@ -317,6 +318,8 @@ class Intake:
             self._settler.apply(held, _WORN_OUT)
         elif self._shut_by:
             self._settler.release(held)
+        elif self._ages and self._settler.expire(held):
+            return False
         elif verdict is Verdict.HANDLE:
             self._ledger.waiting.append(held)
         elif context.clock() >= self._no_suspect_before and context.suspects.take(held):

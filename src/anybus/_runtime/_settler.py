@@ -32,10 +32,11 @@ from .._settlement import (
 from ..abc import Output
 from ..abc._observer import ErrorScope
 from ._context import Context
+from ._judgement import Judgement
 from ._lane import Lane
 from ._ledger import Held, Stage, Waiter
 
-_FAILURES = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.REJECTED})
+_FAILURES = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.REJECTED})
 
 ACKED, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
     "acked",
@@ -53,6 +54,7 @@ class Settler:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self.judgement = Judgement(context)
         clock = context.clock
         options = context.options
         # A batch that the budget cannot hold would always wait for the interval, and the reads with it.
@@ -238,6 +240,7 @@ class Settler:
             policy=self._context.policy,
             now=self._context.clock(),
             draw=random.random(),
+            expires_in=self.judgement.expires_in(held),
         )
 
     def apply(self, held: Held, result: Result, *, raw: Mapping[str, bytes] | None = None) -> None:
@@ -245,6 +248,7 @@ class Settler:
 
         :param raw: the fields of a malformed entry, kept beside its dead letter.
         """
+        result = self.judgement.weigh(held, result)
         decision = self._decide(held, result)
         held.failed = result.outcome in _FAILURES
         if isinstance(decision, Ack):
@@ -259,6 +263,13 @@ class Settler:
             held.stage = Stage.RETURNED
         else:
             assert isinstance(decision, Report)
+
+    def expire(self, held: Held) -> bool:
+        """Give up on what is too old to be handled. False: it is not."""
+        result = self.judgement.expired(held)
+        if result is not None:
+            self.apply(held, result)
+        return result is not None
 
     def _give_up(self, held: Held, decision: DeadLetter, raw: Mapping[str, bytes] | None) -> None:
         context = self._context
@@ -280,6 +291,7 @@ class Settler:
             failures=decision.attempt - 1,
             reason=decision.reason if counted else None,
             first_id=self._first_id(held),
+            published_at=self.judgement.published_at(held),
         )
         self._transfer(held, RETRIED if counted else RELEASED, Output(self._context.retry_stream, copy, decision.delay))
 
@@ -303,7 +315,7 @@ class Settler:
 
     def _dead_letter(self, held: Held, decision: DeadLetter, topic: str) -> Output:
         context = self._context
-        unhandled = decision.code in ("malformed", "deliveries")
+        unhandled = held.stage is Stage.WAITING
         origin = Origin(
             topic=context.topic,
             id=self._first_id(held),
