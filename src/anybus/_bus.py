@@ -19,7 +19,15 @@ from ._checks import refuse
 from ._copies import retry_stream
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError
 from ._message import Message
-from ._options import Drop, PublishOptions, StreamBusOptions, SubscriptionConfig
+from ._options import (
+    DEFAULT_MAX_DELIVERIES,
+    DEFAULT_MAX_RETRY,
+    Drop,
+    PublishOptions,
+    StreamBusOptions,
+    SubscriptionConfig,
+    ack_mode_of,
+)
 from ._policies import FailurePolicy, backoff_table, check_rules
 from ._reporting import Notices, Reporter
 from ._runtime._context import Context, Counters, SuspectSlot
@@ -271,6 +279,10 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         config = self._checked(config)
         if config.ack_mode not in (None, "manual"):
             refuse("ack_mode", config.ack_mode, "'manual' or unset for deliveries(), which are settled by hand")
+        if config.guarantee == "at-most-once":
+            refuse(
+                "guarantee", config.guarantee, "'at-least-once' or unset for deliveries(), which are settled by hand"
+            )
         if config.handler_timeout is not None:
             refuse("handler_timeout", config.handler_timeout, "unset for deliveries(), which have no handler")
         for field in ("retry_on", "give_up_on"):
@@ -334,9 +346,9 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             group=config.group,
             consumer=consumer,
             policy=Policy(
-                ack_mode="manual" if pulled else config.ack_mode or "auto-on-handler-success",
-                max_retry=config.max_retry,
-                max_deliveries=config.max_deliveries,
+                ack_mode="manual" if pulled else ack_mode_of(config),
+                max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
+                max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
                 backoff=backoff_table(config.retry_backoff),
                 counts_crashes=counts,
             ),
