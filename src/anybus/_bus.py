@@ -18,7 +18,7 @@ from ._cancellation import persist
 from ._checks import refuse
 from ._copies import retry_stream
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError
-from ._message import Message
+from ._message import Message, check_outgoing
 from ._options import (
     DEFAULT_MAX_DELIVERIES,
     DEFAULT_MAX_RETRY,
@@ -154,13 +154,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
     def _prepare(self, message: Message, options: PublishOptions | None) -> Message:
         if options is not None and not isinstance(options, PublishOptions):
             refuse("options", options, "an anybus.PublishOptions, or None")
-        if not isinstance(message, Message):
-            refuse("message", message, "an anybus.Message")
-        limit = self._options.max_payload_bytes
-        if limit and len(message.payload) > limit:
-            raise ValidationError(
-                f"payload must be at most {limit} bytes (max_payload_bytes), not {len(message.payload)}"
-            )
+        check_outgoing(message, self._options.max_payload_bytes)
         if options is not None and options.metadata:
             return message.replace(headers={**message.headers, **options.metadata})
         return message

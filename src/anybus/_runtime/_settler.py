@@ -38,8 +38,9 @@ from ._ledger import Held, Stage, Waiter
 
 _FAILURES = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.REJECTED})
 
-ACKED, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
+ACKED, ACKED_WITH, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
     "acked",
+    "acked with what it publishes",
     "accepted",
     "retried",
     "dead-lettered",
@@ -187,8 +188,12 @@ class Settler:
             failures += 1
             await anyio.sleep(recovery_delay(failures, random.random()))
 
-    async def settle(self, held: Held, result: Result | None) -> None:
-        """Settle by hand, and wait for the server's answer."""
+    async def settle(self, held: Held, result: Result | None, outputs: Sequence[Output] = ()) -> None:
+        """Settle by hand, and wait for the server's answer.
+
+        :param result: None = acknowledge...
+        :param outputs: ...and append these in the same step.
+        """
         if self._over:
             raise ClosedError("the subscription has ended; what was not settled by then has been released")
         if held.stage not in (Stage.OPEN, Stage.RETURNED):
@@ -197,20 +202,30 @@ class Settler:
             raise AlreadySettledError(f"entry {held.id} of {held.stream!r} has been settled already")
         held.unsettled = held.stage
         held.waiter = waiter = Waiter()
-        if result is None:
-            self.ack(held)
-        else:
-            if result.outcome is Outcome.RELEASED and not result.delay:
-                self.handed_back += 1
-            self.apply(held, result)
+        self._begin(held, result, outputs)
         try:
             await waiter.done.wait()
+        except anyio.get_cancelled_exc_class():
+            if waiter.error is not None and held.stage is held.unsettled:
+                # It failed in the moment of the cancellation, and nobody hears of it: it is begun again.
+                self._begin(held, result, outputs)
+            raise
         finally:
             # Cancelled while the server was being asked: from here on the settlement is an automatic one.
             if held.waiter is waiter:
                 held.waiter = None
         if waiter.error is not None:
             raise waiter.error
+
+    def _begin(self, held: Held, result: Result | None, outputs: Sequence[Output]) -> None:
+        if result is None and outputs:
+            self._transfer(held, ACKED_WITH, *outputs)
+        elif result is None:
+            self.ack(held)
+        else:
+            if result.outcome is Outcome.RELEASED and not result.delay:
+                self.handed_back += 1
+            self.apply(held, result)
 
     async def publish_rejected(self, held: Held, result: Result) -> None:
         """A message rejected after its ack (auto-on-receive) becomes a dead letter by a plain publish."""
@@ -295,10 +310,10 @@ class Settler:
         )
         self._transfer(held, RETRIED if counted else RELEASED, Output(self._context.retry_stream, copy, decision.delay))
 
-    def _transfer(self, held: Held, intent: str, output: Output) -> None:
+    def _transfer(self, held: Held, intent: str, *outputs: Output) -> None:
         held.stage = Stage.SETTLING
         held.intent = intent
-        held.outputs = (output,)
+        held.outputs = outputs
         self._transfers.put(held)
 
     def _hold_back(self, held: Held, decision: RetryAt, intent: str) -> None:
@@ -365,6 +380,8 @@ class Settler:
                     self._refused(held)
                 else:
                     self._done(held)
+                    if held.intent == ACKED_WITH and context.reporter.hears_published:
+                        self._tell_published(held, result)
 
         await self._flush(batch, send, self._transfers)
 
@@ -406,7 +423,7 @@ class Settler:
         held.lost = False
         if held.failed:
             counters.failed += 1
-        if intent == ACKED:
+        if intent in (ACKED, ACKED_WITH):
             counters.handled += 1
             context.ledger.remember_acked(held)
         elif intent == RETRIED:
@@ -418,10 +435,14 @@ class Settler:
         context.ledger.remove(held)
         self._answer(held, None)
         if context.reporter.hears_settled:
-            detail = ACKED if intent in (ACCEPTED, MISSING) else intent
+            detail = ACKED if intent in (ACKED_WITH, ACCEPTED, MISSING) else intent
             context.reporter.tell("on_settled", "settled", message_id=held.id, attempt=held.attempt, detail=detail)
         if intent in (DEAD_LETTERED, DROPPED):
             self._tell_dead_lettered(held)
+
+    def _tell_published(self, held: Held, ids: Sequence[str]) -> None:
+        for output, entry_id in zip(held.outputs, ids, strict=True):
+            self._context.reporter.tell("on_published", "published", topic=output.stream, message_id=entry_id)
 
     def _tell_dead_lettered(self, held: Held) -> None:
         self._context.reporter.tell(
