@@ -26,6 +26,7 @@ from ._options import DROP as DROP
 from ._options import PublishOptions as PublishOptions
 from ._options import StreamBusOptions as StreamBusOptions
 from ._options import SubscriptionConfig as SubscriptionConfig
+from ._policies import CircuitBreaker as CircuitBreaker
 from ._policies import Failure as Failure
 from ._runtime._pool import Handler as Handler
 from ._runtime._pull import DeliveryStream as DeliveryStream

@@ -279,6 +279,8 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             )
         if config.handler_timeout is not None:
             refuse("handler_timeout", config.handler_timeout, "unset for deliveries(), which have no handler")
+        if config.circuit is not None:
+            refuse("circuit", config.circuit, "unset for deliveries(), which have no handler that fails")
         for field in ("retry_on", "give_up_on"):
             if getattr(config, field) is not None:
                 refuse(field, getattr(config, field), "unset for deliveries(), which have no handler that raises")
@@ -352,6 +354,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
                 backoff=config.retry_backoff if callable(config.retry_backoff) else None,
                 max_age=config.max_age,
             ),
+            circuit=config.circuit,
             options=options,
             group_start_id=config.group_start_id or options.group_start_id,
             max_in_flight=config.max_in_flight,

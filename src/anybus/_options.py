@@ -10,7 +10,7 @@ from typing import Final, Literal
 from ._backoff import ExponentialBackoff
 from ._checks import check_delay, check_int, check_name, check_topic, refuse
 from ._message import Headers
-from ._policies import Backoff, Rules, check_backoff, check_no_contradiction, check_rules
+from ._policies import Backoff, CircuitBreaker, Rules, check_backoff, check_no_contradiction, check_rules
 from .abc._observer import Observer
 
 AckMode = Literal["auto-on-handler-success", "manual", "auto-on-receive"]
@@ -109,6 +109,7 @@ class SubscriptionConfig:
     :param give_up_on: such failures are given up on at once, whatever ``retry_on`` says; None = none are.
     :param max_age: a message whose first entry was stored longer ago is given up on; None = never.
     :param dead_letter_topic: where what is given up on goes; None = ``<topic>.dead``; :data:`DROP` = nowhere.
+    :param circuit: pauses the subscription when its handler only fails; None = never.
     :param handler_timeout: after this long the handler is cancelled, and that is a failure; None = never.
     :param group_start_id: where the group begins if it is made; None = as the bus's options say.
     :param on_lease_lost: ``continue`` (``delivery.lease_lost`` warns) or ``cancel`` the handler.
@@ -129,6 +130,7 @@ class SubscriptionConfig:
     give_up_on: Rules | None = field(default=None, kw_only=True)
     max_age: float | None = field(default=None, kw_only=True)
     dead_letter_topic: str | Drop | None = field(default=None, kw_only=True)
+    circuit: CircuitBreaker | None = field(default=None, kw_only=True)
     handler_timeout: float | None = field(default=None, kw_only=True)
     group_start_id: str | None = field(default=None, kw_only=True)
     on_lease_lost: OnLeaseLost = field(default="continue", kw_only=True)
@@ -153,6 +155,8 @@ class SubscriptionConfig:
             check_int("max_deliveries", self.max_deliveries, least=4)
         self._check_retry_policy()
         self._check_dead_letter_topic()
+        if self.circuit is not None and not isinstance(self.circuit, CircuitBreaker):
+            refuse("circuit", self.circuit, "an anybus.CircuitBreaker, or None")
         if self.handler_timeout is not None:
             check_delay("handler_timeout", self.handler_timeout, positive=True)
         if self.group_start_id is not None:

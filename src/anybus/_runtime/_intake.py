@@ -21,7 +21,7 @@ from ._leases import Leases
 from ._ledger import Held, Stage
 from ._settler import RELEASED, Settler
 
-SUSPECT, PAUSED, ENDING = "suspect", "paused", "ending"
+SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
 
 _WORN_OUT = Result(Outcome.WORN_OUT)
 _MISSING = Result(Outcome.MISSING)
@@ -53,7 +53,7 @@ class Intake:
         self._ledger.waiting.clear()
         for held in self._ledger.all():
             # What waits here for its retry would lose its backoff by a pause: when it is due is early enough.
-            stays = (held.suspect and reason == SUSPECT) or (held.parked and reason == PAUSED)
+            stays = (held.suspect and reason == SUSPECT) or (held.parked and reason in (PAUSED, CIRCUIT))
             if held.stage is Stage.WAITING and not stays:
                 self._settler.release(held)
         if self._reading is not None:

@@ -192,6 +192,8 @@ class HandlerPool(Taker):
         if not await self._settler.ack_first(held):
             return
         result = await self._call(held)
+        if self._settler.watch is not None:
+            self._settler.watch(result.outcome)
         if result is RETURNED:
             self._context.counters.handled += 1
             return

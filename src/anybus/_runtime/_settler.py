@@ -69,6 +69,8 @@ class Settler:
         self.on_due: Callable[[Held], None] = self.release
         self.handed_back = 0
         """Releases by handlers, and of what may not start: taking them again at once would spin."""
+        self.watch: Callable[[Outcome], None] | None = None
+        """Told how each handling ends whose message was acknowledged before it."""
         self._ending = False
         self._over = False
         features = context.backend.features
