@@ -44,6 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 REAL_SERVER_MODULES = {
+    "test_crash_budget.py",
     "test_redis_connection.py",
     "test_redis_crashes.py",
     "test_redis_entering.py",
