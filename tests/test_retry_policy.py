@@ -466,6 +466,23 @@ async def test_a_message_that_is_too_old_when_it_is_taken_is_a_dead_letter_unhan
     assert (headers["dead-letter-id"], headers["dead-letter-attempts"]) == (entry_id, "0")
 
 
+@pytest.mark.parametrize("options", [{"guarantee": "at-most-once"}, {"ack_mode": "manual"}], ids=repr)
+async def test_what_is_too_old_is_a_dead_letter_in_every_ack_mode(
+    harness: Harness, topic: str, wall_clock: WallClock, options: dict[str, Any]
+) -> None:
+    async def handler(delivery: Delivery) -> None:
+        raise AssertionError("it must not be handled")
+
+    async with StreamBus(harness.make_backend(), quick(Recorder())) as bus:
+        await bus.publish(Message(topic, key="old"))
+        wall_clock.put_forward()
+        config = SubscriptionConfig(topic, "g", group_start_id="0", max_age=3600, **options)
+        async with bus.subscribe(config, handler) as subscription:
+            await until(lambda: subscription.statistics().dead_lettered == 1)
+            await nothing_pending(harness, topic, "g")
+    assert (await dead_headers(harness, topic))["old"]["dead-letter-code"] == "expired"
+
+
 async def test_a_message_that_fails_when_it_is_too_old_is_a_dead_letter_with_the_reason_of_its_failure(
     harness: Harness, topic: str, wall_clock: WallClock
 ) -> None:

@@ -48,6 +48,7 @@ ACKED, ACKED_WITH, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING 
     "released",
     "missing",
 )
+_HANDLED = (ACKED, ACKED_WITH)
 
 
 class Settler:
@@ -425,7 +426,7 @@ class Settler:
         held.lost = False
         if held.failed:
             counters.failed += 1
-        if intent in (ACKED, ACKED_WITH):
+        if intent in _HANDLED:
             counters.handled += 1
             context.ledger.remember_acked(held)
         elif intent == RETRIED:
