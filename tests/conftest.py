@@ -30,15 +30,15 @@ NEEDS_SERVER = {"server", "own_server"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if WITH_SERVER:
-        return
     kept: list[pytest.Item] = []
     left: list[pytest.Item] = []
     for item in items:
         assert isinstance(item, pytest.Function)
         on_server = hasattr(item, "callspec") and item.callspec.params.get("harness") == "server"
         needs = on_server or NEEDS_SERVER & set(item.fixturenames) or item.path.name in REAL_SERVER_MODULES
-        (left if needs else kept).append(item)
+        if needs:
+            item.extra_keyword_matches.add("server")  # found by `-k server`, whatever it is called
+        (left if needs and not WITH_SERVER else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
 
