@@ -219,6 +219,20 @@ def _set(message: Message, field: str, value: Any) -> None:
     msgspec.structs.force_setattr(message, field, value)
 
 
+def check_outgoing(message: Any, max_payload_bytes: int) -> Message:
+    """What an application publishes, checked at the door.
+
+    :param max_payload_bytes: 0 = no limit.
+    """
+    if not isinstance(message, Message):
+        refuse("message", message, "an anybus.Message")
+    if max_payload_bytes and len(message.payload) > max_payload_bytes:
+        raise ValidationError(
+            f"payload must be at most {max_payload_bytes} bytes (max_payload_bytes), not {len(message.payload)}"
+        )
+    return message
+
+
 _LIFTED = {"content-type": "content_type", "event-version": "event_version", "idempotency-key": "idempotency_key"}
 
 

@@ -21,7 +21,7 @@ from ._leases import Leases
 from ._ledger import Held, Stage
 from ._settler import RELEASED, Settler
 
-SUSPECT, PAUSED, ENDING = "suspect", "paused", "ending"
+SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
 
 _WORN_OUT = Result(Outcome.WORN_OUT)
 _MISSING = Result(Outcome.MISSING)
@@ -37,6 +37,7 @@ class Intake:
         self._wake = wake
         self._ledger = context.ledger
         self._budget = context.ledger.budget
+        self._ages = context.failure_policy.max_age is not None
         self._shut_by: set[str] = set()
         self._opened = anyio.Event()
         self._reading: anyio.CancelScope | None = None
@@ -52,7 +53,7 @@ class Intake:
         self._ledger.waiting.clear()
         for held in self._ledger.all():
             # What waits here for its retry would lose its backoff by a pause: when it is due is early enough.
-            stays = (held.suspect and reason == SUSPECT) or (held.parked and reason == PAUSED)
+            stays = (held.suspect and reason == SUSPECT) or (held.parked and reason in (PAUSED, CIRCUIT))
             if held.stage is Stage.WAITING and not stays:
                 self._settler.release(held)
         if self._reading is not None:
@@ -316,7 +317,7 @@ class Intake:
 
     def _is_unremarkable(self, is_retry: bool) -> bool:
         """Whether nothing is known that could make an entry other than a first handling."""
-        return not (is_retry or self._shut_by or self._ledger.remembers)
+        return not (is_retry or self._ages or self._shut_by or self._ledger.remembers)
 
     def _tell(self, taken: Sequence[Held], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]) -> None:
         """Hooks come last: one that pauses or closes the subscription finds everything in its place."""
@@ -337,7 +338,7 @@ class Intake:
         """What waited here for its retry is due."""
         if self._shut_by:
             self._settler.release(held)
-        else:
+        elif not (self._ages and self._settler.expire(held)):
             self._ledger.waiting.append(held)
             self._wake()
 
@@ -352,6 +353,8 @@ class Intake:
             self._settler.apply(held, _WORN_OUT)
         elif self._shut_by:
             self._settler.release(held)
+        elif self._ages and self._settler.expire(held):
+            return False
         elif verdict is Verdict.HANDLE:
             self._ledger.waiting.append(held)
         elif context.clock() >= self._no_suspect_before and context.suspects.take(held):

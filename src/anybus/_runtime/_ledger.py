@@ -111,11 +111,23 @@ class Budget:
         self.by_read = 0
         self.by_reclaim = 0
         self.read_waits = False
+        self._whole: tuple[int, int, int] = (self.limit, self.read_part, self.reclaim_part)
 
     @property
     def takes_turns(self) -> bool:
         """Nothing lies beyond ``max_in_flight``: read and reclaim take turns."""
         return self.reclaim_part == 0
+
+    def narrow(self) -> None:
+        """Room for one more read and one more reclaimed entry than are held now, until :meth:`widen`."""
+        self._whole = (self.limit, self.read_part, self.reclaim_part)
+        self.read_part = min(self.read_part, self.by_read + 1)
+        self.reclaim_part = min(self.reclaim_part, self.by_reclaim + 1)
+        self.limit = min(self.limit, self.by_read + self.by_reclaim + min(2, 1 + self.reclaim_part))
+
+    def widen(self) -> None:
+        """The end of :meth:`narrow`."""
+        self.limit, self.read_part, self.reclaim_part = self._whole
 
     def read_room(self) -> int:
         return min(self.read_part - self.by_read, self.limit - self.by_read - self.by_reclaim)

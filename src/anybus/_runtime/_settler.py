@@ -32,13 +32,15 @@ from .._settlement import (
 from ..abc import Output
 from ..abc._observer import ErrorScope
 from ._context import Context
+from ._judgement import Judgement
 from ._lane import Lane
 from ._ledger import Held, Stage, Waiter
 
-_FAILURES = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.REJECTED})
+_FAILURES = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.REJECTED})
 
-ACKED, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
+ACKED, ACKED_WITH, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
     "acked",
+    "acked with what it publishes",
     "accepted",
     "retried",
     "dead-lettered",
@@ -46,6 +48,7 @@ ACKED, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
     "released",
     "missing",
 )
+_HANDLED = (ACKED, ACKED_WITH)
 
 
 _OPEN, _SETTLING = Stage.OPEN, Stage.SETTLING  # read for every message
@@ -56,6 +59,7 @@ class Settler:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self.judgement = Judgement(context)
         clock = context.clock
         options = context.options
         # A batch that the budget cannot hold would always wait for the interval, and the reads with it.
@@ -69,6 +73,8 @@ class Settler:
         self.on_due: Callable[[Held], None] = self.release
         self.handed_back = 0
         """Releases by handlers, and of what may not start: taking them again at once would spin."""
+        self.watch: Callable[[Outcome], None] | None = None
+        """Told how each handling ends whose message was acknowledged before it."""
         self._ending = False
         self._over = False
         features = context.backend.features
@@ -190,8 +196,12 @@ class Settler:
             failures += 1
             await anyio.sleep(recovery_delay(failures, random.random()))
 
-    async def settle(self, held: Held, result: Result | None) -> None:
-        """Settle by hand, and wait for the server's answer."""
+    async def settle(self, held: Held, result: Result | None, outputs: Sequence[Output] = ()) -> None:
+        """Settle by hand, and wait for the server's answer.
+
+        :param result: None = acknowledge...
+        :param outputs: ...and append these in the same step.
+        """
         if self._over:
             raise ClosedError("the subscription has ended; what was not settled by then has been released")
         if held.stage not in (Stage.OPEN, Stage.RETURNED):
@@ -200,20 +210,30 @@ class Settler:
             raise AlreadySettledError(f"entry {held.id} of {held.stream!r} has been settled already")
         held.unsettled = held.stage
         held.waiter = waiter = Waiter()
-        if result is None:
-            self.ack(held)
-        else:
-            if result.outcome is Outcome.RELEASED and not result.delay:
-                self.handed_back += 1
-            self.apply(held, result)
+        self._begin(held, result, outputs)
         try:
             await waiter.done.wait()
+        except anyio.get_cancelled_exc_class():
+            if waiter.error is not None and held.stage is held.unsettled:
+                # It failed in the moment of the cancellation, and nobody hears of it: it is begun again.
+                self._begin(held, result, outputs)
+            raise
         finally:
             # Cancelled while the server was being asked: from here on the settlement is an automatic one.
             if held.waiter is waiter:
                 held.waiter = None
         if waiter.error is not None:
             raise waiter.error
+
+    def _begin(self, held: Held, result: Result | None, outputs: Sequence[Output]) -> None:
+        if result is None and outputs:
+            self._transfer(held, ACKED_WITH, *outputs)
+        elif result is None:
+            self.ack(held)
+        else:
+            if result.outcome is Outcome.RELEASED and not result.delay:
+                self.handed_back += 1
+            self.apply(held, result)
 
     async def publish_rejected(self, held: Held, result: Result) -> None:
         """A message rejected after its ack (auto-on-receive) becomes a dead letter by a plain publish."""
@@ -243,6 +263,7 @@ class Settler:
             policy=self._context.policy,
             now=self._context.clock(),
             draw=random.random(),
+            expires_in=self.judgement.expires_in(held),
         )
 
     def apply(self, held: Held, result: Result, *, raw: Mapping[str, bytes] | None = None) -> None:
@@ -250,6 +271,7 @@ class Settler:
 
         :param raw: the fields of a malformed entry, kept beside its dead letter.
         """
+        result = self.judgement.weigh(held, result)
         decision = self._decide(held, result)
         held.failed = result.outcome in _FAILURES
         if isinstance(decision, Ack):
@@ -264,6 +286,13 @@ class Settler:
             held.stage = Stage.RETURNED
         else:
             assert isinstance(decision, Report)
+
+    def expire(self, held: Held) -> bool:
+        """Give up on what is too old to be handled. False: it is not."""
+        result = self.judgement.expired(held)
+        if result is not None:
+            self.apply(held, result)
+        return result is not None
 
     def _give_up(self, held: Held, decision: DeadLetter, raw: Mapping[str, bytes] | None) -> None:
         context = self._context
@@ -285,13 +314,14 @@ class Settler:
             failures=decision.attempt - 1,
             reason=decision.reason if counted else None,
             first_id=self._first_id(held),
+            published_at=self.judgement.published_at(held),
         )
         self._transfer(held, RETRIED if counted else RELEASED, Output(self._context.retry_stream, copy, decision.delay))
 
-    def _transfer(self, held: Held, intent: str, output: Output) -> None:
+    def _transfer(self, held: Held, intent: str, *outputs: Output) -> None:
         held.stage = Stage.SETTLING
         held.intent = intent
-        held.outputs = (output,)
+        held.outputs = outputs
         self._transfers.put(held)
 
     def _hold_back(self, held: Held, decision: RetryAt, intent: str) -> None:
@@ -308,7 +338,7 @@ class Settler:
 
     def _dead_letter(self, held: Held, decision: DeadLetter, topic: str) -> Output:
         context = self._context
-        unhandled = decision.code in ("malformed", "deliveries")
+        unhandled = held.stage is Stage.WAITING
         origin = Origin(
             topic=context.topic,
             id=self._first_id(held),
@@ -357,6 +387,8 @@ class Settler:
                     self._refused(held)
                 else:
                     self._done(held)
+                    if held.intent == ACKED_WITH and context.reporter.hears_published:
+                        self._tell_published(held, result)
 
         await self._flush(batch, send, self._transfers)
 
@@ -415,7 +447,7 @@ class Settler:
         held.lost = False
         if held.failed:
             counters.failed += 1
-        if intent == ACKED:
+        if intent in _HANDLED:
             counters.handled += 1
             context.ledger.remember_acked(held)
         elif intent == RETRIED:
@@ -427,10 +459,14 @@ class Settler:
         context.ledger.remove(held)
         self._answer(held, None)
         if context.reporter.hears_settled:
-            detail = ACKED if intent in (ACCEPTED, MISSING) else intent
+            detail = ACKED if intent in (ACKED_WITH, ACCEPTED, MISSING) else intent
             context.reporter.tell("on_settled", "settled", message_id=held.id, attempt=held.attempt, detail=detail)
         if intent in (DEAD_LETTERED, DROPPED):
             self._tell_dead_lettered(held)
+
+    def _tell_published(self, held: Held, ids: Sequence[str]) -> None:
+        for output, entry_id in zip(held.outputs, ids, strict=True):
+            self._context.reporter.tell("on_published", "published", topic=output.stream, message_id=entry_id)
 
     def _tell_dead_lettered(self, held: Held) -> None:
         self._context.reporter.tell(
