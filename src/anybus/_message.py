@@ -94,7 +94,7 @@ def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-class _Envelope(msgspec.Struct, frozen=True, kw_only=True):
+class _Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     uid: str = msgspec.field(default_factory=new_uid)
     key: str = ""
     kind: str = ""
@@ -109,7 +109,7 @@ class _Envelope(msgspec.Struct, frozen=True, kw_only=True):
     correlation_uid: str | None = None
 
 
-class Message(_Envelope, frozen=True):
+class Message(_Envelope, frozen=True, gc=False):
     """One message. ``Message(topic, payload, key=...)`` is enough to make one.
 
     :param topic: where it is published.

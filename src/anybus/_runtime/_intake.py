@@ -17,9 +17,10 @@ from .._settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
 from ._context import Context
+from ._dispatch import RELEASED
 from ._leases import Leases
 from ._ledger import Held, Stage
-from ._settler import RELEASED, Settler
+from ._settler import Settler
 
 SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
 
@@ -127,7 +128,7 @@ class Intake:
     async def _read(self, block: float, at_most: float = math.inf) -> bool:
         """Read once; whether anything came."""
         context = self._context
-        room = int(min(self._budget.read_room(), at_most))
+        room = int(min(self._budget.read_room(), self._budget.read_at_once, at_most))
         if room <= 0 or self._shut_by:
             return False
         began = context.clock()

@@ -27,7 +27,7 @@ from ._settler import Settler
 
 Handler = Callable[[Delivery], Awaitable[None]]
 
-_OPEN = Stage.OPEN  # read for every message
+_WAITING, _OPEN = Stage.WAITING, Stage.OPEN  # read for every message
 _STREAK = 64
 _PARKED = 4
 """So many workers wait for more; a new task costs more than waking one of them."""
@@ -57,6 +57,7 @@ class Taker:
     def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper) -> None:
         self._context = context
         self._ledger: Ledger = context.ledger
+        self._waiting = context.ledger.waiting
         self._settler = settler
         self._keeper = keeper
         self._clock = context.clock
@@ -69,10 +70,13 @@ class Taker:
 
     def next_entry(self) -> Held | None:
         """The next entry that may start; its lease is looked at, since a process can be frozen at any moment."""
-        while not self._stopped:
-            held = self._ledger.take()
-            if held is None:
-                return None
+        waiting = self._waiting
+        while waiting and not self._stopped:
+            held = waiting.popleft()
+            if held.stage is not _WAITING:
+                continue
+            if not waiting:
+                self._ledger.all_taken()
             held.started_at = now = self._clock()
             if now >= held.lease_until:
                 self._settler.handed_back += 1

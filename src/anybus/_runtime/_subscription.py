@@ -58,7 +58,7 @@ class Subscription:
         self._entering = anyio.CancelScope()
         self._body = anyio.CancelScope()
         background: tuple[Callable[[], Awaitable[None]], ...] = (
-            *(lane.run for lane in self._settler.lanes),
+            *(lane.run for lane in self._settler.dispatch.lanes),
             self._leases.run,
             self._settler.run_held_back,
         )
@@ -289,7 +289,7 @@ class Subscription:
             with anyio.CancelScope(shield=True):
                 await persist(self._end_in_order)
         finally:
-            self._settler.finish()
+            self._settler.dispatch.finish()
             for scope in self._background.values():
                 scope.cancel()
             self._ended.set()
@@ -304,8 +304,8 @@ class Subscription:
         await self._intake.ended.wait()
         self._release(Stage.WAITING, Stage.OPEN, Stage.RETURNED)
         with anyio.move_on_after(context.options.cleanup_timeout):
-            await self._settler.drain()
-        left = self._settler.finish()
+            await self._settler.dispatch.drain()
+        left = self._settler.dispatch.finish()
         if left:
             late = TimeoutError(f"{left} entries were not settled within cleanup_timeout")
             context.reporter.error("close", late, detail="they come back when their lease is over")
