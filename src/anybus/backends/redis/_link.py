@@ -32,21 +32,35 @@ class Link:
             self._socket = socket.fromfd(raw.fileno(), raw.family, raw.type)
             self._socket.setblocking(False)
 
-    def send_nowait(self, data: bytes) -> int:
+    @property
+    def can_send_nowait(self) -> bool:
+        return self._socket is not None
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
         """Hand over what the kernel takes at once; how many bytes that was.
 
-        Only when every reply to what was sent before has arrived: until then some of it may be in the loop's own
-        buffer, and this would overtake it.
+        Nothing else may be in the middle of being sent. If the connection is broken, :meth:`receive` will tell.
         """
         if self._socket is None:
             return 0
         try:
             return self._socket.send(data)
         except OSError:
-            return 0  # full, or broken: ``send`` will tell
+            return 0
 
     async def send(self, data: bytes) -> None:
-        await self._stream.send(data)
+        """Send all of it. A plain socket is written to here and not by the loop's transport, in whose buffer what
+        :meth:`send_nowait` sends would overtake the rest.
+        """
+        if self._socket is None:
+            await self._stream.send(data)
+            return
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._socket.send(left) :]
+            except BlockingIOError:
+                await anyio.wait_writable(self._socket)
 
     async def receive(self) -> bytes:
         return await self._stream.receive(MAX_RECEIVE)

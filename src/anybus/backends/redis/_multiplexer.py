@@ -18,6 +18,8 @@ from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerEr
 from ._settings import Settings
 from ._waves import Single, Waves
 
+_WORTH_A_WRITE = 32768
+
 _LOOKS = 4
 """So often within ``command_timeout`` somebody looks whether the server still answers."""
 
@@ -46,6 +48,7 @@ class Multiplexer:
         self._link: Link | None = None
         self._protocol = Protocol()
         self._unsent: list[tuple[bytes, Call | Single]] = []
+        self._unsent_size = 0
         self._sending = False
         self._rest = b""
         self._waves = Waves()
@@ -161,7 +164,7 @@ class Multiplexer:
                 async def write() -> None:
                     nonlocal reason
                     try:
-                        await self._write(link, protocol)
+                        await self._write(link)
                     except BROKEN as error:
                         reason = error
                     tasks.cancel_scope.cancel()
@@ -197,44 +200,55 @@ class Multiplexer:
             text += " (what arrived was not the protocol)"
         protocol.fail(broken(text, may_have_happened=True))
         unsent, self._unsent = self._unsent, []
+        self._unsent_size = 0
         self._waves.clear()
         for _, call in unsent:
             call.fail(broken(text, may_have_happened=False))
 
-    async def _write(self, link: Link, protocol: Protocol) -> None:
+    async def _write(self, link: Link) -> None:
         while True:
-            if not self._unsent and not self._rest:
+            while not (self._unsent or self._rest):
                 self._wake_writer = anyio.Event()
                 await self._wake_writer.wait()
-            batch, self._unsent = self._unsent, []
-            parts, self._rest = [self._rest], b""
-            self._waves.seal()
-            for packed, call in batch:
-                if call.error is None:  # else its deadline passed in the line, and it was told that it was not sent
-                    call.sent = True
-                    protocol.expect(call)
-                    parts.append(packed)
+            data = self._empty_line()
             self._sending = True
             try:
-                await link.send(b"".join(parts))
+                await link.send(data)
             finally:
                 self._sending = False
 
-    def _put(self, packed: bytes, call: Call | Single) -> None:
-        """Into the line. On an idle connection it leaves at once, without waking the writer, which takes its time."""
-        link, protocol = self._link, self._protocol
-        if link is not None and not (self._unsent or self._sending or self._rest or protocol.is_waiting):
-            sent = link.send_nowait(packed)
-            if sent:
+    def _empty_line(self) -> bytes:
+        """What waits in the line, to be sent now."""
+        line, self._unsent = self._unsent, []
+        parts, self._rest = [self._rest], b""
+        self._unsent_size = 0
+        self._waves.seal()
+        expect = self._protocol.expect
+        for packed, call in line:
+            if call.error is None:  # else its deadline passed in the line, and it was told that it was not sent
                 call.sent = True
-                protocol.expect(call)
-                self._waves.seal()
-                self._rest = packed[sent:]
-                if self._rest:
-                    self._wake_writer.set()
-                return
+                expect(call)
+                parts.append(packed)
+        return b"".join(parts)
+
+    def _put(self, packed: bytes, call: Call | Single) -> None:
+        """Into the line. The writer takes its time, so that commands leave together. They leave at once if nothing is
+        under way, or if they are worth a write of their own: the server works on them while more are made.
+        """
         self._unsent.append((packed, call))
-        if len(self._unsent) == 1:
+        self._unsent_size += len(packed)
+        link = self._link
+        if (
+            link is not None
+            and (self._unsent_size >= _WORTH_A_WRITE or not self._protocol.is_waiting)
+            and not (self._sending or self._rest)
+            and link.can_send_nowait
+        ):
+            data = self._empty_line()
+            self._rest = data[link.send_nowait(data) :]
+            if self._rest:
+                self._wake_writer.set()
+        elif len(self._unsent) == 1:
             self._wake_writer.set()
 
     async def _watch(self, protocol: Protocol) -> None:
