@@ -281,9 +281,7 @@ async def test_everything_may_be_cancelled_at_once_by_asyncio(
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
 @pytest.mark.parametrize("hit", ["while it waits for more", "before it waits", "as it ends"])
-async def test_a_stray_cancellation_of_an_idle_worker_ends_nothing_else(
-    hit: str, harness: Harness, topic: str
-) -> None:
+async def test_a_stray_cancellation_of_an_idle_worker_ends_nothing_else(hit: str, harness: Harness, topic: str) -> None:
     """A timer that a handler has left behind, say, which cancels the task that the handler ran in."""
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
     handled: list[str] = []
