@@ -3,10 +3,17 @@ its own reply, its own error, and ``may_have_happened=False`` only if its messag
 
 from __future__ import annotations
 
+import errno
+import socket
+from typing import Any, NoReturn
+
 import anyio
 import pytest
+from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
-from fake_server import Command, bulk, fake_server
+from fake_server import Command, bulk, fake_server, listening
+from servers import RunningServer
+from trio.testing import MockClock
 
 from anybus import BackendError, Message, StreamBus, StreamBusOptions
 from anybus.backends.redis import RedisBackend, _waves
@@ -145,6 +152,23 @@ async def test_a_wave_that_cannot_leave_takes_no_more_members_after_an_eighth_of
     assert not first.wave.event.is_set()
 
 
+@pytest.mark.parametrize("anyio_backend", [("trio", {"clock": MockClock(autojump_threshold=0)})])
+async def test_a_wave_that_opens_behind_an_answered_one_closes_in_time_all_the_same() -> None:
+    waves = Waves()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(waves.expire)
+        answered = waves.join(1.0)
+        waves.seal()
+        await anyio.sleep(0.01)
+        answered.done()
+        stuck = waves.join(1.0)
+        await anyio.sleep(0.12)
+        assert waves.join(1.0).wave is stuck.wave
+        await anyio.sleep(0.02)
+        assert waves.join(1.0).wave is not stuck.wave
+        tasks.cancel_scope.cancel()
+
+
 async def test_a_connection_that_breaks_tells_a_whole_wave() -> None:
     def hang_up(command: Command) -> None:
         return None
@@ -163,3 +187,43 @@ async def test_a_connection_that_breaks_tells_a_whole_wave() -> None:
                     tasks.start_soon(publish)
     assert len(errors) == 20
     assert any(error.may_have_happened for error in errors)
+
+
+async def test_without_file_descriptors_left_the_connection_is_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(*args: Any) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    closed = anyio.Event()
+
+    async with fake_server(id_for) as server:
+
+        async def talk(stream: ByteStream) -> None:
+            await server.talk(stream)
+            closed.set()
+
+        async with listening(talk) as port:
+            monkeypatch.setattr(socket, "fromfd", no_more)
+            with anyio.fail_after(SOON), pytest.raises(BackendError) as caught:
+                async with RedisBackend(f"redis://127.0.0.1:{port}"):
+                    pass
+            assert caught.value.can_pass
+            with anyio.fail_after(SOON):
+                await closed.wait()
+
+
+async def test_a_blocking_read_takes_one_file_descriptor(
+    monkeypatch: pytest.MonkeyPatch, server: RunningServer
+) -> None:
+    duplicated: list[socket.socket] = []
+    real = socket.fromfd
+
+    def noted(*args: int) -> socket.socket:
+        duplicated.append(real(*args))
+        return duplicated[-1]
+
+    monkeypatch.setattr(socket, "fromfd", noted)
+    async with RedisBackend(server.url) as backend:
+        await backend.create_group("descriptors", "g")
+        assert await backend.read_new("descriptors", "g", "c", count=1, timeout=0.01) == []
+        assert len(duplicated) == 1, "for the connection on which publishes leave at once"
+    assert [one.fileno() for one in duplicated] == [-1], "closed again"
