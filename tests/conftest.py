@@ -22,6 +22,27 @@ LOOPS = [
 SERVER = os.environ.get("ANYBUS_SERVER", "valkey")
 """The server that tests run on: valkey, redis62, redis70, redis82, or a path."""
 
+NEEDS_SERVER = {"server", "own_server"}
+"""Fixtures that start one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a server is found by ``-k server``, whatever it is called."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        on_server = hasattr(item, "callspec") and item.callspec.params.get("harness") == "server"
+        if on_server or NEEDS_SERVER & set(item.fixturenames) or item.path.name in REAL_SERVER_MODULES:
+            item.extra_keyword_matches.add("server")
+
+
+REAL_SERVER_MODULES = {
+    "test_crash_budget.py",
+    "test_redis_connection.py",
+    "test_redis_crashes.py",
+    "test_redis_entering.py",
+    "test_redis_reads.py",
+}
+
 
 @pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> Any:

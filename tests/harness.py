@@ -201,6 +201,12 @@ class Recorder(Observer):
     def on_lease_lost(self, event: BusEvent) -> None:
         self._keep("on_lease_lost", event)
 
+    def on_circuit_opened(self, event: BusEvent) -> None:
+        self._keep("on_circuit_opened", event)
+
+    def on_circuit_closed(self, event: BusEvent) -> None:
+        self._keep("on_circuit_closed", event)
+
     def on_group_made_again(self, event: BusEvent) -> None:
         self._keep("on_group_made_again", event)
 

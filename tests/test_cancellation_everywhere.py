@@ -23,7 +23,7 @@ import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -39,7 +39,6 @@ from anybus import (
     Delivery,
     DeliveryStream,
     EventBusError,
-    ExponentialBackoff,
     MemoryBackend,
     Message,
     Reject,
@@ -224,8 +223,9 @@ class Scenario:
             ack_mode=None if variant.form == "deliveries" else variant.ack_mode,
             max_in_flight=variant.max_in_flight,
             max_pending_acks=variant.max_pending_acks,
-            retry_backoff=ExponentialBackoff(initial=0, maximum=0),
         )
+        if variant.ack_mode != "auto-on-receive":
+            self.config = replace(self.config, retry_backoff=0.0)
         self.bus = StreamBus(
             self.backend,
             StreamBusOptions(

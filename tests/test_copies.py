@@ -28,6 +28,7 @@ from anybus._copies import (
     cut,
     dead_letter,
     failed_attempts,
+    first_published,
     retry_copy,
     retry_stream,
     undecodable,
@@ -127,6 +128,22 @@ def test_a_retry_copy_adds_count_reason_and_first_id_and_changes_nothing_else() 
         "retry-reason": "no answer",
         "retry-first-id": "7-0",
     }
+
+
+def test_a_retry_copy_tells_when_the_first_entry_was_stored_if_that_is_known() -> None:
+    copy = retry_copy(MESSAGE, failures=2, reason="r", first_id="7-0", published_at=AT)
+    assert copy.headers["retry-published-at"] == "2026-05-06T07:08:09.500000Z"
+    assert first_published(copy.headers) == AT
+    again = retry_copy(copy, failures=3, reason="r", first_id="7-0")
+    assert "retry-published-at" not in again.headers, "whatever stands there is not of this library's making"
+    headers = dead_letter(copy, "d", ORIGIN, code="retries", reason="r", error_type="", at=AT).headers
+    assert "retry-published-at" not in headers
+
+
+@pytest.mark.parametrize("text", ["", "now", "2026-05-06", "2026-05-06T07:08:09", "\udfff", "7-0"])
+def test_a_time_that_makes_no_sense_is_none(text: str) -> None:
+    assert first_published({"retry-published-at": text}) is None
+    assert first_published({}) is None
 
 
 def test_a_second_retry_copy_overwrites_count_and_reason() -> None:

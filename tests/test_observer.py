@@ -24,6 +24,7 @@ from anybus import (
     DROP,
     BackendError,
     BusEvent,
+    CircuitBreaker,
     Delivery,
     EventBusError,
     LeaseLostError,
@@ -139,7 +140,7 @@ def test_every_hook_of_the_base_class_does_nothing() -> None:
     observer = Observer()
     assert set(HOOKS) == {
         *("on_error", "on_started", "on_ended", "on_published", "on_received", "on_settled", "on_dead_lettered"),
-        *("on_lease_lost", "on_group_made_again"),
+        *("on_lease_lost", "on_group_made_again", "on_circuit_opened", "on_circuit_closed"),
     }
     for hook in HOOKS:
         assert getattr(observer, hook)(BusEvent("test")) is None
@@ -717,14 +718,16 @@ async def test_an_observer_whose_every_hook_raises_harms_nothing_and_is_logged(
         if delivery.message.payload == b"bad":
             raise ValueError("always")
 
-    config = SubscriptionConfig(topic, "g", max_retry=1, retry_backoff=QUICK)
+    circuit = CircuitBreaker(failures=1, pause=0.05)
+    config = SubscriptionConfig(topic, "g", max_retry=1, retry_backoff=QUICK, circuit=circuit)
     async with StreamBus(harness.make_backend(), quick(observer)) as bus:
         async with bus.subscribe(config, handler) as subscription:
             await bus.publish(Message(topic, b"bad"))
-            await bus.publish(Message(topic, b"good"))
             await harness.append_raw(topic, {"message": b"not json"})
             await until(lambda: subscription.statistics().dead_lettered == 2)
+            await bus.publish(Message(topic, b"good"))
             await until(lambda: subscription.statistics().handled == 1)
+            await until(lambda: bool(observer.of("on_circuit_closed")))
             await harness.delete_group(topic, "g")
             await until(lambda: bool(observer.of("on_group_made_again")))
     assert len(await harness.entries(f"{topic}.dead")) == 2

@@ -116,7 +116,7 @@ async def test_auto_on_receive_is_acked_before_the_handler_starts_and_never_trie
 
     recorder = Recorder()
     async with StreamBus(harness.make_backend(), quick(recorder)) as bus:
-        config = SubscriptionConfig(topic, "g", ack_mode="auto-on-receive", max_in_flight=1, retry_backoff=QUICK)
+        config = SubscriptionConfig(topic, "g", ack_mode="auto-on-receive", max_in_flight=1)
         async with bus.subscribe(config, handler) as subscription:
             await bus.publish(Message(topic, key="bad"))
             await bus.publish(Message(topic, key="good"))

@@ -31,7 +31,7 @@ from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSStream
 from conftest import SERVER
 from fake_server import GONE, Answer, FakeServer, bulk, fake_server, greeting, listening
-from harness import SOON, new_topic
+from harness import SOON, new_topic, until
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 from redis.sentinel import Sentinel
 from servers import RunningServer, free_port
@@ -210,6 +210,15 @@ async def test_a_frozen_server_ends_in_an_error_and_not_in_an_endless_wait(own_s
                 payloads += [entry.message.payload for entry in entries if isinstance(entry, ClaimedMessage)]
 
 
+async def until_a_client_is_blocked(server: RunningServer) -> None:
+    def blocked() -> bool:
+        with redis.Redis(port=server.port) as client:
+            clients: Any = client.info("clients")
+            return bool(int(clients["blocked_clients"]))
+
+    await until(lambda: to_thread.run_sync(blocked), "a blocked client")
+
+
 async def test_a_blocked_read_of_a_frozen_server_is_a_dead_connection_soon(own_server: RunningServer) -> None:
     topic = new_topic()
     errors: list[BackendError] = []
@@ -218,14 +227,14 @@ async def test_a_blocked_read_of_a_frozen_server_is_a_dead_connection_soon(own_s
 
         async def read() -> None:
             try:
-                await backend.read_new(topic, "g", "c", count=1, timeout=1.5)
+                await backend.read_new(topic, "g", "c", count=1, timeout=3)
             except BackendError as error:
                 errors.append(error)
 
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(read)
-                await anyio.wait_all_tasks_blocked()
+                await until_a_client_is_blocked(own_server)
                 os.kill(own_server.pid, signal.SIGSTOP)
         os.kill(own_server.pid, signal.SIGCONT)
     assert [(error.may_have_happened, error.can_pass) for error in errors] == [(True, True)]
@@ -242,7 +251,7 @@ async def test_a_cancelled_read_of_a_frozen_server_ends_soon_all_the_same(own_se
                     await backend.read_new(topic, "g", "c", count=1, timeout=3600)
 
                 tasks.start_soon(read)
-                await anyio.wait_all_tasks_blocked()
+                await until_a_client_is_blocked(own_server)
                 os.kill(own_server.pid, signal.SIGSTOP)
                 tasks.cancel_scope.cancel()
         os.kill(own_server.pid, signal.SIGCONT)

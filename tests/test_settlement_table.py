@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from refusal import refused
 
 from anybus import ExponentialBackoff, Reject, Retry
-from anybus._backoff import RECOVERY, recovery_delay
+from anybus._backoff import RECOVERY, DelayList, recovery_delay
 from anybus._options import ACK_MODES, AckMode
 from anybus._settlement import (
     CANCELLED,
@@ -71,6 +71,7 @@ def expected(outcome: Outcome, mode: AckMode, attempt: int, deliveries: int | No
         Outcome.MISSING: Ack(),
         Outcome.MALFORMED: DeadLetter("malformed", "why", "E"),
         Outcome.REJECTED: DeadLetter("rejected", "why", "E"),
+        Outcome.EXPIRED: DeadLetter("expired", "why"),
         Outcome.WORN_OUT: DeadLetter(
             "deliveries", f"handed over {deliveries} times without an outcome (max_deliveries=10)"
         ),
@@ -79,6 +80,8 @@ def expected(outcome: Outcome, mode: AckMode, attempt: int, deliveries: int | No
         return table[outcome]
     if mode == ON_RECEIVE:
         return Report()
+    if outcome is Outcome.GAVE_UP:
+        return DeadLetter("gave-up", "why", "E")
     if outcome in FAILURES:
         if attempt > MAX_RETRY:
             return DeadLetter("retries", "why", "E")
@@ -148,6 +151,32 @@ def test_a_release_without_a_delay_hands_back_at_once(delay: float | None) -> No
 def test_a_dead_letter_carries_the_last_failures_reason_and_type() -> None:
     decision = settle(Result(Outcome.FAILED, "no such customer", "shop.NoCustomer"), attempt=4)
     assert decision == DeadLetter("retries", "no such customer", "shop.NoCustomer")
+
+
+@pytest.mark.parametrize(
+    ("expires_in", "expired"), [(None, False), (1e9, False), (2.5, False), (2.0, True), (-1, True)]
+)
+@pytest.mark.parametrize("outcome", FAILURES)
+def test_a_retry_that_would_come_too_late_is_given_up_on_now(
+    outcome: Outcome, expires_in: float | None, expired: bool
+) -> None:
+    decision = decide(
+        Result(outcome, "why", "E"),
+        attempt=2,
+        deliveries=1,
+        policy=policy(),
+        now=NOW,
+        draw=0.5,
+        expires_in=expires_in,
+    )
+    assert decision == (DeadLetter("expired", "why", "E") if expired else RetryAt(NOW + 2.0, 2.0, 3, "why"))
+
+
+@pytest.mark.parametrize("outcome", [Outcome.RETURNED, Outcome.RELEASED, Outcome.CANCELLED, Outcome.MISSING])
+def test_what_did_not_fail_is_not_given_up_on_for_its_age(outcome: Outcome) -> None:
+    result = Result(outcome, delay=5.0 if outcome is Outcome.RELEASED else None)
+    decision = decide(result, attempt=9, deliveries=1, policy=policy(), now=NOW, draw=0.5, expires_in=-1)
+    assert not isinstance(decision, DeadLetter)
 
 
 # --- taken
@@ -273,6 +302,13 @@ def test_a_message_that_always_fails_is_handled_max_retry_plus_one_times(
 # --- the backoff
 
 
+@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=5), st.integers(min_value=1, max_value=2**32), draws)
+def test_a_list_of_delays_is_followed_in_order_and_its_last_repeats(
+    delays: list[float], failures: int, draw: float
+) -> None:
+    assert DelayList(tuple(delays)).delay(failures, draw) == delays[min(failures, len(delays)) - 1]
+
+
 def test_the_default_backoff_doubles_from_one_second_to_a_minute_with_full_jitter() -> None:
     backoff = ExponentialBackoff()
     assert (backoff.initial, backoff.factor, backoff.maximum, backoff.jitter) == (1.0, 2.0, 60.0, True)
@@ -370,6 +406,6 @@ def test_a_retry_with_a_delay_that_is_no_duration_is_refused(value: Any) -> None
 def test_every_combination_of_outcome_and_mode_is_in_the_table_above() -> None:
     modes: tuple[AckMode, ...] = (AUTO, MANUAL, ON_RECEIVE)
     pairs = set(itertools.product(Outcome, modes))
-    assert len(pairs) == len(Outcome) * 3 == 30
+    assert len(pairs) == len(Outcome) * 3 == 36
     for outcome, mode in pairs:
         assert expected(outcome, mode, 1, 1) is not None

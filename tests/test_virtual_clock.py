@@ -687,3 +687,21 @@ async def test_what_can_pass_is_tried_again_from_a_tenth_of_a_second_doubling_to
     for number, (earlier, later) in enumerate(pairwise(backend.tried_at[:11])):
         bound = min(0.1 * 2**number, 5.0)
         assert bound / 2 <= later - earlier <= bound + 1e-6
+
+
+@pytest.mark.parametrize("hours", [0.9, 1, 1.1])
+async def test_acknowledgements_are_flushed_at_any_hour_of_the_clock(
+    backend: MemoryBackend, topic: str, hours: float
+) -> None:
+    """A difference of two late times can be a little less than the interval, and the rest too short to sleep for."""
+
+    async def handler(delivery: Delivery) -> None:
+        """Succeeds."""
+
+    async with StreamBus(backend, StreamBusOptions(observer=Recorder())) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g", max_in_flight=4), handler) as subscription:
+            await anyio.sleep(hours * HOUR)
+            for number in range(1, 200):
+                await bus.publish_batch([Message(topic) for _ in range(3)])
+                await anyio.sleep(0.1)
+                assert subscription.statistics().handled == 3 * number

@@ -18,6 +18,7 @@ from ._errors import BackendError as BackendError
 from ._errors import ClosedError as ClosedError
 from ._errors import EventBusError as EventBusError
 from ._errors import GroupLostError as GroupLostError
+from ._errors import HandlerTimeoutError as HandlerTimeoutError
 from ._errors import LeaseLostError as LeaseLostError
 from ._errors import SerializationError as SerializationError
 from ._errors import UnsupportedError as UnsupportedError
@@ -28,6 +29,8 @@ from ._options import DROP as DROP
 from ._options import PublishOptions as PublishOptions
 from ._options import StreamBusOptions as StreamBusOptions
 from ._options import SubscriptionConfig as SubscriptionConfig
+from ._policies import CircuitBreaker as CircuitBreaker
+from ._policies import Failure as Failure
 from ._replay import ReplayProgress as ReplayProgress
 from ._replay import ReplayReport as ReplayReport
 from ._runtime._pool import Handler as Handler

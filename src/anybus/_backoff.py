@@ -47,6 +47,17 @@ class ExponentialBackoff:
         return bound * draw if self.jitter else bound
 
 
+@dataclass(frozen=True)
+class DelayList:
+    """Delays in seconds, one after the other; the last one repeats."""
+
+    delays: tuple[float, ...]
+
+    def delay(self, failures: int, draw: float) -> float:
+        """As :meth:`ExponentialBackoff.delay`; nothing is drawn here."""
+        return self.delays[min(failures, len(self.delays)) - 1]
+
+
 RECOVERY = ExponentialBackoff(initial=0.1, maximum=5.0)
 """Between tries against a backend that fails with what can pass."""
 

@@ -22,8 +22,17 @@ from ._copies import retry_stream
 from ._dead_letter import LetterFilter
 from ._dead_letters import DeadLetters, open_dead_letters
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError
-from ._message import Message
-from ._options import Drop, PublishOptions, StreamBusOptions, SubscriptionConfig
+from ._message import Message, check_outgoing
+from ._options import (
+    DEFAULT_MAX_DELIVERIES,
+    DEFAULT_MAX_RETRY,
+    Drop,
+    PublishOptions,
+    StreamBusOptions,
+    SubscriptionConfig,
+    ack_mode_of,
+)
+from ._policies import FailurePolicy, backoff_table, check_rules
 from ._reporting import Notices, Reporter
 from ._runtime._context import Context, Counters, SuspectSlot
 from ._runtime._ledger import Budget, Ledger
@@ -150,13 +159,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
     def _prepare(self, message: Message, options: PublishOptions | None) -> Message:
         if options is not None and not isinstance(options, PublishOptions):
             refuse("options", options, "an anybus.PublishOptions, or None")
-        if not isinstance(message, Message):
-            refuse("message", message, "an anybus.Message")
-        limit = self._options.max_payload_bytes
-        if limit and len(message.payload) > limit:
-            raise ValidationError(
-                f"payload must be at most {limit} bytes (max_payload_bytes), not {len(message.payload)}"
-            )
+        check_outgoing(message, self._options.max_payload_bytes)
         if options is not None and options.metadata:
             return message.replace(headers={**message.headers, **options.metadata})
         return message
@@ -316,8 +319,17 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         config = self._checked(config)
         if config.ack_mode not in (None, "manual"):
             refuse("ack_mode", config.ack_mode, "'manual' or unset for deliveries(), which are settled by hand")
+        if config.guarantee == "at-most-once":
+            refuse(
+                "guarantee", config.guarantee, "'at-least-once' or unset for deliveries(), which are settled by hand"
+            )
         if config.handler_timeout is not None:
             refuse("handler_timeout", config.handler_timeout, "unset for deliveries(), which have no handler")
+        if config.circuit is not None:
+            refuse("circuit", config.circuit, "unset for deliveries(), which have no handler that fails")
+        for field in ("retry_on", "give_up_on"):
+            if getattr(config, field) is not None:
+                refuse(field, getattr(config, field), "unset for deliveries(), which have no handler that raises")
         if config.on_lease_lost != "continue":
             refuse("on_lease_lost", config.on_lease_lost, "'continue' for deliveries(), which have no handler")
         return self._delivery_stream(config)
@@ -376,12 +388,19 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             group=config.group,
             consumer=consumer,
             policy=Policy(
-                ack_mode="manual" if pulled else config.ack_mode or "auto-on-handler-success",
-                max_retry=config.max_retry,
-                max_deliveries=config.max_deliveries,
-                backoff=config.retry_backoff,
+                ack_mode="manual" if pulled else ack_mode_of(config),
+                max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
+                max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
+                backoff=backoff_table(config.retry_backoff),
                 counts_crashes=counts,
             ),
+            failure_policy=FailurePolicy(
+                retry_on=check_rules("retry_on", config.retry_on),
+                give_up_on=check_rules("give_up_on", config.give_up_on),
+                backoff=config.retry_backoff if callable(config.retry_backoff) else None,
+                max_age=config.max_age,
+            ),
+            circuit=config.circuit,
             options=options,
             group_start_id=config.group_start_id or options.group_start_id,
             max_in_flight=config.max_in_flight,

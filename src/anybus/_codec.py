@@ -17,7 +17,7 @@ from .abc import Codec
 _AwareTime = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
-class _Body(msgspec.Struct, omit_defaults=True):
+class _Body(msgspec.Struct, omit_defaults=True, gc=False):
     """The wire's fields in the wire's order: eight always, the rest where set."""
 
     uid: str
@@ -36,7 +36,7 @@ class _Body(msgspec.Struct, omit_defaults=True):
     correlation_uid: str | None = None
 
 
-class _Envelope(msgspec.Struct):
+class _Envelope(msgspec.Struct, gc=False):
     message: _Body
 
 

@@ -16,6 +16,8 @@ RETRY_ATTEMPT: Final = "retry-attempt"
 RETRY_REASON: Final = "retry-reason"
 RETRY_FIRST_ID: Final = "retry-first-id"
 """The id of the topic's entry, which a dead letter has to name however often its copies were retried."""
+RETRY_PUBLISHED_AT: Final = "retry-published-at"
+"""When the topic's entry was stored, by the server's clock: a copy's own id tells when the copy was."""
 
 _BUS_PREFIXES: Final = ("dead-letter-", "retry-")
 """The headers that the bus writes on copies begin so."""
@@ -57,15 +59,34 @@ def cut(text: str, limit: int = MAX_REASON_BYTES) -> str:
     return encoded[:limit].decode(errors="ignore")
 
 
-def retry_copy(message: Message, *, failures: int, reason: str | None, first_id: str) -> Message:
+def wire_time(at: datetime) -> str:
+    return at.isoformat().replace("+00:00", "Z")
+
+
+def first_published(headers: Mapping[str, str]) -> datetime | None:
+    """When the first entry of a retry copy was stored, as the copy tells; None if it does not, or makes no sense."""
+    try:
+        at = datetime.fromisoformat(headers.get(RETRY_PUBLISHED_AT, "").replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return at if at.tzinfo is not None else None
+
+
+def retry_copy(
+    message: Message, *, failures: int, reason: str | None, first_id: str, published_at: datetime | None = None
+) -> Message:
     """The message as it goes to the retry stream. It keeps its topic.
 
     :param failures: how often it has failed so far.
     :param reason: why; None leaves what an earlier retry wrote (a release is no failure).
+    :param published_at: when the first entry was stored; None = the backend does not say.
     """
     headers = {**message.headers, RETRY_ATTEMPT: str(failures), RETRY_FIRST_ID: first_id}
     if reason is not None:
         headers[RETRY_REASON] = cut(reason)
+    headers.pop(RETRY_PUBLISHED_AT, None)  # on a topic it is somebody else's
+    if published_at is not None:
+        headers[RETRY_PUBLISHED_AT] = wire_time(published_at)
     return message.replace(headers=Headers(headers))
 
 
@@ -89,7 +110,7 @@ def dead_letter(
     headers = {
         name: value
         for name, value in message.headers.items()
-        if name not in (RETRY_FIRST_ID, "dead-letter-error-type", "dead-letter-deliveries")
+        if name not in (RETRY_FIRST_ID, RETRY_PUBLISHED_AT, "dead-letter-error-type", "dead-letter-deliveries")
     }
     headers.update(
         {
@@ -100,7 +121,7 @@ def dead_letter(
             "dead-letter-group": origin.group,
             "dead-letter-consumer": origin.consumer,
             "dead-letter-attempts": str(origin.attempts),
-            "dead-letter-at": at.isoformat().replace("+00:00", "Z"),
+            "dead-letter-at": wire_time(at),
         }
     )
     if error_type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -54,6 +55,8 @@ class Keeper(Protocol[EntryT_contra]):
 
     async def settle(self, entry: EntryT_contra, result: Result | None, /) -> None: ...
 
+    async def ack_with(self, entry: EntryT_contra, publish: Iterable[Message], /) -> None: ...
+
     async def extend(self, entry: EntryT_contra, /) -> None: ...
 
 
@@ -93,14 +96,21 @@ class Delivery:
         """A warning: the entry may belong to somebody else by now, by the server's word or by our clock."""
         return self._keeper.is_lease_lost(self._entry)
 
-    async def ack(self) -> None:
+    async def ack(self, *, publish: Iterable[Message] = ()) -> None:
         """Acknowledge: the message is done.
 
+        :param publish: what the handler has produced, appended in order, in the same step as the acknowledgement where
+            the backend can (feature ``atomic_transfer``), before it elsewhere. In one step a message that is handled
+            again publishes nothing twice, and what is no longer ours publishes nothing.
+        :raises ValidationError: if a message is refused; nothing was sent, and the delivery is unsettled.
         :raises AlreadySettledError: if it was settled before.
         :raises LeaseLostError: if the server says that the entry is no longer ours.
         :raises BackendError: if the server could not be asked; the delivery is unsettled again.
         """
-        await self._keeper.settle(self._entry, None)
+        if publish == ():
+            await self._keeper.settle(self._entry, None)
+        else:
+            await self._keeper.ack_with(self._entry, publish)
 
     async def nack(self, reason: str = "") -> None:
         """Give the message up now: it becomes a dead letter with this reason. Raises as :meth:`ack` does."""

@@ -27,6 +27,10 @@ class ClosedError(EventBusError):
     """The bus or the subscription has ended; nothing can be done with it any more."""
 
 
+class HandlerTimeoutError(EventBusError, TimeoutError):
+    """A handler was cancelled after ``handler_timeout``. Reported, and shown to policies: handlers never see it."""
+
+
 class SerializationError(EventBusError):
     """A payload could not be turned into bytes, or bytes not into what was asked for."""
 

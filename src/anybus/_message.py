@@ -94,7 +94,7 @@ def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-class _Envelope(msgspec.Struct, frozen=True, kw_only=True):
+class _Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     uid: str = msgspec.field(default_factory=new_uid)
     key: str = ""
     kind: str = ""
@@ -109,7 +109,7 @@ class _Envelope(msgspec.Struct, frozen=True, kw_only=True):
     correlation_uid: str | None = None
 
 
-class Message(_Envelope, frozen=True):
+class Message(_Envelope, frozen=True, gc=False):
     """One message. ``Message(topic, payload, key=...)`` is enough to make one.
 
     :param topic: where it is published.
@@ -217,6 +217,20 @@ class Message(_Envelope, frozen=True):
 
 def _set(message: Message, field: str, value: Any) -> None:
     msgspec.structs.force_setattr(message, field, value)
+
+
+def check_outgoing(message: Any, max_payload_bytes: int) -> Message:
+    """What an application publishes, checked at the door.
+
+    :param max_payload_bytes: 0 = no limit.
+    """
+    if not isinstance(message, Message):
+        refuse("message", message, "an anybus.Message")
+    if max_payload_bytes and len(message.payload) > max_payload_bytes:
+        raise ValidationError(
+            f"payload must be at most {max_payload_bytes} bytes (max_payload_bytes), not {len(message.payload)}"
+        )
+    return message
 
 
 _LIFTED = {"content-type": "content_type", "event-version": "event_version", "idempotency-key": "idempotency_key"}

@@ -10,13 +10,19 @@ from typing import Final, Literal
 from ._backoff import ExponentialBackoff
 from ._checks import check_delay, check_int, check_name, check_topic, refuse
 from ._message import Headers
+from ._policies import Backoff, CircuitBreaker, Rules, check_backoff, check_no_contradiction, check_rules
 from .abc._observer import Observer
 
 AckMode = Literal["auto-on-handler-success", "manual", "auto-on-receive"]
+Guarantee = Literal["at-least-once", "at-most-once"]
 OnLeaseLost = Literal["continue", "cancel"]
 
+GUARANTEES: Final = ("at-least-once", "at-most-once")
 ACK_MODES: Final = ("auto-on-handler-success", "manual", "auto-on-receive")
 LABEL_SUFFIX_BYTES: Final = 17
+DEFAULT_BACKOFF: Final = ExponentialBackoff()
+DEFAULT_MAX_RETRY: Final = 3
+DEFAULT_MAX_DELIVERIES: Final = 10
 
 
 class Drop(enum.Enum):
@@ -89,29 +95,42 @@ class SubscriptionConfig:
     :param topic: the topic whose messages are handled.
     :param group: the consumer group that shares the work.
     :param consumer: a label for this member; its name on the server is ``<label>-<unique>``, new each time.
-    :param ack_mode: ``auto-on-handler-success`` (the default), ``manual`` or ``auto-on-receive``; None = unset.
+    :param guarantee: ``at-least-once`` (the default) or ``at-most-once``: acknowledged when received, never retried;
+        None = what ``ack_mode`` implies.
+    :param ack_mode: ``auto-on-handler-success`` (the default), ``manual`` or ``auto-on-receive`` (the only one of
+        ``at-most-once``); None = what ``guarantee`` implies.
     :param max_in_flight: at most so many handlers run at once.
     :param max_pending_acks: at most so many entries are held at once; None = twice ``max_in_flight``.
-    :param max_retry: the number of retries after the first handling: 3 means four handlings.
-    :param max_deliveries: hand-overs of one entry that may end without an outcome (a crash), at least 4.
-    :param retry_backoff: how long a failed message waits for its retry.
+    :param max_retry: the number of retries after the first handling; None = 3, which means four handlings.
+    :param max_deliveries: hand-overs of one entry that may end without an outcome (a crash), at least 4; None = 10.
+    :param retry_backoff: how long a failed message waits for its retry: an :class:`ExponentialBackoff`, seconds, a list
+        of seconds of which the last repeats, or a function of a :class:`Failure`.
+    :param retry_on: only such failures are retried, others are given up on at once; None = all are.
+    :param give_up_on: such failures are given up on at once, whatever ``retry_on`` says; None = none are.
+    :param max_age: a message whose first entry was stored longer ago is given up on; None = never.
     :param dead_letter_topic: where what is given up on goes; None = ``<topic>.dead``; :data:`DROP` = nowhere.
+    :param circuit: pauses the subscription when its handler only fails; None = never.
     :param handler_timeout: after this long the handler is cancelled, and that is a failure; None = never.
     :param group_start_id: where the group begins if it is made; None = as the bus's options say.
     :param on_lease_lost: ``continue`` (``delivery.lease_lost`` warns) or ``cancel`` the handler.
-    :raises ValidationError: if a value is refused.
+    :raises ValidationError: if a value is refused, or contradicts another one.
     """
 
     topic: str
     group: str
     consumer: str = field(default="consumer", kw_only=True)
+    guarantee: Guarantee | None = field(default=None, kw_only=True)
     ack_mode: AckMode | None = field(default=None, kw_only=True)
     max_in_flight: int = field(default=16, kw_only=True)
     max_pending_acks: int | None = field(default=None, kw_only=True)
-    max_retry: int = field(default=3, kw_only=True)
-    max_deliveries: int = field(default=10, kw_only=True)
-    retry_backoff: ExponentialBackoff = field(default=ExponentialBackoff(), kw_only=True)
+    max_retry: int | None = field(default=None, kw_only=True)
+    max_deliveries: int | None = field(default=None, kw_only=True)
+    retry_backoff: Backoff = field(default=DEFAULT_BACKOFF, kw_only=True)
+    retry_on: Rules | None = field(default=None, kw_only=True)
+    give_up_on: Rules | None = field(default=None, kw_only=True)
+    max_age: float | None = field(default=None, kw_only=True)
     dead_letter_topic: str | Drop | None = field(default=None, kw_only=True)
+    circuit: CircuitBreaker | None = field(default=None, kw_only=True)
     handler_timeout: float | None = field(default=None, kw_only=True)
     group_start_id: str | None = field(default=None, kw_only=True)
     on_lease_lost: OnLeaseLost = field(default="continue", kw_only=True)
@@ -120,6 +139,8 @@ class SubscriptionConfig:
         check_topic("topic", self.topic)
         check_name("group", self.group)
         check_name("consumer", self.consumer, max_bytes=256 - LABEL_SUFFIX_BYTES)
+        if self.guarantee is not None and self.guarantee not in GUARANTEES:
+            refuse("guarantee", self.guarantee, f"one of {', '.join(GUARANTEES)}, or None")
         if self.ack_mode is not None and self.ack_mode not in ACK_MODES:
             refuse("ack_mode", self.ack_mode, f"one of {', '.join(ACK_MODES)}, or None")
         check_int("max_in_flight", self.max_in_flight, least=1)
@@ -127,23 +148,66 @@ class SubscriptionConfig:
             check_int("max_pending_acks", self.max_pending_acks, least=1)
             if self.max_pending_acks < self.max_in_flight:
                 refuse("max_pending_acks", self.max_pending_acks, f"at least max_in_flight ({self.max_in_flight})")
-        check_int("max_retry", self.max_retry, least=0)
-        # Below four an entry would be given up on before it had once been handled alone, as a suspect.
-        check_int("max_deliveries", self.max_deliveries, least=4)
-        if not isinstance(self.retry_backoff, ExponentialBackoff):
-            refuse("retry_backoff", self.retry_backoff, "an anybus.ExponentialBackoff")
-        if self.dead_letter_topic is not None and self.dead_letter_topic is not DROP:
-            check_topic("dead_letter_topic", self.dead_letter_topic)
-            if self.dead_letter_topic == self.topic:
-                refuse("dead_letter_topic", self.dead_letter_topic, "another topic than the subscription's own")
-        if self.dead_letter_topic is None:
-            check_topic("dead_letter_topic", f"{self.topic}.dead")
+        if self.max_retry is not None:
+            check_int("max_retry", self.max_retry, least=0)
+        if self.max_deliveries is not None:
+            # Below four an entry would be given up on before it had once been handled alone, as a suspect.
+            check_int("max_deliveries", self.max_deliveries, least=4)
+        self._check_retry_policy()
+        self._check_dead_letter_topic()
+        if self.circuit is not None and not isinstance(self.circuit, CircuitBreaker):
+            refuse("circuit", self.circuit, "an anybus.CircuitBreaker, or None")
         if self.handler_timeout is not None:
             check_delay("handler_timeout", self.handler_timeout, positive=True)
         if self.group_start_id is not None:
             _check_start_id(self.group_start_id)
         if self.on_lease_lost not in ("continue", "cancel"):
             refuse("on_lease_lost", self.on_lease_lost, "'continue' or 'cancel'")
+        self._check_guarantee()
+
+    def _check_guarantee(self) -> None:
+        if self.guarantee is not None and self.ack_mode is not None:
+            on_receive = self.ack_mode == "auto-on-receive"
+            if on_receive != (self.guarantee == "at-most-once"):
+                allowed = (
+                    "unset or 'auto-on-receive'" if not on_receive else "unset, 'manual' or 'auto-on-handler-success'"
+                )
+                refuse("ack_mode", self.ack_mode, f"{allowed} with guarantee={self.guarantee!r}")
+        if ack_mode_of(self) != "auto-on-receive":
+            return
+        named = "guarantee='at-most-once'" if self.guarantee else "ack_mode='auto-on-receive' (at most once)"
+        for name in ("max_retry", "max_deliveries", "retry_on", "give_up_on"):
+            if getattr(self, name) is not None:
+                refuse(name, getattr(self, name), f"unset with {named}, which never retries")
+        if self.retry_backoff is not DEFAULT_BACKOFF:
+            refuse("retry_backoff", self.retry_backoff, f"unset with {named}, which never retries")
+        if self.on_lease_lost != "continue":
+            refuse(
+                "on_lease_lost", self.on_lease_lost, f"'continue' with {named}, which holds no lease while it handles"
+            )
+
+    def _check_retry_policy(self) -> None:
+        retry_on = check_rules("retry_on", self.retry_on)
+        give_up_on = check_rules("give_up_on", self.give_up_on)
+        check_no_contradiction(retry_on, give_up_on)
+        if self.max_age is not None:
+            check_delay("max_age", self.max_age, positive=True)
+        object.__setattr__(self, "retry_backoff", check_backoff(self.retry_backoff))
+        object.__setattr__(self, "retry_on", retry_on)
+        object.__setattr__(self, "give_up_on", give_up_on)
+
+    def _check_dead_letter_topic(self) -> None:
+        if self.dead_letter_topic is not None and self.dead_letter_topic is not DROP:
+            check_topic("dead_letter_topic", self.dead_letter_topic)
+            if self.dead_letter_topic == self.topic:
+                refuse("dead_letter_topic", self.dead_letter_topic, "another topic than the subscription's own")
+        if self.dead_letter_topic is None:
+            check_topic("dead_letter_topic", f"{self.topic}.dead")
+
+
+def ack_mode_of(config: SubscriptionConfig) -> AckMode:
+    """What ``ack_mode`` and ``guarantee`` come to."""
+    return config.ack_mode or ("auto-on-receive" if config.guarantee == "at-most-once" else "auto-on-handler-success")
 
 
 @dataclass(frozen=True, kw_only=True)

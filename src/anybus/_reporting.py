@@ -67,6 +67,13 @@ class Reporter:
         trace = error if scope == "handler" else None
         logger.error("%s: %s: %s: %s [%s]", scope, detail, type(error).__name__, words(error), place, exc_info=trace)
 
+    def notice(self, hook: str, scope: str, detail: str) -> None:
+        """What an operator should hear of: told to the observer's hook, or else to the log."""
+        if self._overridden(hook):
+            self.tell(hook, scope, detail=detail)
+        else:
+            logger.warning("%s: %s [topic=%r group=%r]", scope, detail, self._topic, self._group)
+
     def tell(
         self,
         hook: str,

@@ -13,7 +13,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Union
 
-from ._backoff import ExponentialBackoff
+from ._backoff import DelayList, ExponentialBackoff
 from ._options import AckMode
 
 SUSPECT_AFTER = 3
@@ -31,7 +31,7 @@ class Policy:
     ack_mode: AckMode = "auto-on-handler-success"
     max_retry: int = 3
     max_deliveries: int = 10
-    backoff: ExponentialBackoff = field(default_factory=ExponentialBackoff)
+    backoff: ExponentialBackoff | DelayList = field(default_factory=ExponentialBackoff)
     counts_crashes: bool = True
 
     @property
@@ -44,12 +44,14 @@ class Outcome(enum.Enum):
     FAILED = "failed"
     TIMED_OUT = "timed out"
     RETRY = "retry asked for"
+    GAVE_UP = "not to be retried"
     REJECTED = "rejected"
     CANCELLED = "cancelled"
     RELEASED = "released"
     MALFORMED = "malformed"
     MISSING = "missing"
     WORN_OUT = "handed over too often"
+    EXPIRED = "too old when it was taken"
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class Result:
     """How a handling ended, or why there was none.
 
     :ivar delay: seconds asked for by a retry or a release; None = the policy's.
+    :ivar error: the exception that the handler ended with.
     """
 
     outcome: Outcome
     reason: str = ""
     error_type: str = ""
     delay: float | None = None
+    error: Exception | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class RetryAt:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """Give it up. ``code`` is ``rejected``, ``retries``, ``deliveries`` or ``malformed``."""
+    """Give it up. ``code`` is ``rejected``, ``retries``, ``gave-up``, ``expired``, ``deliveries`` or ``malformed``."""
 
     code: str
     reason: str
@@ -126,7 +130,14 @@ def on_taken(deliveries: int | None, policy: Policy) -> Verdict:
 
 
 def decide(
-    result: Result, *, attempt: int, deliveries: int | None, policy: Policy, now: float, draw: float
+    result: Result,
+    *,
+    attempt: int,
+    deliveries: int | None,
+    policy: Policy,
+    now: float,
+    draw: float,
+    expires_in: float | None = None,
 ) -> Decision:
     """What the result of a handling leads to.
 
@@ -134,6 +145,7 @@ def decide(
     :param deliveries: the server's count for this entry, named in the reason of an entry that wore it out.
     :param now: the time in seconds, on whatever clock ``RetryAt.due`` shall be read.
     :param draw: a random number from [0, 1), for jitter.
+    :param expires_in: seconds until the message is too old to be handled; None = it never is.
     """
     outcome = result.outcome
     if outcome is Outcome.MISSING:
@@ -143,6 +155,8 @@ def decide(
     if outcome is Outcome.WORN_OUT:
         reason = f"handed over {deliveries} times without an outcome (max_deliveries={policy.max_deliveries})"
         return DeadLetter("deliveries", reason)
+    if outcome is Outcome.EXPIRED:
+        return DeadLetter("expired", result.reason)
     if outcome is Outcome.REJECTED:
         # In auto-on-receive too: the copy is then a plain publish, since the entry is acknowledged already.
         return DeadLetter("rejected", result.reason, result.error_type)
@@ -154,7 +168,12 @@ def decide(
         return Release()
     if outcome is Outcome.RELEASED:
         return Release() if not result.delay else RetryAt(now + result.delay, result.delay, attempt, result.reason)
+    if outcome is Outcome.GAVE_UP:
+        return DeadLetter("gave-up", result.reason, result.error_type)
     if attempt >= policy.max_attempts:
         return DeadLetter("retries", result.reason, result.error_type)
     delay = policy.backoff.delay(attempt, draw) if result.delay is None else result.delay
+    if expires_in is not None and delay >= expires_in:
+        # It would only come back to be given up on unhandled: better now, with the reason of its failure.
+        return DeadLetter("expired", result.reason, result.error_type)
     return RetryAt(now + delay, delay, attempt + 1, result.reason)

@@ -21,6 +21,7 @@ class SubscriptionStatistics:
     :ivar released: entries handed back, uncounted.
     :ivar reclaimed: entries taken over because their lease had ended, or they had been released.
     :ivar leases_lost: entries that were held here and are no longer ours.
+    :ivar circuit_opened: how often the circuit has paused the subscription.
     """
 
     waiting: int
@@ -35,3 +36,4 @@ class SubscriptionStatistics:
     released: int
     reclaimed: int
     leases_lost: int
+    circuit_opened: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .._copies import retry_stream
 from .._options import OnLeaseLost, StreamBusOptions
+from .._policies import CircuitBreaker, FailurePolicy
 from .._reporting import Notices, Reporter
 from .._settlement import Policy
 from ..abc import StreamBackend
@@ -17,6 +18,7 @@ class Counters:
     """Counts of a subscription's life, for its statistics."""
 
     __slots__ = (
+        "circuit_opened",
         "dead_lettered",
         "failed",
         "handled",
@@ -36,6 +38,7 @@ class Counters:
         self.released = 0
         self.reclaimed = 0
         self.leases_lost = 0
+        self.circuit_opened = 0
 
 
 class SuspectSlot:
@@ -61,6 +64,8 @@ class Context:
     group: str
     consumer: str
     policy: Policy
+    failure_policy: FailurePolicy
+    circuit: CircuitBreaker | None
     options: StreamBusOptions
     group_start_id: str
     max_in_flight: int

@@ -17,11 +17,12 @@ from .._settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
 from ._context import Context
+from ._dispatch import RELEASED
 from ._leases import Leases
 from ._ledger import Held, Stage
-from ._settler import RELEASED, Settler
+from ._settler import Settler
 
-SUSPECT, PAUSED, ENDING = "suspect", "paused", "ending"
+SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
 
 _WORN_OUT = Result(Outcome.WORN_OUT)
 _MISSING = Result(Outcome.MISSING)
@@ -37,6 +38,7 @@ class Intake:
         self._wake = wake
         self._ledger = context.ledger
         self._budget = context.ledger.budget
+        self._ages = context.failure_policy.max_age is not None
         self._shut_by: set[str] = set()
         self._opened = anyio.Event()
         self._reading: anyio.CancelScope | None = None
@@ -52,7 +54,7 @@ class Intake:
         self._ledger.waiting.clear()
         for held in self._ledger.all():
             # What waits here for its retry would lose its backoff by a pause: when it is due is early enough.
-            stays = (held.suspect and reason == SUSPECT) or (held.parked and reason == PAUSED)
+            stays = (held.suspect and reason == SUSPECT) or (held.parked and reason in (PAUSED, CIRCUIT))
             if held.stage is Stage.WAITING and not stays:
                 self._settler.release(held)
         if self._reading is not None:
@@ -126,7 +128,7 @@ class Intake:
     async def _read(self, block: float, at_most: float = math.inf) -> bool:
         """Read once; whether anything came."""
         context = self._context
-        room = int(min(self._budget.read_room(), at_most))
+        room = int(min(self._budget.read_room(), self._budget.read_at_once, at_most))
         if room <= 0 or self._shut_by:
             return False
         began = context.clock()
@@ -337,7 +339,7 @@ class Intake:
 
     def _is_unremarkable(self, is_retry: bool) -> bool:
         """Whether nothing is known that could make an entry other than a first handling."""
-        return not (is_retry or self._shut_by or self._ledger.remembers)
+        return not (is_retry or self._ages or self._shut_by or self._ledger.remembers)
 
     def _tell(self, taken: Sequence[Held], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]) -> None:
         """Hooks come last: one that pauses or closes the subscription finds everything in its place."""
@@ -358,7 +360,7 @@ class Intake:
         """What waited here for its retry is due."""
         if self._shut_by:
             self._settler.release(held)
-        else:
+        elif not (self._ages and self._settler.expire(held)):
             self._ledger.waiting.append(held)
             self._wake()
 
@@ -373,6 +375,8 @@ class Intake:
             self._settler.apply(held, _WORN_OUT)
         elif self._shut_by:
             self._settler.release(held)
+        elif self._ages and self._settler.expire(held):
+            return False
         elif verdict is Verdict.HANDLE:
             self._ledger.waiting.append(held)
         elif context.clock() >= self._no_suspect_before and context.suspects.take(held):

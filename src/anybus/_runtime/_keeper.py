@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from .._checks import refuse
 from .._delivery import DeliveryState
 from .._errors import AlreadySettledError, LeaseLostError
+from .._message import Message, check_outgoing
 from .._settlement import Result
+from ..abc import Output
 from ._context import Context
 from ._leases import Leases
 from ._ledger import Held, Stage
@@ -36,6 +41,19 @@ class EntryKeeper:
 
     async def settle(self, entry: Held, result: Result | None, /) -> None:
         await self._settler.settle(entry, result)
+
+    async def ack_with(self, entry: Held, publish: Iterable[Message], /) -> None:
+        context = self._context
+        if isinstance(publish, Message) or not isinstance(publish, Iterable):
+            refuse("publish", publish, "an iterable of anybus.Message")
+        limit = context.options.max_payload_bytes
+        checked = [check_outgoing(message, limit) for message in publish]
+        outputs = [Output(message.topic, message, limited=True) for message in checked]
+        if context.policy.ack_mode == "auto-on-receive":
+            raise AlreadySettledError(
+                f"entry {entry.id} of {entry.stream!r} was acknowledged on receipt (auto-on-receive): use bus.publish"
+            )
+        await self._settler.settle(entry, None, outputs)
 
     async def extend(self, entry: Held, /) -> None:
         if entry.stage not in (Stage.OPEN, Stage.RETURNED):

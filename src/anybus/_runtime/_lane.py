@@ -91,14 +91,17 @@ class Lane:
 
     async def _wait(self, last: float) -> None:
         """Until there is something to send, and it is time to send it."""
+        # Compared with a point in time, not with a difference: at a late hour of the clock that can round to less than
+        # the interval, and the rest be too short to sleep for.
+        due = last + self._interval
         while True:
             now = self._clock()
             while self._delayed and self._delayed[0][0] <= now:
                 self._queue.append(heapq.heappop(self._delayed)[2])
-            if self._queue and (self._draining or len(self._queue) >= self._threshold or now - last >= self._interval):
+            if self._queue and (self._draining or len(self._queue) >= self._threshold or now >= due):
                 return
             if self._queue:
-                await self._sleep(self._threshold, self._interval - (now - last))
+                await self._sleep(self._threshold, due - now)
             else:
                 await self._sleep(1, self._delayed[0][0] - now if self._delayed else None)
 

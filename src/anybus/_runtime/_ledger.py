@@ -22,6 +22,7 @@ from .._settlement import Result
 from ..abc import Output
 
 _REMEMBERED = 4096
+_WORTH_A_READ = 32
 
 
 class Stage(enum.IntEnum):
@@ -109,14 +110,28 @@ class Budget:
         self.limit = max_pending_acks
         self.reclaim_part = min(max(max_pending_acks // 4, 1), max_pending_acks - max_in_flight)
         self.read_part = max_pending_acks - self.reclaim_part
+        # A third is read while a third is handled and a third acknowledged; all of it in one go would wait in turns.
+        self.read_at_once = max(_WORTH_A_READ, -(-self.read_part // 3))
         self.by_read = 0
         self.by_reclaim = 0
         self.read_waits = False
+        self._whole: tuple[int, int, int] = (self.limit, self.read_part, self.reclaim_part)
 
     @property
     def takes_turns(self) -> bool:
         """Nothing lies beyond ``max_in_flight``: read and reclaim take turns."""
         return self.reclaim_part == 0
+
+    def narrow(self) -> None:
+        """Room for one more read and one more reclaimed entry than are held now, until :meth:`widen`."""
+        self._whole = (self.limit, self.read_part, self.reclaim_part)
+        self.read_part = min(self.read_part, self.by_read + 1)
+        self.reclaim_part = min(self.reclaim_part, self.by_reclaim + 1)
+        self.limit = min(self.limit, self.by_read + self.by_reclaim + min(2, 1 + self.reclaim_part))
+
+    def widen(self) -> None:
+        """The end of :meth:`narrow`."""
+        self.limit, self.read_part, self.reclaim_part = self._whole
 
     def read_room(self) -> int:
         return min(self.read_part - self.by_read, self.limit - self.by_read - self.by_reclaim)
@@ -185,15 +200,10 @@ class Ledger:
         if self.on_removed is not None:
             self.on_removed()
 
-    def take(self) -> Held | None:
-        """The next entry that waits, now with a handler."""
-        while self.waiting:
-            held = self.waiting.popleft()
-            if held.stage is _WAITING:
-                if self._read_room is not None and not self.has_waiting():
-                    self.changed()
-                return held
-        return None
+    def all_taken(self) -> None:
+        """Nothing waits any more: a read that held out for more room is worth while now."""
+        if self._read_room is not None:
+            self.changed()
 
     def has_waiting(self) -> bool:
         while self.waiting and self.waiting[0].stage is not _WAITING:
@@ -204,22 +214,25 @@ class Ledger:
         """An entry that was handled here, but whose ack nobody confirmed: should it come back, it is only acked."""
         _remember(self._handled, (held.stream, held.id), None)
 
-    def remove_acked(self, entries: Sequence[Held]) -> None:
-        """``remember_acked`` and ``remove`` for many; who waits for room is woken once."""
-        remember = self._acked.append
+    def remove_acked(self, stream: str, entries: Sequence[Held]) -> None:
+        """``remember_acked`` and ``remove`` for many of one stream; who waits for room is woken once."""
+        table = self.tables[stream]
         if self._settled_meanwhile is not None:
-            self._settled_meanwhile.update((held.stream, held.id) for held in entries)
+            self._settled_meanwhile.update((stream, held.id) for held in entries)
+        by_reclaim = by_read = 0
         for held in entries:
-            remember((held.stream, held.id))
-            if held.local_attempt or held.gone is not None or held.stage is _GONE:
+            if held.local_attempt or held.gone is not None:
                 self.remove(held)
-                continue
-            held.stage = _GONE
-            del self.tables[held.stream][held.id]
-            if held.by_reclaim:
-                self.budget.by_reclaim -= 1
-            else:
-                self.budget.by_read -= 1
+            elif held.stage is not _GONE:
+                held.stage = _GONE
+                del table[held.id]
+                if held.by_reclaim:
+                    by_reclaim += 1
+                else:
+                    by_read += 1
+        self._acked += [(stream, held.id) for held in entries]
+        self.budget.by_reclaim -= by_reclaim
+        self.budget.by_read -= by_read
         self.changed()
         if self.on_removed is not None:
             self.on_removed()

@@ -17,7 +17,7 @@ from anyio.lowlevel import checkpoint
 
 from .._cancellation import cancellation_in, is_cancelled, is_stray, persist, sole
 from .._delivery import Delivery
-from .._errors import words
+from .._errors import HandlerTimeoutError, words
 from .._settlement import CANCELLED, RETURNED, Outcome, Result
 from .._verdicts import Reject, Retry
 from ._context import Context
@@ -27,7 +27,7 @@ from ._settler import Settler
 
 Handler = Callable[[Delivery], Awaitable[None]]
 
-_OPEN = Stage.OPEN  # read for every message
+_WAITING, _OPEN = Stage.WAITING, Stage.OPEN  # read for every message
 _STREAK = 64
 _PARKED = 4
 """So many workers wait for more; a new task costs more than waking one of them."""
@@ -57,6 +57,7 @@ class Taker:
     def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper) -> None:
         self._context = context
         self._ledger: Ledger = context.ledger
+        self._waiting = context.ledger.waiting
         self._settler = settler
         self._keeper = keeper
         self._clock = context.clock
@@ -69,10 +70,13 @@ class Taker:
 
     def next_entry(self) -> Held | None:
         """The next entry that may start; its lease is looked at, since a process can be frozen at any moment."""
-        while not self._stopped:
-            held = self._ledger.take()
-            if held is None:
-                return None
+        waiting = self._waiting
+        while waiting and not self._stopped:
+            held = waiting.popleft()
+            if held.stage is not _WAITING:
+                continue
+            if not waiting:
+                self._ledger.all_taken()
             held.started_at = now = self._clock()
             if now >= held.lease_until:
                 self._settler.handed_back += 1
@@ -260,6 +264,8 @@ class HandlerPool(Taker):
         if not await self._settler.ack_first(held):
             return
         result = await self._call(held)
+        if self._settler.watch is not None:
+            self._settler.watch(result.outcome)
         if result is RETURNED:
             self._context.counters.handled += 1
             return
@@ -292,9 +298,9 @@ class HandlerPool(Taker):
             return RETURNED
         if held.lost and self._context.on_lease_lost == "cancel":
             return CANCELLED
-        late = TimeoutError(f"the handler was cancelled after handler_timeout ({timeout} s)")
+        late = HandlerTimeoutError(f"the handler was cancelled after handler_timeout ({timeout} s)")
         self._report(held, late, "timed out")
-        return Result(Outcome.TIMED_OUT, str(late), "HandlerTimeout")
+        return Result(Outcome.TIMED_OUT, str(late), "HandlerTimeout", error=late)
 
     def _judge(self, held: Held, error: BaseException) -> Result:
         """What an exception of the handler means. A real cancellation, and what is no ``Exception``, comes out."""
@@ -309,13 +315,15 @@ class HandlerPool(Taker):
         verdict = sole(error)  # a handler with a task group of its own: its Retry arrives wrapped
         settled = held.stage is not Stage.OPEN and not self._on_receive
         if isinstance(verdict, Retry) and not settled and not self._on_receive:
-            return Result(Outcome.RETRY, words(verdict), "Retry", verdict.delay)
+            return Result(Outcome.RETRY, words(verdict), "Retry", verdict.delay, verdict)
         if isinstance(verdict, Reject) and not settled:
             return Result(Outcome.REJECTED, words(verdict), "Reject")
         self._report(held, error, "raised after it had settled its delivery" if settled else "failed")
         if is_cancelled():
             return CANCELLED  # its cleanup failed; whatever it would have come to, it was cut off
-        return Result(Outcome.FAILED, words(verdict), f"{type(verdict).__module__}.{type(verdict).__qualname__}")
+        error_type = f"{type(verdict).__module__}.{type(verdict).__qualname__}"
+        judged = verdict if isinstance(verdict, Exception) else None
+        return Result(Outcome.FAILED, words(verdict), error_type, error=judged)
 
     def _report(self, held: Held, error: BaseException, what: str) -> None:
         self._context.reporter.error(

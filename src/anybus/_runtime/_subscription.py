@@ -10,6 +10,7 @@ shielded, notices a cancellation from outside and turns it into an abort.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,8 +23,9 @@ from .._cancellation import as_failure, is_stray, leaves, persist
 from .._errors import ClosedError, EventBusError, can_pass
 from .._statistics import SubscriptionStatistics
 from ..abc import StreamInspector
+from ._circuit import Circuit, WatchedSettler
 from ._context import Context
-from ._intake import ENDING, PAUSED, Intake
+from ._intake import CIRCUIT, ENDING, PAUSED, Intake
 from ._keeper import EntryKeeper
 from ._leases import Leases
 from ._ledger import Stage
@@ -41,7 +43,8 @@ class Subscription:
 
     def __init__(self, context: Context, handler: Handler | None) -> None:
         self._context = context
-        self._settler = Settler(context)
+        self._circuit = None if context.circuit is None else Circuit(context.circuit, context)
+        self._settler = Settler(context) if self._circuit is None else WatchedSettler(context, self._circuit)
         self._leases = Leases(context, self._settler)
         keeper = EntryKeeper(context, self._settler, self._leases)
         self._taker: Taker
@@ -55,10 +58,14 @@ class Subscription:
         self._entering = anyio.CancelScope()
         self._body = anyio.CancelScope()
         background: tuple[Callable[[], Awaitable[None]], ...] = (
-            *(lane.run for lane in self._settler.lanes),
+            *(lane.run for lane in self._settler.dispatch.lanes),
             self._leases.run,
             self._settler.run_held_back,
         )
+        if self._circuit is not None:
+            self._circuit.shut = functools.partial(self._intake.shut, CIRCUIT)
+            self._circuit.open = functools.partial(self._intake.open, CIRCUIT)
+            background = (*background, self._circuit.run)
         self._background = {part: anyio.CancelScope(shield=True) for part in background}
         self._forgotten: set[str] = set()
         self._grace = anyio.CancelScope()
@@ -99,6 +106,7 @@ class Subscription:
             released=counters.released,
             reclaimed=counters.reclaimed,
             leases_lost=counters.leases_lost,
+            circuit_opened=counters.circuit_opened,
         )
 
     def pause(self) -> None:
@@ -146,6 +154,8 @@ class Subscription:
     def _begin_end(self) -> None:
         if not self._ending.is_set():
             self._ending.set()
+            if self._circuit is not None:
+                self._circuit.stop()
             self._intake.shut(ENDING)
             self._entering.cancel()
             self._intake.scope.cancel()
@@ -279,7 +289,7 @@ class Subscription:
             with anyio.CancelScope(shield=True):
                 await persist(self._end_in_order)
         finally:
-            self._settler.finish()
+            self._settler.dispatch.finish()
             for scope in self._background.values():
                 scope.cancel()
             self._ended.set()
@@ -294,8 +304,8 @@ class Subscription:
         await self._intake.ended.wait()
         self._release(Stage.WAITING, Stage.OPEN, Stage.RETURNED)
         with anyio.move_on_after(context.options.cleanup_timeout):
-            await self._settler.drain()
-        left = self._settler.finish()
+            await self._settler.dispatch.drain()
+        left = self._settler.dispatch.finish()
         if left:
             late = TimeoutError(f"{left} entries were not settled within cleanup_timeout")
             context.reporter.error("close", late, detail="they come back when their lease is over")

@@ -51,12 +51,15 @@ class Output:
 
     :ivar delay: seconds after which it is appended (feature ``delay``).
     :ivar raw: fields kept unchanged beside the message, as ``raw:<name>`` (feature ``raw``).
+    :ivar limited: true for what an application publishes: a backend's limit on sizes holds. The bus's own copies are
+        never refused for their size.
     """
 
     stream: str
     message: Message
     delay: float = 0.0
     raw: Mapping[str, bytes] | None = None
+    limited: bool = False
 
 
 @dataclass(frozen=True)

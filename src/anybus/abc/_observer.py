@@ -63,5 +63,13 @@ class Observer:
     def on_lease_lost(self, event: BusEvent) -> None:
         """An entry that was held here is no longer ours, or can no longer be known to be."""
 
+    def on_circuit_opened(self, event: BusEvent) -> None:
+        """A handler has only failed for a while, and its subscription is paused; ``event.detail`` is how often and for
+        how long. Not overridden, this goes to the ``anybus`` logger.
+        """
+
+    def on_circuit_closed(self, event: BusEvent) -> None:
+        """A handling has succeeded, and the subscription works as before. Not overridden, this goes to the logger."""
+
     def on_group_made_again(self, event: BusEvent) -> None:
         """A group had vanished and was made again; ``event.detail`` is the position."""

@@ -12,7 +12,7 @@ import anyio
 
 from ..._checks import check_delay, check_time
 from ..._codec import JsonCodec
-from ..._errors import BackendError, EventBusError, UnsupportedError, ValidationError
+from ..._errors import BackendError, EventBusError, SerializationError, UnsupportedError, ValidationError
 from ..._message import Message
 from ...abc import (
     Codec,
@@ -287,20 +287,39 @@ class RedisBackend(
     ) -> list[list[str] | EventBusError | None]:
         results: list[list[str] | EventBusError | None] = []
         for part in _parts(items):
+            bodies = [self._bodies(outputs) for _, outputs in part]
+            sent = [item for item, body in zip(part, bodies, strict=True) if not isinstance(body, EventBusError)]
             keys: list[str] = [stream]
-            args: list[Argument] = [group, consumer, len(part)]
-            for message_id, outputs in part:
-                args += (message_id, len(outputs))
-                for output in outputs:
-                    self._add_output(output, keys, args)
+            args: list[Argument] = [group, consumer, len(sent)]
+            for (message_id, outputs), body in zip(part, bodies, strict=True):
+                if not isinstance(body, EventBusError):
+                    args += (message_id, len(outputs))
+                    for output, data in zip(outputs, body, strict=True):
+                        self._add_output(output, data, keys, args)
+            transferred: list[list[str] | EventBusError | None] = []
             try:
-                reply = await self._client.run(scripts.TRANSFER, stream, group, keys, args)
-                results += self._transferred(reply, len(part))
+                if sent:
+                    reply = await self._client.run(scripts.TRANSFER, stream, group, keys, args)
+                    transferred = self._transferred(reply, len(sent))
             except BackendError as error:
-                if len(part) == len(items):
+                if len(sent) == len(items):
                     raise
-                results += [error] * len(part)  # the other parts are done, or will be
+                transferred = [error] * len(sent)  # the others are done, or will be
+            answers = iter(transferred)
+            results += [body if isinstance(body, EventBusError) else next(answers) for body in bodies]
         return results
+
+    def _bodies(self, outputs: Sequence[Output]) -> list[bytes] | EventBusError:
+        """The messages as bytes. One that cannot be encoded, or is too large, is the error of its own item only."""
+        try:
+            return [
+                self._encode(output.message) if output.limited else self._codec.encode(output.message)
+                for output in outputs
+            ]
+        except EventBusError as error:
+            return error
+        except Exception as error:  # a codec of the application's own that raises what it should not
+            return SerializationError(f"the codec raised {error!r}")
 
     def _transferred(self, reply: Any, items: int) -> list[list[str] | EventBusError | None]:
         results: list[list[str] | EventBusError | None] = []
@@ -314,11 +333,11 @@ class RedisBackend(
                     results.append(self._client.refused(ServerError(values[0].decode(errors="replace"))))
         return results
 
-    def _add_output(self, output: Output, keys: list[str], args: list[Argument]) -> None:
+    def _add_output(self, output: Output, data: bytes, keys: list[str], args: list[Argument]) -> None:
         key = delayed(output.stream) if output.delay > 0 else output.stream
         if key not in keys:
             keys.append(key)
-        fields: list[Argument] = ["message", self._codec.encode(output.message)]
+        fields: list[Argument] = ["message", data]
         for name, value in (output.raw or {}).items():
             fields += (f"raw:{name}", value)
         delay = round(output.delay * 1000) if output.delay > 0 else -1

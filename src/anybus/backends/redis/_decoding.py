@@ -77,7 +77,8 @@ class EntryDecoder:
     def new(self, entries: Any) -> list[FetchedEntry]:
         """The entries of one stream, new ones. What is nearly every one is decoded here, the rest in :meth:`entry`."""
         found: list[FetchedEntry] = []
-        append, decode, published_at = found.append, self._codec.decode, self._published_at
+        append, decode = found.append, self._codec.decode
+        prefix, at = self._second
         for raw_id, fields in entries:
             if fields is not None and len(fields) == 2 and fields[0] == b"message" and len(fields[1]) <= MAX_RECEIVED:
                 try:
@@ -88,7 +89,10 @@ class EntryDecoder:
                     pass  # said below, in words
                 else:
                     entry_id = raw_id.decode()
-                    append(ClaimedMessage(entry_id, message, 1, published_at(entry_id)))
+                    if not entry_id.startswith(prefix):
+                        at = self._published_at(entry_id)
+                        prefix = self._second[0]
+                    append(ClaimedMessage(entry_id, message, 1, at))
                     continue
             append(self.entry(raw_id, fields, 1))
         return found

@@ -112,6 +112,18 @@ for item = 1, tonumber(ARGV[3]) do
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2])
   local mine = #pending > 0
   local ids, failure = {}, nil
+  if mine and outputs > 1 then
+    -- Nothing rolls back: what would fail after others were appended is found before.
+    local look = at
+    for output = 1, outputs do
+      local key, wanted = KEYS[tonumber(ARGV[look])], tonumber(ARGV[look + 1]) >= 0 and 'zset' or 'stream'
+      local kind = redis.call('TYPE', key).ok
+      if kind ~= 'none' and kind ~= wanted then
+        failure = 'WRONGTYPE ' .. key .. ' is a ' .. kind .. ', not a ' .. wanted
+      end
+      look = look + 4 + tonumber(ARGV[look + 3])
+    end
+  end
   for output = 1, outputs do
     local key, delay, token = KEYS[tonumber(ARGV[at])], tonumber(ARGV[at + 1]), ARGV[at + 2]
     local fields = tonumber(ARGV[at + 3])
