@@ -9,10 +9,8 @@ from typing import Any, NoReturn
 
 import anyio
 import pytest
-from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
-from fake_server import Command, bulk, fake_server, listening
-from servers import RunningServer
+from fake_server import Command, bulk, fake_server
 from trio.testing import MockClock
 
 from anybus import BackendError, Message, StreamBus, StreamBusOptions
@@ -189,41 +187,13 @@ async def test_a_connection_that_breaks_tells_a_whole_wave() -> None:
     assert any(error.may_have_happened for error in errors)
 
 
-async def test_without_file_descriptors_left_the_connection_is_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_file_descriptor_left_for_it_publishes_go_the_longer_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def no_more(*args: Any) -> NoReturn:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    closed = anyio.Event()
-
-    async with fake_server(id_for) as server:
-
-        async def talk(stream: ByteStream) -> None:
-            await server.talk(stream)
-            closed.set()
-
-        async with listening(talk) as port:
-            monkeypatch.setattr(socket, "fromfd", no_more)
-            with anyio.fail_after(SOON), pytest.raises(BackendError) as caught:
-                async with RedisBackend(f"redis://127.0.0.1:{port}"):
-                    pass
-            assert caught.value.can_pass
-            with anyio.fail_after(SOON):
-                await closed.wait()
-
-
-async def test_a_blocking_read_takes_one_file_descriptor(
-    monkeypatch: pytest.MonkeyPatch, server: RunningServer
-) -> None:
-    duplicated: list[socket.socket] = []
-    real = socket.fromfd
-
-    def noted(*args: int) -> socket.socket:
-        duplicated.append(real(*args))
-        return duplicated[-1]
-
-    monkeypatch.setattr(socket, "fromfd", noted)
-    async with RedisBackend(server.url) as backend:
-        await backend.create_group("descriptors", "g")
-        assert await backend.read_new("descriptors", "g", "c", count=1, timeout=0.01) == []
-        assert len(duplicated) == 1, "for the connection on which publishes leave at once"
-    assert [one.fileno() for one in duplicated] == [-1], "closed again"
+    monkeypatch.setattr(socket, "fromfd", no_more)
+    async with fake_server(id_for) as server, RedisBackend(server.url) as backend:
+        with anyio.fail_after(SOON):
+            assert await backend.publish_within("t", Message("t"), timeout=SOON)

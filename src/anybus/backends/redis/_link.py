@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -27,16 +28,11 @@ class Link:
         self._settings = settings
         self.client_id = 0
         self._socket: socket.socket | None = None
-
-    def prepare_send_nowait(self) -> None:
-        """Have a socket of our own for :meth:`send_nowait`. A second file descriptor: only for who uses it.
-
-        :raises OSError: if there are no more of them.
-        """
-        raw = self._stream.extra(SocketAttribute.raw_socket, None)
-        if raw is not None and self._settings.tls is None and sys.platform != "win32":
-            self._socket = socket.fromfd(raw.fileno(), raw.family, raw.type)
-            self._socket.setblocking(False)
+        raw = stream.extra(SocketAttribute.raw_socket, None)
+        if raw is not None and settings.tls is None and sys.platform != "win32":
+            with suppress(OSError):  # no file descriptor left: everything goes by ``send``
+                self._socket = socket.fromfd(raw.fileno(), raw.family, raw.type)
+                self._socket.setblocking(False)
 
     def send_nowait(self, data: bytes) -> int:
         """Hand over what the kernel takes at once; how many bytes that was.

@@ -107,7 +107,6 @@ class Multiplexer:
         try:
             with anyio.fail_after(self._settings.connect_timeout):
                 await self._on_connect(link)
-            link.prepare_send_nowait()
         except ServerError as error:
             await link.aclose()
             raise translate(error) from error
