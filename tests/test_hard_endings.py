@@ -24,6 +24,11 @@ from anybus import (
 from anybus._copies import retry_stream
 from anybus.abc import BusEvent, StreamBackend
 
+ASYNCIO_LOOPS = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+]
+
 
 async def nothing(delivery: Delivery) -> None:
     """A handler that does nothing."""
@@ -272,6 +277,38 @@ async def test_everything_may_be_cancelled_at_once_by_asyncio(
     # The handler's stray cancellation is a failure, or its end a release: in no case is the message lost.
     assert [entry.id for entry in pending] in ([entry_id], [])
     assert pending or retries
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
+@pytest.mark.parametrize("hit", ["while it waits for more", "before it waits", "as it ends"])
+async def test_a_stray_cancellation_of_an_idle_worker_ends_nothing_else(hit: str, harness: Harness, topic: str) -> None:
+    """A timer that a handler has left behind, say, which cancels the task that the handler ran in."""
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+    handled: list[str] = []
+    workers: list[Any] = []
+
+    async def handler(delivery: Delivery) -> None:
+        workers.append(asyncio.current_task())
+        handled.append(delivery.message.key)
+        if delivery.message.key == "first" and hit != "while it waits for more":
+            if hit == "as it ends":
+                variable.set(1)  # such a worker does not wait for more
+            workers[0].cancel()
+
+    with anyio.fail_after(SOON):
+        async with StreamBus(harness.make_backend(), quick(Recorder(), claim_idle_timeout=60)) as bus:
+            async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
+                await bus.publish(Message(topic, key="first"))
+                await until(lambda: subscription.statistics().handled == 1)
+                await anyio.wait_all_tasks_blocked()
+                workers[0].cancel()
+                await anyio.wait_all_tasks_blocked()
+                await bus.publish(Message(topic, key="second"))
+                await until(lambda: subscription.statistics().handled == 2)
+                await anyio.wait_all_tasks_blocked()
+                await bus.publish(Message(topic, key="third"))
+                await until(lambda: subscription.statistics().handled == 3)
+    assert handled == ["first", "second", "third"]
 
 
 async def test_a_handlers_context_variables_are_not_seen_by_the_next_message(harness: Harness, topic: str) -> None:

@@ -797,6 +797,43 @@ async def test_a_codec_that_raises_what_it_should_not_harms_only_its_own_entry(
         assert "no such thing" in entries[1].error
 
 
+async def test_a_codec_that_returns_what_is_no_message_harms_only_its_own_entry(
+    server: RunningServer, topic: str
+) -> None:
+    class Odd(JsonCodec):
+        def decode(self, data: bytes) -> Message:
+            message = super().decode(data)
+            return {"not": "a message"} if message.payload == b"bad" else message  # type: ignore[return-value]
+
+    async with RedisBackend(server.url, codec=Odd()) as backend:
+        await backend.create_group(topic, "g", "0")
+        for body in (b"good", b"bad", b"good"):
+            await backend.publish(topic, Message(topic, body))
+        entries = await backend.read_new(topic, "g", "c", count=10, timeout=0)
+        assert [type(entry) for entry in entries] == [ClaimedMessage, MalformedEntry, ClaimedMessage]
+        assert await in_step(backend)
+
+
+async def test_every_message_is_decoded_once(server: RunningServer, topic: str) -> None:
+    decoded: list[bytes] = []
+
+    class Counting(JsonCodec):
+        def decode(self, data: bytes) -> Message:
+            decoded.append(data)
+            return super().decode(data)
+
+    async with RedisBackend(server.url, codec=Counting()) as backend:
+        await backend.create_group(topic, "g", "0")
+        published = [Message(topic), Message(topic, headers={"traceparent": "x", "content-type": "text/plain"})]
+        for message in published:
+            await backend.publish(topic, message)
+        entries = await backend.read_new(topic, "g", "c", count=10, timeout=0)
+        received = [entry.message for entry in entries if isinstance(entry, ClaimedMessage)]
+        assert [message.uid for message in received] == [message.uid for message in published]
+        assert received[1].content_type == "text/plain"
+        assert len(decoded) == len(published)
+
+
 async def test_a_key_of_another_type_is_a_clear_error_that_cannot_pass(
     admin: Any, harness: RedisHarness, topic: str
 ) -> None:

@@ -3,10 +3,15 @@ its own reply, its own error, and ``may_have_happened=False`` only if its messag
 
 from __future__ import annotations
 
+import errno
+import socket
+from typing import Any, NoReturn
+
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 from fake_server import Command, bulk, fake_server
+from trio.testing import MockClock
 
 from anybus import BackendError, Message, StreamBus, StreamBusOptions
 from anybus.backends.redis import RedisBackend, _waves
@@ -145,6 +150,23 @@ async def test_a_wave_that_cannot_leave_takes_no_more_members_after_an_eighth_of
     assert not first.wave.event.is_set()
 
 
+@pytest.mark.parametrize("anyio_backend", [("trio", {"clock": MockClock(autojump_threshold=0)})])
+async def test_a_wave_that_opens_behind_an_answered_one_closes_in_time_all_the_same() -> None:
+    waves = Waves()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(waves.expire)
+        answered = waves.join(1.0)
+        waves.seal()
+        await anyio.sleep(0.01)
+        answered.done()
+        stuck = waves.join(1.0)
+        await anyio.sleep(0.12)
+        assert waves.join(1.0).wave is stuck.wave
+        await anyio.sleep(0.02)
+        assert waves.join(1.0).wave is not stuck.wave
+        tasks.cancel_scope.cancel()
+
+
 async def test_a_connection_that_breaks_tells_a_whole_wave() -> None:
     def hang_up(command: Command) -> None:
         return None
@@ -163,3 +185,15 @@ async def test_a_connection_that_breaks_tells_a_whole_wave() -> None:
                     tasks.start_soon(publish)
     assert len(errors) == 20
     assert any(error.may_have_happened for error in errors)
+
+
+async def test_without_a_file_descriptor_left_for_it_publishes_go_the_longer_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_more(*args: Any) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "fromfd", no_more)
+    async with fake_server(id_for) as server, RedisBackend(server.url) as backend:
+        with anyio.fail_after(SOON):
+            assert await backend.publish_within("t", Message("t"), timeout=SOON)

@@ -214,6 +214,8 @@ class Dispatch:
             counters.released += 1
         elif intent in (DEAD_LETTERED, DROPPED):
             counters.dead_lettered += 1
+        if intent != RELEASED:
+            context.ledger.note_settled(held)
         context.ledger.remove(held)
         self._answer(held, None)
         if context.reporter.hears_settled:

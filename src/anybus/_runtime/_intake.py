@@ -175,15 +175,22 @@ class Intake:
         began = context.clock()
         self._budget.by_reclaim += room
         try:
-            taken = await source.redeliver(
-                topic, retries, context.group, context.consumer, min_idle=context.lease, count=room
-            )
+            with self._ledger.noting_settled() as settled:
+                taken = await source.redeliver(
+                    topic, retries, context.group, context.consumer, min_idle=context.lease, count=room
+                )
         finally:
             self._budget.by_reclaim -= room
             self._ledger.changed()
         context.counters.reclaimed += len(taken.reclaimed) + len(taken.reclaimed_retries)
         suspects = [
-            self._accept(stream, entries, began, by_reclaim=True)
+            self._accept(
+                stream,
+                [entry for entry in entries if (stream, entry.id) not in settled] if settled else entries,
+                began,
+                by_reclaim=True,
+                searched=taken.searched,
+            )
             for stream, entries in (
                 (topic, taken.reclaimed),
                 (retries, taken.retries),
@@ -232,8 +239,19 @@ class Intake:
         stream = context.retry_stream
         return stream, await context.backend.read_new(stream, context.group, context.consumer, count=room, timeout=0)
 
-    def _accept(self, stream: str, entries: Sequence[FetchedEntry], began: float, *, by_reclaim: bool) -> Held | None:
-        """Enter what was taken into the ledger. Returns a suspect that has the bus's one place, not yet started."""
+    def _accept(
+        self,
+        stream: str,
+        entries: Sequence[FetchedEntry],
+        began: float,
+        *,
+        by_reclaim: bool,
+        searched: bool = False,
+    ) -> Held | None:
+        """Enter what was taken into the ledger. Returns a suspect that has the bus's one place, not yet started.
+
+        :param searched: what is held here anyway may be among it.
+        """
         if not entries:
             return None
         context = self._context
@@ -272,7 +290,10 @@ class Intake:
                 count += 1
                 continue
             if known is not None:
-                if known.stage is not Stage.RETURNED:
+                if known.stage is Stage.RETURNED:
+                    if searched and context.clock() < known.lease_until:
+                        continue  # not handed over again: it may still be settled
+                else:
                     # Held already, and the server has just said that it is ours: its handling goes on.
                     known.lease_until = max(known.lease_until, lease_until)
                     known.lost = False

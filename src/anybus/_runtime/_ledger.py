@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TypeVar
 
@@ -166,6 +167,7 @@ class Ledger:
         self._reclaim_room: anyio.Event | None = None
         self._watched: anyio.Event | None = None
         self.on_removed: Callable[[], None] | None = None
+        self._settled_meanwhile: set[tuple[str, str]] | None = None
 
     def __len__(self) -> int:
         return sum(len(table) for table in self.tables.values())
@@ -215,6 +217,8 @@ class Ledger:
     def remove_acked(self, stream: str, entries: Sequence[Held]) -> None:
         """``remember_acked`` and ``remove`` for many of one stream; who waits for room is woken once."""
         table = self.tables[stream]
+        if self._settled_meanwhile is not None:
+            self._settled_meanwhile.update((stream, held.id) for held in entries)
         by_reclaim = by_read = 0
         for held in entries:
             if held.local_attempt or held.gone is not None:
@@ -236,6 +240,20 @@ class Ledger:
     def remember_acked(self, held: Held) -> None:
         """An entry that was handled here, and whose ack the server has. Of use only if the server forgets it."""
         self._acked.append((held.stream, held.id))
+
+    def note_settled(self, held: Held) -> None:
+        """The server has what settles an entry for good."""
+        if self._settled_meanwhile is not None:
+            self._settled_meanwhile.add((held.stream, held.id))
+
+    @contextmanager
+    def noting_settled(self) -> Generator[set[tuple[str, str]], None, None]:
+        """Stream and id of what is settled meanwhile: a reply that is on its way may still call it pending and ours."""
+        settled = self._settled_meanwhile = set()
+        try:
+            yield settled
+        finally:
+            self._settled_meanwhile = None
 
     def group_was_lost(self) -> None:
         """What was acked here lately may come back from a group made again: it is only acked then.

@@ -15,7 +15,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from .._cancellation import cancellation_in, is_cancelled, persist, sole
+from .._cancellation import cancellation_in, is_cancelled, is_stray, persist, sole
 from .._delivery import Delivery
 from .._errors import HandlerTimeoutError, words
 from .._settlement import CANCELLED, RETURNED, Outcome, Result
@@ -144,13 +144,21 @@ class HandlerPool(Taker):
         self._home = contextvars.copy_context()
         try:
             with self.scope:
-                async with anyio.create_task_group() as tasks:
-                    self._tasks = tasks
-                    self.wake()
-                    await persist(self._stopping.wait)
+                await self._run_workers()
+                while not self._stopped:
+                    # A stray cancellation that hit a worker at its very end has taken the group along, without a word.
+                    await self._run_workers()
         finally:
             self._tasks = None
             self.ended.set()
+
+    async def _run_workers(self) -> None:
+        self._workers = self._spares = 0
+        self._parked.clear()
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            self.wake()
+            await persist(self._stopping.wait)
 
     def _add_worker(self) -> None:
         assert self._tasks is not None
@@ -184,7 +192,7 @@ class HandlerPool(Taker):
         self._parked.append(called)
         try:
             await called.wait()
-        except BaseException:
+        except BaseException as error:
             if called in self._parked:
                 self._parked.remove(called)
             elif not self._stopped:
@@ -192,7 +200,9 @@ class HandlerPool(Taker):
                 self._workers -= 1
                 self._spares -= 1
                 self.wake()
-            raise
+            if not is_stray(error):
+                raise
+            return False  # noqa: ASYNC104 - meant for what this worker did before, or for nobody: only it ends
         return not self._stopped
 
     async def _work_off(self, place: Place, clean: contextvars.Context) -> bool:

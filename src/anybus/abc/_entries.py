@@ -72,12 +72,15 @@ class Redelivered:
     """What one pass over a topic and its retry stream took.
 
     :ivar lost: the error of a step that failed (a group that is gone, say); the others' entries are here all the same.
+    :ivar searched: they were looked for, since an earlier reply was lost; what this consumer holds anyway may be among
+        them, not handed over again.
     """
 
     reclaimed: list[FetchedEntry]
     retries: list[FetchedEntry]
     reclaimed_retries: list[FetchedEntry]
     lost: BackendError | None = None
+    searched: bool = False
 
 
 @dataclass(frozen=True)

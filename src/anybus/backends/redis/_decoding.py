@@ -83,9 +83,11 @@ class EntryDecoder:
             if fields is not None and len(fields) == 2 and fields[0] == b"message" and len(fields[1]) <= MAX_RECEIVED:
                 try:
                     message = decode(fields[1])
+                    if message.headers is not NO_HEADERS:
+                        message = lift_headers(message)
                 except Exception:
-                    message = None  # said below, in words
-                if message is not None and message.headers is NO_HEADERS:
+                    pass  # said below, in words
+                else:
                     entry_id = raw_id.decode()
                     if not entry_id.startswith(prefix):
                         at = self._published_at(entry_id)

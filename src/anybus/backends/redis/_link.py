@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -29,8 +30,9 @@ class Link:
         self._socket: socket.socket | None = None
         raw = stream.extra(SocketAttribute.raw_socket, None)
         if raw is not None and settings.tls is None and sys.platform != "win32":
-            self._socket = socket.fromfd(raw.fileno(), raw.family, raw.type)
-            self._socket.setblocking(False)
+            with suppress(OSError):  # no file descriptor left: everything goes by ``send``
+                self._socket = socket.fromfd(raw.fileno(), raw.family, raw.type)
+                self._socket.setblocking(False)
 
     @property
     def can_send_nowait(self) -> bool:

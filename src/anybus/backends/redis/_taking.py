@@ -246,9 +246,9 @@ class Taking:
         topic, retries = (stream, group, consumer), (retry_stream, group, consumer)
         if self._astray:
             if found := await self._find_astray(topic, count):
-                return Redelivered(found, [], [])
+                return Redelivered(found, [], [], searched=True)
             if found := await self._find_astray(retries, count):
-                return Redelivered([], [], found)
+                return Redelivered([], [], found, searched=True)
         keys = (stream, delayed(stream), retry_stream, delayed(retry_stream))
         cursors = (self._cursors.get(topic, "0-0"), self._cursors.get(retries, "0-0"))
         args = (group, consumer, int(min_idle * 1000), count, *cursors, self._passes % 3)

@@ -99,6 +99,9 @@ class Waves:
                 if not wave.event.is_set():
                     wave.expire()
             wake_at = now + _LONGEST_SLEEP
+            if self._under_way:
+                # What opens while this sleeps has to be sealed in time, too.
+                wake_at = min(wake_at, now + self._under_way[0].timeout / _LONGEST_OPEN)
             if self._open is not None:
                 # A connection that takes nothing keeps it open: those who come later have a time of their own.
                 sealed_at = self._open.deadline - self._open.timeout * (1 - 1 / _LONGEST_OPEN)
