@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from anybus import (
     Delivery,
     EventBusError,
     GroupLostError,
+    LeaseLostError,
     Message,
     Reject,
     ReplayProgress,
@@ -546,7 +548,9 @@ async def test_what_a_group_has_pending_on_the_dead_letter_topic_can_be_replayed
         async with bus.deliveries(config) as deliveries:
             delivery = await deliveries.receive()
             assert await bus.dead_letters(topic).replay() == ReplayReport(replayed=1)
-            await delivery.ack()
+            with suppress(LeaseLostError):
+                # From Redis 7.0 on, a reclaim pass in between takes what has no body off the pending list.
+                await delivery.ack()
     assert await harness.pending(dead, "clerk") == []
     assert uids(await harness.entries(topic)) == ["a"]
 
