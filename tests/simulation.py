@@ -32,7 +32,7 @@ from anybus import (
     StreamBusOptions,
     SubscriptionConfig,
 )
-from anybus.abc import BusEvent, DeadLetterStore, FetchedEntry, Move, StoredEntry, TransferItem
+from anybus.abc import BusEvent, ClaimedMessage, DeadLetterStore, FetchedEntry, Move, StoredEntry, TransferItem
 
 OK, FAIL, RETRY, REJECT, RELEASE, CRASH = "ok", "fail", "retry", "reject", "release", "crash"
 Script = tuple[str, ...]
@@ -120,9 +120,10 @@ class StopHereError(Exception):
 class Mortal(StepByStep, DeadLetterStore):
     """What a process has of a backend: when the process is dead, nothing of it gets through."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, saw: Callable[[str, Sequence[FetchedEntry]], None]) -> None:
         super().__init__(inner)
         self.is_dead = False
+        self._saw = saw
 
     async def __aenter__(self) -> Mortal:  # noqa: PYI034 - the one backend inside outlives every process
         return self
@@ -138,7 +139,9 @@ class Mortal(StepByStep, DeadLetterStore):
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float
     ) -> list[FetchedEntry]:
         self._check()
-        return await super().read_new(stream, group, consumer, count=count, timeout=timeout)
+        entries = await super().read_new(stream, group, consumer, count=count, timeout=timeout)
+        self._saw(stream, entries)
+        return entries
 
     async def reclaim_idle(
         self, stream: str, group: str, consumer: str, *, min_idle: float, count: int
@@ -263,7 +266,7 @@ class World:
                 await self.harness.append_raw(self.topic, {"message": b"{", "n": str(number).encode()})
             await self._live(backend)
             while self.done < len(self.acts):
-                async with StreamBus(Mortal(backend), self._options()) as bus:
+                async with StreamBus(Mortal(backend, self._saw), self._options()) as bus:
                     await self._act(bus)
                 await self._live(backend)
             codes: dict[str, tuple[str | None, int]] = dict.fromkeys(self.keys, (None, 0))
@@ -273,7 +276,7 @@ class World:
             return codes
 
     async def _live(self, backend: Any) -> None:
-        while not await self._life(Mortal(backend)):
+        while not await self._life(Mortal(backend, self._saw)):
             pass
 
     async def _dead(self) -> list[tuple[str, str, Message]]:
@@ -339,6 +342,10 @@ class World:
                     tasks.cancel_scope.cancel()
         return not killed.is_set()
 
+    def _saw(self, stream: str, entries: Sequence[FetchedEntry]) -> None:
+        if stream == self.topic:
+            self.first_ids |= {e.message.key: e.id for e in entries if isinstance(e, ClaimedMessage)}
+
     async def _handle(self, delivery: Delivery, kill: Callable[[], None]) -> None:
         key = delivery.message.key
         script = self.scripts[int(key)]
@@ -370,8 +377,6 @@ class World:
             self.wrong.append(f"{key} is changed: {seen}")
         if any(name.startswith("dead-letter-") for name in message.headers):
             self.wrong.append(f"{key} has headers of its death: {message.headers}")
-        if attempt == 1 and "retry-first-id" not in message.headers:
-            self.first_ids[key] = delivery.id  # it comes from the topic
         told = message.headers.get("retry-attempt"), "retry-reason" in message.headers
         if told != ((None, False) if attempt == 1 else (str(attempt - 1), True)):
             self.wrong.append(f"{key}, attempt {attempt}, says {told}")
