@@ -255,6 +255,17 @@ async def test_from_a_group_that_is_gone_nothing_goes_to_it_and_the_others_do(
     assert uids(await harness.entries(topic)) == ["a", "c"]
 
 
+async def test_a_letter_with_an_empty_group_says_none_and_holds_up_no_other(bus: StreamBus, topic: str) -> None:
+    await make_group(bus, topic, "billing")
+    await bury(bus.backend, topic, "a", group="")
+    await bury(bus.backend, topic, "b", group="billing")
+    told: list[ReplayProgress] = []
+    report = await bus.dead_letters(topic).replay(to="group", on_progress=told.append)
+    assert report == ReplayReport(replayed=1, failed=1)
+    assert "does not say which group" in str(told[0].error)
+    assert await left(bus.dead_letters(topic)) == ["a"]
+
+
 async def test_what_cannot_be_decoded_stays(harness: Harness, bus: StreamBus, topic: str) -> None:
     await harness.append_raw(f"{topic}.dead", {"message": b"{not json", "raw:x": b"1"})
     await bury(bus.backend, topic, "a")

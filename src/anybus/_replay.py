@@ -146,7 +146,7 @@ class Replay:
             return ValidationError(f"dead letter {one.id} was malformed, and its raw fields have not been kept")
         if self._to == "topic":
             return Move(one.id, self._topic, letter.message)
-        if letter.group is None:
+        if not letter.group:
             return ValidationError(f"dead letter {one.id} does not say which group gave it up")
         if not groups[letter.group]:
             return GroupLostError(self._topic, letter.group)
