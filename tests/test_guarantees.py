@@ -17,10 +17,10 @@ from typing import Any
 
 import anyio
 import pytest
-from harness import Harness, Recorder, nothing_pending, quick, until
+from harness import Harness, Recorder, StepByStep, nothing_pending, quick, until
 from refusal import refused
 
-from anybus import Delivery, Message, StreamBus, SubscriptionConfig, retry_stream
+from anybus import Delivery, Message, Reject, StreamBus, SubscriptionConfig, retry_stream
 
 AT_MOST_ONCE: list[dict[str, Any]] = [
     {"guarantee": "at-most-once"},
@@ -98,6 +98,57 @@ async def test_at_most_once_loses_what_is_in_a_handler_that_is_cancelled(harness
             await bus.publish(Message(topic, key="next"))
             await until(lambda: len(begun) == 2)
     assert begun == ["lost", "next"]
+
+
+class SlowToBury(StepByStep):
+    """Publishes to the dead letters only when it is told to."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.begun = anyio.Event()
+        self.goes_on = anyio.Event()
+
+    async def publish(self, stream: str, message: Message) -> str:
+        if stream.endswith(".dead"):
+            self.begun.set()
+            await self.goes_on.wait()
+        return await super().publish(stream, message)
+
+
+async def test_at_most_once_a_rejected_message_is_not_lost_by_the_end(harness: Harness, topic: str) -> None:
+    """It was acknowledged before: its dead letter is all that is left of it."""
+    backend = SlowToBury(harness.make_backend())
+
+    async def handler(delivery: Delivery) -> None:
+        raise Reject("unwanted")
+
+    config = SubscriptionConfig(topic, "g", guarantee="at-most-once")
+    async with StreamBus(backend, quick(Recorder())) as bus, bus.subscribe(config, handler) as subscription:
+        await bus.publish(Message(topic, key="rejected"))
+        await backend.begun.wait()
+        subscription.abort()
+        await anyio.wait_all_tasks_blocked()
+        backend.goes_on.set()
+        await subscription.wait_closed()
+    [(_, letter, _)] = await harness.entries(f"{topic}.dead")
+    assert letter is not None
+    assert (letter.key, letter.headers["dead-letter-code"]) == ("rejected", "rejected")
+
+
+async def test_at_most_once_a_dead_letter_that_the_end_cuts_off_is_reported(harness: Harness, topic: str) -> None:
+    backend, recorder = SlowToBury(harness.make_backend()), Recorder()
+
+    async def handler(delivery: Delivery) -> None:
+        raise Reject("unwanted")
+
+    config = SubscriptionConfig(topic, "g", guarantee="at-most-once")
+    options = quick(recorder, publish_timeout=0.05)
+    async with StreamBus(backend, options) as bus, bus.subscribe(config, handler) as subscription:
+        await bus.publish(Message(topic))
+        await backend.begun.wait()
+        subscription.abort()
+        await subscription.wait_closed()
+    assert any("is lost" in (event.detail or "") for event in recorder.of("on_error", "publish"))
 
 
 async def test_at_least_once_by_hand(harness: Harness, topic: str) -> None:

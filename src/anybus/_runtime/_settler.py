@@ -182,7 +182,8 @@ class Settler:
             return
         output = self._dead_letter(held, decision, context.dead_letter_topic)
         try:
-            with anyio.fail_after(context.options.publish_timeout):
+            # Shielded: of what was acknowledged before, this is all that is left.
+            with anyio.fail_after(context.options.publish_timeout, shield=True):
                 await context.backend.publish(output.stream, output.message)
         except Exception as error:
             self.dispatch.report("publish", error, held, "the dead letter of a message acknowledged on receipt is lost")
