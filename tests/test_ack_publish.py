@@ -209,6 +209,40 @@ async def test_cancelled_while_the_server_is_asked_it_is_seen_through(
     assert await published(harness, topic) == ALL
 
 
+class Refusing(Failing):
+    """Takes nothing of a handler's, for good."""
+
+    async def transfer_many(
+        self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
+    ) -> list[list[str] | EventBusError | None]:
+        if any(output.stream.endswith((".even", ".odd")) for _, outputs in items for output in outputs):
+            await anyio.lowlevel.checkpoint()
+            return [BackendError("no stream", may_have_happened=False, can_pass=False) for _ in items]
+        return await super().transfer_many(stream, group, consumer, items)
+
+
+async def test_cancelled_and_then_refused_for_good_its_handling_has_failed(harness: Harness, topic: str) -> None:
+    """Nobody is there any more who could hear of it, and trying it again for ever would hold the message for ever."""
+
+    async def handler(delivery: Delivery) -> None:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await delivery.ack(publish=products(topic))
+
+    config = SubscriptionConfig(topic, "g", max_retry=1, retry_backoff=0.0)
+    async with StreamBus(Refusing(harness.make_backend()), quick(Recorder(), claim_idle_timeout=30.0)) as bus:
+        async with bus.subscribe(config, handler) as subscription:
+            await bus.publish(Message(topic))
+            await until(lambda: subscription.statistics().dead_lettered == 1)
+            assert subscription.statistics().retried == 1
+            assert subscription.statistics().handled == 0
+    [(_, letter, _)] = await harness.entries(f"{topic}.dead")
+    assert letter is not None
+    assert letter.headers["dead-letter-code"] == "retries"
+    assert "no stream" in letter.headers["dead-letter-reason"]
+    assert await published(harness, topic) == NOTHING
+
+
 async def steal(backend: StreamBackend, topic: str) -> str:
     """Another consumer takes what is pending."""
     [taken] = await backend.reclaim_idle(topic, "g", "thief", min_idle=0, count=10)

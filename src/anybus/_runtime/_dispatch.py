@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 import anyio
 
 from .._cancellation import as_failure
-from .._errors import ClosedError, GroupLostError, LeaseLostError, may_have_happened
-from .._settlement import Result
+from .._errors import ClosedError, GroupLostError, LeaseLostError, can_pass, may_have_happened, words
+from .._settlement import Outcome, Result
 from ..abc import Output
 from ..abc._observer import ErrorScope
 from ._context import Context
@@ -50,7 +50,7 @@ class Dispatch:
         self._transfers = Lane(self._flush_transfers, clock)
         self._releases = Lane(self._flush_releases, clock)
         self.on_unsettled: Callable[[Held, Result], None] = _unset
-        """A settlement by hand has failed, and its handler has ended meanwhile, with this result."""
+        """A settlement by hand has failed, and nobody waits for it any more: the handling has ended with this result."""
         self.is_over = False
         self._ending = False
         features = context.backend.features
@@ -268,6 +268,11 @@ class Dispatch:
             return
         if not reported:
             self.report("ack-flush", error, held, f"the entry could not be {held.intent}")
+        if held.intent == ACKED_WITH and not can_pass(error):
+            # Whoever asked for it was cancelled, and hears nothing of it; again it would be refused again.
+            error_type = f"{type(error).__module__}.{type(error).__qualname__}"
+            self.on_unsettled(held, Result(Outcome.FAILED, words(error), error_type, error=error))
+            return
         if context.clock() < held.lease_until:
             lane.again(held)
             return
