@@ -7,13 +7,18 @@ each read. A publish or an ack never waits behind a blocking read.
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
+from types import SimpleNamespace
+from typing import Any
+
 import anyio
 import anyio.lowlevel
 import pytest
 from harness import SOON, Harness, nothing_pending, quick, until
 
 from anybus import Delivery, Message, StreamBus, SubscriptionConfig
-from anybus._runtime._ledger import Budget
+from anybus._runtime._ledger import Budget, Held, Ledger, Stage
+from anybus._runtime._pool import Taker
 
 
 @pytest.mark.parametrize(
@@ -132,3 +137,32 @@ async def test_a_backlog_of_a_dead_peer_drains_at_the_handlers_speed(harness: Ha
         await backend.release(topic, "g", "dead", [entry.id for entry in await harness.pending(topic, "g")])
         async with bus.subscribe(SubscriptionConfig(topic, "g", max_in_flight=4), handler):
             await until(lambda: len(handled) == 101)
+
+
+async def test_a_read_that_holds_out_for_room_is_not_kept_waiting_by_what_was_lost_meanwhile() -> None:
+    """Entries whose lease is lost while they wait are no work to do: what there is room for is read then."""
+    ledger = Ledger(("t",), Budget(4, 16))
+    now = datetime.now(timezone.utc)
+    held = [Held("t", str(n), Message("t"), 1, 1, now, now, 60.0, False) for n in range(12)]
+    for one in held:
+        ledger.add(one)
+        one.stage = Stage.OPEN
+    last, lost = held[-2:]
+    last.stage = lost.stage = Stage.WAITING
+    ledger.waiting += [last, lost]
+    ledger.remove(lost)
+    context: Any = SimpleNamespace(ledger=ledger, clock=lambda: 0.0)
+    unused: Any = None
+    rooms: list[int] = []
+
+    async def read() -> None:
+        rooms.append(await ledger.wait_for_read_room())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        assert rooms == []
+        assert Taker(context, unused, unused).next_entry() is last
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    assert rooms == [1]

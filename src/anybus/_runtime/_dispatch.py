@@ -50,7 +50,7 @@ class Dispatch:
         self._transfers = Lane(self._flush_transfers, clock)
         self._releases = Lane(self._flush_releases, clock)
         self.on_unsettled: Callable[[Held, Result], None] = _unset
-        """A settlement by hand has failed, and nobody waits for it any more: the handling has ended with this result."""
+        """A settlement by hand has failed, and nobody waits for it any more: its handling ended with this result."""
         self.is_over = False
         self._ending = False
         features = context.backend.features

@@ -201,7 +201,7 @@ class Ledger:
             self.on_removed()
 
     def all_taken(self) -> None:
-        """Nothing waits any more: a read that held out for more room is worth while now."""
+        """Nothing may wait any more: a read that held out for more room is worth while now."""
         if self._read_room is not None:
             self.changed()
 

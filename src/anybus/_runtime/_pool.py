@@ -75,7 +75,7 @@ class Taker:
             held = waiting.popleft()
             if held.stage is not _WAITING:
                 continue
-            if not waiting:
+            if not waiting or waiting[0].stage is not _WAITING:
                 self._ledger.all_taken()
             held.started_at = now = self._clock()
             if now >= held.lease_until:
