@@ -33,6 +33,8 @@ from anybus import (
     ValidationError,
 )
 from anybus._dead_letter_pages import ENTRY_BYTES, PAGE_BYTES
+from anybus.abc import StoredEntry
+from anybus.backends.memory import MemoryBackend
 
 
 @pytest.fixture
@@ -181,6 +183,30 @@ async def test_a_page_is_full_however_few_of_them_match(bus: StreamBus, topic: s
     assert [letter.message.key for letter in page.letters if letter.message] == [f"b{number}" for number in range(50)]
     rest = await bus.dead_letters(topic, group="billing").page(page.next)
     assert (len(rest.letters), rest.next) == (10, None)
+
+
+class Counting(MemoryBackend):
+    """Counts how often it is asked for a page."""
+
+    asked = 0
+
+    async def read_page(
+        self, stream: str, *, after: str | None, until: str, count: int, max_bytes: int, max_entry_bytes: int
+    ) -> list[StoredEntry]:
+        self.asked += 1
+        return await super().read_page(
+            stream, after=after, until=until, count=count, max_bytes=max_bytes, max_entry_bytes=max_entry_bytes
+        )
+
+
+async def test_a_small_page_of_few_that_match_is_not_looked_for_one_by_one(topic: str) -> None:
+    backend = Counting()
+    async with StreamBus(backend) as bus:
+        await bury(backend, topic, *map(str, range(500)))
+        await bury(backend, topic, "x", code="rejected")
+        page = await bus.dead_letters(topic, code="rejected").page(limit=1)
+        assert (len(page.letters), page.next) == (1, None)
+        assert backend.asked < 20
 
 
 # --- filters

@@ -67,6 +67,8 @@ class AllMatching:
             if not entries:
                 break
             self._after = entries[-1].id
+            # Where few match, a small page is not looked for one by one.
+            self._count = min(self._count * 2, PAGE_COUNT)
             letters = [(read_letter(entry, self._only.topic), entry.size) for entry in entries]
             if found := [Found(letter.id, letter, size) for letter, size in letters if self._only.matches(letter)]:
                 return found
