@@ -341,6 +341,23 @@ async def test_a_topic_that_takes_nothing_leaves_them_where_they_are(server: Run
         assert await left(bus.dead_letters(topic)) == ["a", "b"]
 
 
+async def test_a_retry_stream_that_is_no_stream_holds_up_no_other_group(server: RunningServer, topic: str) -> None:
+    def set_key() -> None:
+        with server.client() as client:
+            client.set(retry_stream(topic, "mail"), "no stream")
+
+    async with StreamBus(RedisBackend(server.url)) as bus:
+        await make_group(bus, topic, "billing")
+        await bury(bus.backend, topic, "a", group="mail")
+        await bury(bus.backend, topic, "b", group="billing")
+        await anyio.to_thread.run_sync(set_key)
+        told: list[ReplayProgress] = []
+        report = await bus.dead_letters(topic).replay(to="group", on_progress=told.append)
+        assert report == ReplayReport(replayed=1, failed=1)
+        assert "WRONGTYPE" in str(told[0].error)
+        assert await left(bus.dead_letters(topic)) == ["a"]
+
+
 async def test_a_server_that_has_forgotten_the_scripts_is_told_them_again(server: RunningServer, topic: str) -> None:
     def forget() -> None:
         with server.client() as client:

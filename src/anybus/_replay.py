@@ -15,7 +15,7 @@ from ._checks import refuse
 from ._copies import restored, retry_stream
 from ._dead_letter import DeadLetter
 from ._dead_letter_pages import PAGE_COUNT, Found
-from ._errors import EventBusError, GroupLostError, ValidationError
+from ._errors import EventBusError, GroupLostError, ValidationError, can_pass
 from ._reporting import Reporter
 from .abc import DeadLetterStore, Move
 
@@ -121,10 +121,10 @@ class Replay:
 
     async def send(self, found: Sequence[Found]) -> None:
         """Move those that can be moved, in one step each; tell of all, in their order."""
-        groups: dict[str, bool] = {}
+        groups: dict[str, EventBusError | None] = {}
         if self._to == "group":
             for group in {one.letter.group for one in found if one.letter is not None and one.letter.group}:
-                groups[group] = await self._store.has_group(retry_stream(self._topic, group), group)
+                groups[group] = await self._what_keeps_from(group)
         plans = [self._plan(one, groups) for one in found]
         moves = [plan for plan in plans if isinstance(plan, Move)]
         results: list[str | EventBusError | None]
@@ -136,7 +136,16 @@ class Replay:
         for one, plan in zip(found, plans, strict=True):
             self._tell(one, plan, next(outcomes) if isinstance(plan, Move) else plan)
 
-    def _plan(self, one: Found, groups: dict[str, bool]) -> Move | EventBusError | None:
+    async def _what_keeps_from(self, group: str) -> EventBusError | None:
+        try:
+            there = await self._store.has_group(retry_stream(self._topic, group), group)
+        except EventBusError as error:
+            if can_pass(error):
+                raise
+            return error  # this group's alone: a key of another type, no right to it
+        return None if there else GroupLostError(self._topic, group)
+
+    def _plan(self, one: Found, groups: dict[str, EventBusError | None]) -> Move | EventBusError | None:
         letter = one.letter
         if letter is None:
             return None
@@ -148,8 +157,8 @@ class Replay:
             return Move(one.id, self._topic, letter.message)
         if not letter.group:
             return ValidationError(f"dead letter {one.id} does not say which group gave it up")
-        if not groups[letter.group]:
-            return GroupLostError(self._topic, letter.group)
+        if (error := groups[letter.group]) is not None:
+            return error
         message = letter.message and restored(letter.message, self._topic, first_id=letter.first_id)
         return Move(one.id, retry_stream(self._topic, letter.group), message)
 
