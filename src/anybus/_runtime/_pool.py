@@ -192,7 +192,7 @@ class HandlerPool(Taker):
         self._parked.append(called)
         try:
             await called.wait()
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 - a real cancellation goes on
             if called in self._parked:
                 self._parked.remove(called)
             elif not self._stopped:
