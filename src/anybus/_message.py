@@ -82,10 +82,20 @@ def _check_texts(message: Message, *fields: str) -> None:
 
 def new_uid() -> str:
     """A time-ordered UUID (version 7, RFC 9562 section 5.7): 48 bits of Unix milliseconds, 74 random bits."""
+    global _uid_time  # noqa: PLW0603 - a memory, nothing more
+    milliseconds = time.time_ns() // 1_000_000
+    known, prefix = _uid_time
+    if known != milliseconds:
+        # Many messages are made in one millisecond.
+        text = f"{milliseconds:012x}"
+        prefix = f"{text[:8]}-{text[8:]}-7"
+        _uid_time = (milliseconds, prefix)
     # os.urandom and not the random module: two processes forked from one must never agree.
-    time_part, tail = f"{time.time_ns() // 1_000_000:012x}", os.urandom(10).hex()
-    return f"{time_part[:8]}-{time_part[8:]}-7{tail[:3]}-{_VARIANT[tail[3]]}{tail[4:7]}-{tail[7:19]}"
+    tail = os.urandom(10).hex()
+    return f"{prefix}{tail[:3]}-{_VARIANT[tail[3]]}{tail[4:7]}-{tail[7:19]}"
 
+
+_uid_time = (-1, "")
 
 _VARIANT = {digit: "89ab"[index % 4] for index, digit in enumerate("0123456789abcdef")}
 

@@ -50,11 +50,15 @@ class Single(Replies):
     __slots__ = ("sent", "wave")
 
     def __init__(self, wave: Wave) -> None:
+        # As Replies does, written out: one of these is made for every publish.
+        self.expected = 1
+        self.replies = []
+        self.error = None
+        self.done = wave.arrived
         self.sent = False
         self.wave = wave
         wave.left += 1
         wave.calls.append(self)
-        super().__init__(1, wave.arrived)
 
 
 class Waves:
