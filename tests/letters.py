@@ -7,7 +7,7 @@ from datetime import datetime, timedelta, timezone
 import anyio
 from harness import SOON, Harness, quick, until
 
-from anybus import Delivery, ExponentialBackoff, Message, StreamBus, SubscriptionConfig
+from anybus import DeadLetters, Delivery, ExponentialBackoff, Message, StreamBus, SubscriptionConfig
 from anybus._copies import Origin, dead_letter
 from anybus.abc import StreamBackend
 
@@ -65,3 +65,8 @@ async def take(bus: StreamBus, topic: str, group: str, count: int) -> list[Deliv
                 await delivery.ack()
                 taken.append(delivery)
     return taken
+
+
+async def left(letters: DeadLetters) -> list[str]:
+    """The uids of those that are there."""
+    return [letter.message.uid async for letter in letters if letter.message is not None]

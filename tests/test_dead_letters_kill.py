@@ -15,36 +15,25 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import new_topic
+from processes import BOUND, CHILDREN, wait_until
 from servers import RunningServer
 
 from anybus import JsonCodec, Message, retry_stream
 from anybus._copies import Origin, dead_letter
-
-CHILDREN = Path(__file__).with_name("children")
-BOUND = 45.0
-"""Seconds after which what a test waits for has not come. Never a measure of speed."""
 
 ROUNDS = 12
 """With two processes in each: 24, on each of three loops."""
 
 LETTERS = 3000
 """More in every round."""
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + BOUND
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited in vain for {what}")
 
 
 @pytest.fixture(params=["asyncio", "uvloop", "trio"])

@@ -11,9 +11,9 @@ from collections.abc import AsyncGenerator
 import anyio
 import pytest
 from harness import SOON, Harness, nothing_pending, quick, uids, until
-from letters import AT, bury, give_up_malformed, minutes
+from letters import AT, bury, give_up_malformed, left, minutes
 
-from anybus import DeadLetters, Delivery, Message, ReplayReport, StreamBus, SubscriptionConfig, ValidationError
+from anybus import Delivery, Message, ReplayReport, StreamBus, SubscriptionConfig, ValidationError
 from anybus._dead_letter_pages import ENTRY_BYTES
 
 MANY = 620
@@ -24,10 +24,6 @@ MANY = 620
 async def bus(harness: Harness) -> AsyncGenerator[StreamBus, None]:
     async with StreamBus(harness.make_backend(), quick()) as made:
         yield made
-
-
-async def left(letters: DeadLetters) -> list[str]:
-    return [letter.message.uid async for letter in letters if letter.message is not None]
 
 
 async def test_all_of_them(harness: Harness, bus: StreamBus, topic: str) -> None:

@@ -21,7 +21,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 from harness import QUICK, SOON, Harness, Recorder, nothing_pending, quick, uids, until
-from letters import AT, bury, give_up_malformed, minutes, take
+from letters import AT, bury, give_up_malformed, left, minutes, take
 from servers import RunningServer
 
 from anybus import (
@@ -53,10 +53,6 @@ MANY = 230
 async def bus(harness: Harness) -> AsyncGenerator[StreamBus, None]:
     async with StreamBus(harness.make_backend(), quick()) as made:
         yield made
-
-
-async def left(letters: DeadLetters) -> list[str]:
-    return [letter.message.uid async for letter in letters if letter.message is not None]
 
 
 async def make_group(bus: StreamBus, topic: str, group: str) -> None:

@@ -18,7 +18,7 @@ from harness import SOON, Harness, nothing_pending, quick, until
 
 from anybus import Delivery, Message, StreamBus, SubscriptionConfig
 from anybus._runtime._ledger import Budget, Held, Ledger, Stage
-from anybus._runtime._pool import Taker
+from anybus._runtime._pull import PullTaker
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ async def test_a_read_that_holds_out_for_room_is_not_kept_waiting_by_what_was_lo
     last.stage = lost.stage = Stage.WAITING
     ledger.waiting += [last, lost]
     ledger.remove(lost)
-    context: Any = SimpleNamespace(ledger=ledger, clock=lambda: 0.0)
+    context: Any = SimpleNamespace(ledger=ledger, clock=lambda: 0.0, max_in_flight=1)
     unused: Any = None
     rooms: list[int] = []
 
@@ -162,7 +162,7 @@ async def test_a_read_that_holds_out_for_room_is_not_kept_waiting_by_what_was_lo
         tasks.start_soon(read)
         await anyio.wait_all_tasks_blocked()
         assert rooms == []
-        assert Taker(context, unused, unused).next_entry() is last
+        assert PullTaker(context, unused, unused).next_entry() is last
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
     assert rooms == [1]

@@ -21,21 +21,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import new_topic
+from processes import BOUND, CHILDREN, wait_until
 from servers import RunningServer
 
 from anybus import JsonCodec, retry_stream
 from anybus.backends.redis._keys import delayed
-
-CHILDREN = Path(__file__).with_name("children")
-BOUND = 45.0
-"""Seconds after which what a test waits for has not come. Never a measure of speed."""
 
 LEASE = 1.0
 INTERRUPTS = 67
@@ -43,14 +40,6 @@ INTERRUPTS = 67
 
 AT_ONCE = 3
 """So many interrupted consumers side by side."""
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + BOUND
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited in vain for {what}")
-        time.sleep(0.02)
 
 
 class Child:

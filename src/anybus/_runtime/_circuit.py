@@ -28,14 +28,16 @@ class State(enum.Enum):
     ON_TRIAL = "on trial"
 
 
-def _unset() -> None:
-    raise NotImplementedError
-
-
 class Circuit:
-    """Counts, and says when to pause. Of one subscription, in memory."""
+    """Counts, and says when to pause. Of one subscription, in memory.
 
-    def __init__(self, breaker: CircuitBreaker, context: Context) -> None:
+    :param shut: take nothing more, and hand back what waits.
+    :param reopen: take messages again.
+    """
+
+    def __init__(
+        self, breaker: CircuitBreaker, context: Context, shut: Callable[[], None], reopen: Callable[[], None]
+    ) -> None:
         self._breaker = breaker
         self._context = context
         self._state = State.CLOSED
@@ -44,10 +46,8 @@ class Circuit:
         self._stopped = False
         self._opened_at = 0.0
         self._tripped = anyio.Event()
-        self.shut: Callable[[], None] = _unset
-        """Take nothing more, and hand back what waits."""
-        self.open: Callable[[], None] = _unset
-        """Take messages again."""
+        self._shut = shut
+        self._reopen = reopen
 
     def saw(self, outcome: Outcome) -> None:
         """A handling has ended. A rejection speaks of its message, a release or a cancellation of nothing."""
@@ -84,7 +84,7 @@ class Circuit:
         self._state = State.OPEN
         self._opened_at = context.clock()
         context.counters.circuit_opened += 1
-        self.shut()
+        self._shut()
         self._tripped.set()
         detail = f"{why}: nothing is taken for {self._breaker.pause} s"
         context.reporter.notice("on_circuit_opened", "circuit-opened", detail)
@@ -107,7 +107,7 @@ class Circuit:
             else:
                 self._state = State.ON_TRIAL
                 context.ledger.budget.narrow()
-            self.open()
+            self._reopen()
 
 
 class WatchedSettler(Settler):

@@ -33,14 +33,14 @@ ACKED, ACKED_WITH, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING 
 _HANDLED = (ACKED, ACKED_WITH)
 
 
-def _unset(held: Held, result: Result) -> None:
-    raise NotImplementedError
-
-
 class Dispatch:
-    """One lane for acknowledgements, one for transfers, one for releases."""
+    """One lane for acknowledgements, one for transfers, one for releases.
 
-    def __init__(self, context: Context) -> None:
+    :param on_unsettled: a settlement by hand has failed, and nobody waits for it any more: its handling ended
+        with this result.
+    """
+
+    def __init__(self, context: Context, on_unsettled: Callable[[Held, Result], None]) -> None:
         self._context = context
         clock = context.clock
         options = context.options
@@ -49,8 +49,7 @@ class Dispatch:
         self.acks = Lane(self._flush_acks, clock, threshold=threshold, interval=options.ack_flush_interval)
         self._transfers = Lane(self._flush_transfers, clock)
         self._releases = Lane(self._flush_releases, clock)
-        self.on_unsettled: Callable[[Held, Result], None] = _unset
-        """A settlement by hand has failed, and nobody waits for it any more: its handling ended with this result."""
+        self._on_unsettled = on_unsettled
         self.is_over = False
         self._ending = False
         features = context.backend.features
@@ -264,14 +263,14 @@ class Dispatch:
             if self._ending:
                 self.release(held)
             elif held.result is not None:
-                self.on_unsettled(held, held.result)
+                self._on_unsettled(held, held.result)
             return
         if not reported:
             self.report("ack-flush", error, held, f"the entry could not be {held.intent}")
         if held.intent == ACKED_WITH and not can_pass(error):
             # Whoever asked for it was cancelled, and hears nothing of it; again it would be refused again.
             error_type = f"{type(error).__module__}.{type(error).__qualname__}"
-            self.on_unsettled(held, Result(Outcome.FAILED, words(error), error_type, error=error))
+            self._on_unsettled(held, Result(Outcome.FAILED, words(error), error_type, error=error))
             return
         if context.clock() < held.lease_until:
             lane.again(held)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timezone
 
 import anyio
 
-from .._backoff import recovery_delay
-from .._cancellation import as_failure, persist
+from .._cancellation import persist
 from .._copies import failed_attempts, undecodable
-from .._errors import BackendError, GroupLostError, SerializationError, can_pass
+from .._errors import BackendError, SerializationError
 from .._settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
@@ -20,6 +18,7 @@ from ._context import Context
 from ._dispatch import RELEASED
 from ._leases import Leases
 from ._ledger import Held, Stage
+from ._recovery import Recovery
 from ._settler import Settler
 
 SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
@@ -83,7 +82,7 @@ class Intake:
             await self._opened.wait()
 
     async def _keep_reading(self) -> None:
-        look, wait = _Recovery(self._context, "read"), _Recovery(self._context, "read")
+        look, wait = Recovery(self._context, "read"), Recovery(self._context, "read")
         while True:
             await self._until_open()
             await self._ledger.wait_for_read_room()
@@ -93,7 +92,7 @@ class Intake:
                 await wait.attempt(self._read, self._context.options.block_timeout, 1)
 
     async def _keep_reclaiming(self) -> None:
-        recovery = _Recovery(self._context, "reclaim")
+        recovery = Recovery(self._context, "reclaim")
         releases = self._releases()
         while True:
             await self._until_open()
@@ -108,7 +107,7 @@ class Intake:
     async def _take_turns(self) -> None:
         """Nothing lies beyond ``max_in_flight``: a pass after each read, which blocks no longer than that may wait."""
         options = self._context.options
-        read, reclaim = _Recovery(self._context, "read"), _Recovery(self._context, "reclaim")
+        read, reclaim = Recovery(self._context, "read"), Recovery(self._context, "reclaim")
         releases = self._releases()
         left_behind = False
         while True:
@@ -414,58 +413,3 @@ class Intake:
             await suspect.gone.wait()
         finally:
             self.open(SUSPECT)
-
-
-class _Recovery:
-    """Errors that can pass are reported and the work is tried again, later with every failure; others end it."""
-
-    def __init__(self, context: Context, scope: ErrorScope) -> None:
-        self._context = context
-        self._scope: ErrorScope = scope
-        self._failures = 0
-
-    @property
-    def failed(self) -> bool:
-        """Whether the last attempt did."""
-        return self._failures > 0
-
-    async def attempt(self, work: Callable[..., Awaitable[bool]], /, *args: float) -> bool:
-        try:
-            result = await work(*args)
-        except BaseException as error:  # noqa: ASYNC103 - raised again in there
-            await self._recover(as_failure(error))  # noqa: ASYNC102 - no cancellation comes this far
-            return False  # noqa: ASYNC104
-        self._failures = 0
-        return result
-
-    async def _recover(self, error: Exception) -> None:
-        if not can_pass(error):
-            raise error
-        self._failures += 1
-        if isinstance(error, GroupLostError):
-            made = await self._make_again(error)
-            if made and self._failures == 1:
-                return
-        else:
-            self._context.reporter.error(self._scope, error, detail="tried again soon")
-        await anyio.sleep(recovery_delay(self._failures, random.random()))
-
-    async def _make_again(self, lost: GroupLostError) -> bool:
-        """Make a lost group again where every member had settled everything, else at the start: never a gap."""
-        context = self._context
-        context.ledger.group_was_lost()
-        position = lost.safe_id or "0"
-        try:
-            made = await context.backend.create_group(lost.stream, context.group, position)
-        except Exception as error:
-            if not can_pass(error):
-                raise
-            context.reporter.error(
-                self._scope, error, detail=f"the lost group of {lost.stream!r} is not made again yet"
-            )
-            return False
-        if made:
-            detail = f"made again at {position}"
-            context.reporter.error(self._scope, lost, detail=detail, topic=lost.stream)
-            context.reporter.tell("on_group_made_again", "group-made-again", topic=lost.stream, detail=detail)
-        return True

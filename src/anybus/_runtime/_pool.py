@@ -8,6 +8,7 @@ batch, and a task for every message costs more than most handlers.
 
 from __future__ import annotations
 
+import abc
 import contextvars
 from collections.abc import Awaitable, Callable
 
@@ -51,7 +52,7 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-class Taker:
+class Taker(abc.ABC):
     """Takes what waits: what pool and pull stream have in common."""
 
     def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper) -> None:
@@ -92,12 +93,13 @@ class Taker:
         self._stopped = True
         self._stopping.set()
 
+    @abc.abstractmethod
     def wake(self) -> None:
         """There is something to take."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def run(self) -> None:
-        raise NotImplementedError
+        """Until stopped, and nothing is in flight."""
 
     def in_flight(self) -> int:
         return len(self.running)

@@ -42,8 +42,7 @@ class Settler:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.judgement = Judgement(context)
-        self.dispatch = Dispatch(context)
-        self.dispatch.on_unsettled = self.apply
+        self.dispatch = Dispatch(context, self.apply)
         self._put_ack = self.dispatch.acks.put
         self._held_back: list[tuple[float, int, Held]] = []
         self._tickets = itertools.count()

@@ -10,7 +10,6 @@ shielded, notices a cancellation from outside and turns it into an abort.
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -43,7 +42,11 @@ class Subscription:
 
     def __init__(self, context: Context, handler: Handler | None) -> None:
         self._context = context
-        self._circuit = None if context.circuit is None else Circuit(context.circuit, context)
+        self._circuit: Circuit | None = None
+        if context.circuit is not None:
+            self._circuit = Circuit(
+                context.circuit, context, lambda: self._intake.shut(CIRCUIT), lambda: self._intake.open(CIRCUIT)
+            )
         self._settler = Settler(context) if self._circuit is None else WatchedSettler(context, self._circuit)
         self._leases = Leases(context, self._settler)
         keeper = EntryKeeper(context, self._settler, self._leases)
@@ -63,8 +66,6 @@ class Subscription:
             self._settler.run_held_back,
         )
         if self._circuit is not None:
-            self._circuit.shut = functools.partial(self._intake.shut, CIRCUIT)
-            self._circuit.open = functools.partial(self._intake.open, CIRCUIT)
             background = (*background, self._circuit.run)
         self._background = {part: anyio.CancelScope(shield=True) for part in background}
         self._forgotten: set[str] = set()

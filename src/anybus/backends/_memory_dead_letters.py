@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 
 from anyio.lowlevel import checkpoint
@@ -18,8 +19,9 @@ class MemoryDeadLetters(DeadLetterStore):
 
     _streams: dict[str, Stream]
 
+    @abc.abstractmethod
     def _stream(self, name: str) -> Stream:
-        raise NotImplementedError
+        """The stream of that name."""
 
     async def last_entry_id(self, stream: str) -> str | None:
         await checkpoint()
