@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -15,7 +14,7 @@ from ..abc import Output
 from ..abc._observer import ErrorScope
 from ._context import Context
 from ._lane import Lane
-from ._ledger import Held, Stage
+from ._ledger import SETTLED_BEFORE, Held, Stage
 
 _AT_ONCE = 128
 """So many settlements make a part of a batch."""
@@ -70,8 +69,9 @@ class Dispatch:
         self._ending = True
         for lane in self.lanes:
             lane.begin_drain()
-        for lane in self.lanes:
-            await lane.drained()
+        while not all(lane.is_empty for lane in self.lanes):  # an answer of one can bring work for another
+            for lane in self.lanes:
+                await lane.drained()
 
     def finish(self) -> int:
         """Nothing is sent any more. Whoever waits is told; what is left comes back when its lease is over."""
@@ -116,7 +116,7 @@ class Dispatch:
             not_ours = set(refused)
             for held in entries:
                 if held.id in not_ours:
-                    self._refused(held)
+                    self._refused(held, self.acks)
                 else:
                     self.done(held)
 
@@ -131,7 +131,7 @@ class Dispatch:
                 if isinstance(result, Exception):
                     self._failed(held, result, self._transfers)
                 elif result is None:
-                    self._refused(held)
+                    self._refused(held, self._transfers)
                 else:
                     self.done(held)
                     if held.intent == ACKED_WITH and context.reporter.hears_published:
@@ -142,8 +142,10 @@ class Dispatch:
     async def _flush_releases(self, batch: list[Held]) -> None:
         async def send(stream: str, entries: list[Held]) -> None:
             context = self._context
-            with contextlib.suppress(GroupLostError):  # then nothing is ours any more: there is nothing to hand back
+            try:
                 await context.backend.release(stream, context.group, context.consumer, [held.id for held in entries])
+            except GroupLostError:  # then nothing is ours any more: there is nothing to hand back
+                context.ledger.group_was_lost(stream)
             for held in entries:
                 if held.retaken:
                     # Taken again between the server's release and its reply: it is ours once more.
@@ -176,6 +178,8 @@ class Dispatch:
             self._all_failed(entries, as_failure(error), lane)
 
     def _all_failed(self, entries: Sequence[Held], error: Exception, lane: Lane) -> None:
+        if isinstance(error, GroupLostError):
+            self._context.ledger.group_was_lost(entries[0].stream)
         self._context.reporter.error("ack-flush", error, detail=f"settling {len(entries)} entries")
         for held in entries:
             if held.stage is Stage.SETTLING:
@@ -190,38 +194,51 @@ class Dispatch:
             return
         plain: list[Held] = []
         for held in entries:
-            if held.intent is ACKED and held.waiter is None and not (held.failed or held.lost):
+            if held.intent is ACKED and held.waiter is None and not (held.failed or held.lost or held.retaken):
                 plain.append(held)
             else:
                 self.done(held)
         context.counters.handled += len(plain)
-        context.ledger.remove_acked(stream, plain)
+        context.ledger.remove_settled(stream, plain)
 
-    def done(self, held: Held) -> None:
+    def done(self, held: Held, *, sure: bool = True) -> None:
+        """Enter what the server said into the books.
+
+        :param sure: false for what may still be pending: it is held back here, or counts as settled only since
+            somebody else has it.
+        """
         context = self._context
         counters = context.counters
         intent = held.intent
+        retaken, held.retaken = held.retaken, False
         held.lost = False
         if held.failed:
             counters.failed += 1
         if intent in _HANDLED:
             counters.handled += 1
-            context.ledger.remember_acked(held)
         elif intent == RETRIED:
             counters.retried += 1
         elif intent == RELEASED:
             counters.released += 1
         elif intent in (DEAD_LETTERED, DROPPED):
             counters.dead_lettered += 1
-        if intent != RELEASED:
-            context.ledger.note_settled(held)
-        context.ledger.remove(held)
+        if intent == RELEASED or not sure:
+            context.ledger.let_go(held)
+        else:
+            context.ledger.note_settled(held.stream, (held.id,))
+            context.ledger.remove(held)
         self._answer(held, None)
         if context.reporter.hears_settled:
-            detail = ACKED if intent in (ACKED_WITH, ACCEPTED, MISSING) else intent
+            detail = ACKED if intent in (ACKED_WITH, ACCEPTED, MISSING, SETTLED_BEFORE) else intent
             context.reporter.tell("on_settled", "settled", message_id=held.id, attempt=held.attempt, detail=detail)
         if intent in (DEAD_LETTERED, DROPPED):
             self.tell_dead_lettered(held)
+        if retaken and intent != RELEASED:
+            # Handed over anew before this answer was here, by a group made again perhaps: settled it is all the same.
+            again = held.again(held.attempt)
+            again.parked = again.local_attempt = False
+            context.ledger.add(again)
+            self.ack(again, SETTLED_BEFORE)
 
     def _tell_published(self, held: Held, ids: Sequence[str]) -> None:
         for output, entry_id in zip(held.outputs, ids, strict=True):
@@ -232,17 +249,32 @@ class Dispatch:
             "on_dead_lettered", "dead-lettered", message_id=held.id, attempt=held.attempt, detail=held.reason
         )
 
-    def _refused(self, held: Held) -> None:
+    def _refused(self, held: Held, lane: Lane) -> None:
         """The server says that it is not ours."""
-        if held.uncertain or held.intent == MISSING:
-            # A try whose reply was lost has settled it; an entry without a body leaves the pending list by itself.
+        context = self._context
+        if held.retaken:
+            held.retaken = False  # but has become ours since
+            lane.put(held)
+            return
+        if held.intent in (MISSING, SETTLED_BEFORE):
+            # An entry without a body leaves the pending list by itself, and so does what was settled before.
             self.done(held)
             return
-        context = self._context
+        if held.uncertain and held.intent != ACCEPTED:
+            # A try whose reply was lost has settled it, or somebody else has it. Should it come back after all, then
+            # what was handled with success is acked; what was to be appended was not: that is handled anew.
+            self.done(held, sure=False)
+            if held.intent == ACKED:
+                context.ledger.remember_handled(held, SETTLED_BEFORE)
+            return
         if held.intent == ACKED:
-            context.ledger.remember_handled(held)
-        context.ledger.remove(held)
-        self._answer(held, LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours"))
+            context.ledger.remember_handled(held, ACKED)
+        context.ledger.let_go(held)
+        error = LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
+        if held.uncertain:
+            # At most once: either it was acked by that try, or somebody else has it, and may have handled it.
+            self.report("ack-flush", error, held, "the reply to its acknowledgement was lost: it is not handled")
+        self._answer(held, error)
         self._tell_lost(held, f"not ours when it was to be {held.intent}")
 
     def _tell_lost(self, held: Held, why: str) -> None:
@@ -258,7 +290,7 @@ class Dispatch:
         held.uncertain = held.uncertain or may_have_happened(error)
         if held.waiter is not None:
             held.stage = held.unsettled
-            held.failed = False
+            held.failed = held.retaken = False
             self._answer(held, error)
             if self._ending:
                 self.release(held)
@@ -275,9 +307,9 @@ class Dispatch:
         if context.clock() < held.lease_until:
             lane.again(held)
             return
-        if held.intent == ACKED:
-            context.ledger.remember_handled(held)
-        context.ledger.remove(held)
+        if held.intent in (ACKED, SETTLED_BEFORE):
+            context.ledger.remember_handled(held, held.intent)
+        context.ledger.let_go(held)
         self.report("ack-flush", error, held, f"given up: the lease ended before the entry could be {held.intent}")
         self._tell_lost(held, f"the lease ended before it could be {held.intent}")
 

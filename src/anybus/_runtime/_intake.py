@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 
 import anyio
@@ -15,9 +16,7 @@ from .._settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
 from ._context import Context
-from ._dispatch import RELEASED
-from ._leases import Leases
-from ._ledger import Held, Stage
+from ._ledger import Held, Stage, Taking
 from ._recovery import Recovery
 from ._settler import Settler
 
@@ -25,18 +24,22 @@ SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
 
 _WORN_OUT = Result(Outcome.WORN_OUT)
 _MISSING = Result(Outcome.MISSING)
+_NOTHING: frozenset[str] = frozenset()
 
 
 class Intake:
     """The read task and the reclaim task, and the gate that both respect."""
 
-    def __init__(self, context: Context, settler: Settler, leases: Leases, wake: Callable[[], None]) -> None:
+    def __init__(self, context: Context, settler: Settler, wake: Callable[[], None]) -> None:
         self._context = context
         self._settler = settler
-        self._leases = leases
         self._wake = wake
         self._ledger = context.ledger
         self._budget = context.ledger.budget
+        # A blocking read may have been handed its entries at any moment since it was sent, and there their lease
+        # begins: two thirds of it are left at worst, and the next renewal is at most one third away.
+        self._block = min(context.options.block_timeout, context.lease / 3)
+        self._can_release = "release" in context.backend.features
         self._ages = context.failure_policy.max_age is not None
         self._shut_by: set[str] = set()
         self._opened = anyio.Event()
@@ -89,7 +92,7 @@ class Intake:
             # A read that blocks reserves what it asks for, all the while: that is one place and no more, so that
             # reclaim can use the rest. (A blocked reader is woken by the first entry anyway.)
             if not await look.attempt(self._read, 0.0) and not look.failed:
-                await wait.attempt(self._read, self._context.options.block_timeout, 1)
+                await wait.attempt(self._read, self._block, 1)
 
     async def _keep_reclaiming(self) -> None:
         recovery = Recovery(self._context, "reclaim")
@@ -106,14 +109,13 @@ class Intake:
 
     async def _take_turns(self) -> None:
         """Nothing lies beyond ``max_in_flight``: a pass after each read, which blocks no longer than that may wait."""
-        options = self._context.options
         read, reclaim = Recovery(self._context, "read"), Recovery(self._context, "reclaim")
         releases = self._releases()
         left_behind = False
         while True:
             await self._until_open()
             await self._ledger.wait_for_read_room()
-            pause = 0.0 if left_behind else min(options.block_timeout, options.reclaim_interval)
+            pause = 0.0 if left_behind else min(self._block, self._context.options.reclaim_interval)
             await read.attempt(self._read, pause)
             await self._until_open()
             await self._ledger.wait_for_reclaim_room()
@@ -124,25 +126,42 @@ class Intake:
     def _releases(self) -> int:
         return self._settler.handed_back + self._suspects_released
 
+    @contextmanager
+    def _taking(self, room: int, *, by_reclaim: bool) -> Generator[Taking, None, None]:
+        """Every call that takes entries is made in here: it reserves room, and notes what its reply cannot know."""
+        budget = self._budget
+        if by_reclaim:
+            budget.by_reclaim += room
+        else:
+            budget.by_read += room
+        taking = self._ledger.begin_taking(self._context.clock())
+        try:
+            yield taking
+        finally:
+            self._ledger.end_taking(taking)
+            if by_reclaim:
+                budget.by_reclaim -= room
+            else:
+                budget.by_read -= room
+            self._ledger.changed()
+
     async def _read(self, block: float, at_most: float = math.inf) -> bool:
         """Read once; whether anything came."""
         context = self._context
         room = int(min(self._budget.read_room(), self._budget.read_at_once, at_most))
         if room <= 0 or self._shut_by:
             return False
-        began = context.clock()
         entries: list[FetchedEntry] = []
-        self._budget.by_read += room
-        try:
-            with anyio.CancelScope() as self._reading:
-                entries = await context.backend.read_new(
-                    context.topic, context.group, context.consumer, count=room, timeout=block
-                )
-        finally:
-            self._reading = None
-            self._budget.by_read -= room
-            self._ledger.changed()
-        suspect = self._accept(context.topic, entries, began, by_reclaim=False)
+        with self._taking(room, by_reclaim=False) as taking:
+            try:
+                with anyio.CancelScope() as self._reading:
+                    entries = await context.backend.read_new(
+                        context.topic, context.group, context.consumer, count=room, timeout=block
+                    )
+            finally:
+                self._reading = None
+        # Searched: after a broken connection a read looks for what it was given unseen, and may find what is held.
+        suspect = self._accept(taking, context.topic, entries, by_reclaim=False, searched=True)
         if suspect is not None:
             await self._handle_alone(suspect)
         return bool(entries)
@@ -171,25 +190,13 @@ class Intake:
         if room <= 0 or self._shut_by:
             return room <= 0
         topic, retries = context.streams
-        began = context.clock()
-        self._budget.by_reclaim += room
-        try:
-            with self._ledger.noting_settled() as settled:
-                taken = await source.redeliver(
-                    topic, retries, context.group, context.consumer, min_idle=context.lease, count=room
-                )
-        finally:
-            self._budget.by_reclaim -= room
-            self._ledger.changed()
+        with self._taking(room, by_reclaim=True) as taking:
+            taken = await source.redeliver(
+                topic, retries, context.group, context.consumer, min_idle=context.lease, count=room
+            )
         context.counters.reclaimed += len(taken.reclaimed) + len(taken.reclaimed_retries)
         suspects = [
-            self._accept(
-                stream,
-                [entry for entry in entries if (stream, entry.id) not in settled] if settled else entries,
-                began,
-                by_reclaim=True,
-                searched=taken.searched,
-            )
+            self._accept(taking, stream, entries, by_reclaim=True, searched=taken.searched)
             for stream, entries in (
                 (topic, taken.reclaimed),
                 (retries, taken.retries),
@@ -205,16 +212,9 @@ class Intake:
 
     async def _take(self, fetch: Callable[[int], Awaitable[tuple[str, list[FetchedEntry]]]], room: int) -> bool:
         room = min(room, self._context.options.claim_scan_batch_size)
-        entries: list[FetchedEntry] = []
-        stream = self._context.topic
-        began = self._context.clock()
-        self._budget.by_reclaim += room
-        try:
+        with self._taking(room, by_reclaim=True) as taking:
             stream, entries = await fetch(room)
-        finally:
-            self._budget.by_reclaim -= room
-            self._ledger.changed()
-        suspect = self._accept(stream, entries, began, by_reclaim=True)
+        suspect = self._accept(taking, stream, entries, by_reclaim=True)
         if suspect is not None:
             await self._handle_alone(suspect)
         return len(entries) >= room
@@ -240,9 +240,9 @@ class Intake:
 
     def _accept(
         self,
+        taking: Taking,
         stream: str,
         entries: Sequence[FetchedEntry],
-        began: float,
         *,
         by_reclaim: bool,
         searched: bool = False,
@@ -251,18 +251,22 @@ class Intake:
 
         :param searched: what is held here anyway may be among it.
         """
-        if not entries:
-            return None
         context = self._context
         ledger = self._ledger
+        settled = taking.settled[stream]
+        if settled:  # by what the server said later: this reply is older (or of a group made again: acked anew, then)
+            entries = [entry for entry in entries if entry.id not in settled or ledger.was_handled(stream, entry.id)]
+        if not entries:
+            return None
         table = ledger.tables[stream]
         received_at = datetime.now(timezone.utc)
-        lease_until = self._leases.lease_from(began, context.clock())
+        lease_until = taking.began + context.lease
         is_retry = stream != context.topic
         suspect: Held | None = None
         taken: list[Held] = []
         refused: list[tuple[Held, MalformedEntry | MissingEntry]] = []
-        quick = self._is_unremarkable(is_retry)
+        doubtful = taking.doubtful[stream] if self._can_release else _NOTHING
+        quick = not doubtful and self._is_unremarkable(is_retry)
         waiting, count = ledger.waiting, 0
         for entry in entries:
             known = table.get(entry.id)
@@ -295,8 +299,8 @@ class Intake:
                 else:
                     # Held already, and the server has just said that it is ours: its handling goes on.
                     known.lease_until = max(known.lease_until, lease_until)
-                    known.lost = False
-                    known.retaken = known.stage is Stage.SETTLING and known.intent == RELEASED
+                    known.lost = known.lost and context.clock() >= lease_until
+                    known.retaken = known.stage is Stage.SETTLING
                     continue
                 ledger.remove(known)
             message = (
@@ -313,19 +317,23 @@ class Intake:
                 deliveries,
                 published_at,
                 received_at,
-                lease_until,
+                # What is in doubt does not start: it is handed back, which asks the server whether it is ours.
+                lease_until if entry.id not in doubtful else context.clock(),
                 by_reclaim,
             )
             ledger.add(held)
             held.local_attempt = attempt > 1 and not is_retry
             taken.append(held)
-            if isinstance(entry, ClaimedMessage):
+            settled_by = ledger.recall_handled(stream, entry.id)
+            if settled_by is not None:
+                self._settler.ack(held, settled_by)
+            elif isinstance(entry, ClaimedMessage):
                 if self._admit(held):
                     suspect = held
             else:
                 refused.append((held, entry))
                 self._refuse(held, entry)
-            quick = self._is_unremarkable(is_retry)
+            quick = not doubtful and self._is_unremarkable(is_retry)
         context.counters.received += len(taken)
         if by_reclaim:
             self._budget.by_reclaim += count
@@ -366,9 +374,6 @@ class Intake:
     def _admit(self, held: Held) -> bool:
         """Let an entry wait for its handler, unless something speaks against it. True: it is the bus's suspect now."""
         context = self._context
-        if self._ledger.was_handled(held.stream, held.id):
-            self._settler.ack(held)
-            return False
         verdict = on_taken(held.deliveries, context.policy)
         if verdict is Verdict.GIVE_UP:
             self._settler.apply(held, _WORN_OUT)

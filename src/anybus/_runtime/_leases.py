@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import anyio
 
 from .._backoff import recovery_delay
 from .._cancellation import as_failure
-from .._errors import LeaseLostError, UnsupportedError, can_pass
+from .._errors import GroupLostError, LeaseLostError, UnsupportedError, can_pass
 from ._context import Context
 from ._ledger import Held, Stage
 from ._settler import Settler
@@ -18,39 +17,23 @@ _RENEWED = (Stage.WAITING, Stage.OPEN, Stage.SETTLING)
 
 
 class Leases:
-    """The renewal task, and what it knows of the process having been frozen."""
+    """The renewal task."""
 
     def __init__(self, context: Context, settler: Settler) -> None:
         self._context = context
         self._settler = settler
         self._can_renew = "renew" in context.backend.features
-        self._beat = context.clock()
-        self._thawed_at = -math.inf
         if not self._can_renew:
             context.notices.once(
                 f"{type(context.backend).__name__} cannot renew leases: a message that waits and is handled for longer "
                 f"than claim_idle_timeout ({context.lease} s) in all is delivered again, perhaps elsewhere"
             )
 
-    def lease_from(self, began: float, now: float) -> float:
-        """Until when the lease of what was taken just now, by a call that began then, lasts.
-
-        A frozen process (or a link that was dead) may wake with entries in its hands that the server gave it long
-        ago. They count as expired then: they are handed back instead of started, if they are still ours.
-        """
-        frozen = now - self._beat >= self._context.lease or began < self._thawed_at
-        return now if frozen else now + self._context.lease
-
     async def run(self) -> None:
         failures = 0
-        self._beat = self._context.clock()
         while True:
             pause = self._context.lease / 3
             await anyio.sleep(pause if not failures else min(pause, recovery_delay(failures, random.random())))
-            now = self._context.clock()
-            if now - self._beat >= self._context.lease:
-                self._thawed_at = now
-            self._beat = now
             renewed = True
             if self._can_renew:
                 for stream in self._context.streams:
@@ -74,6 +57,8 @@ class Leases:
                 raise TimeoutError(f"no answer within a third of the lease ({context.lease / 3:.3g} s)")
         except BaseException as raised:  # noqa: ASYNC103 - raised again in there
             error = as_failure(raised)
+            if isinstance(error, GroupLostError):
+                context.ledger.group_was_lost(stream)
             context.reporter.error("renew", error, detail=f"renewing {len(held)} leases of {stream!r}")
             if not can_pass(error):
                 raise error from None  # noqa: ASYNC104
@@ -94,7 +79,7 @@ class Leases:
             context.counters.leases_lost += 1
             context.reporter.tell("on_lease_lost", "renew", message_id=entry.id, attempt=entry.attempt, detail=why)
         if entry.stage is Stage.WAITING:
-            context.ledger.remove(entry)
+            context.ledger.let_go(entry)
         elif entry.scope is not None and context.on_lease_lost == "cancel":
             entry.scope.cancel()
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TypeVar
 
@@ -23,6 +22,9 @@ from ..abc import Output
 
 _REMEMBERED = 4096
 _WORTH_A_READ = 32
+
+SETTLED_BEFORE = "settled before"
+"""The intent of an ack for what had been settled here when it came back: it counts no second time."""
 
 
 class Stage(enum.IntEnum):
@@ -153,6 +155,23 @@ def _remember(memory: OrderedDict[KeyT, ValueT], key: KeyT, value: ValueT) -> No
         memory.popitem(last=False)
 
 
+class Taking:
+    """A call under way that takes entries. Calls run side by side, and their replies may overtake each other: what
+    left the ledger meanwhile can still be pending and ours in the reply of this one.
+
+    :ivar began: the server can have handed nothing over earlier than this: leases count from here.
+    :ivar settled: ids of what was settled meanwhile, by stream. They are not taken.
+    :ivar doubtful: ids of what was let go meanwhile, by stream. Only the server knows whose they are.
+    """
+
+    __slots__ = ("began", "doubtful", "settled")
+
+    def __init__(self, began: float, streams: Iterable[str]) -> None:
+        self.began = began
+        self.settled: dict[str, set[str]] = {stream: set() for stream in streams}
+        self.doubtful: dict[str, set[str]] = {stream: set() for stream in self.settled}
+
+
 class Ledger:
     """What is held, stream by stream, in the order taken."""
 
@@ -160,14 +179,15 @@ class Ledger:
         self.budget = budget
         self.tables: dict[str, dict[str, Held]] = {stream: {} for stream in streams}
         self.waiting: deque[Held] = deque()
-        self._handled: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._acked: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
+        self._handled: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._settled: dict[str, deque[str]] = {stream: deque(maxlen=_REMEMBERED) for stream in streams}
+        self._crossing: set[tuple[str, str]] = set()
         self._attempts: OrderedDict[tuple[str, str], int] = OrderedDict()
         self._read_room: anyio.Event | None = None
         self._reclaim_room: anyio.Event | None = None
         self._watched: anyio.Event | None = None
         self.on_removed: Callable[[], None] | None = None
-        self._settled_meanwhile: set[tuple[str, str]] | None = None
+        self._under_way: list[Taking] = []
 
     def __len__(self) -> int:
         return sum(len(table) for table in self.tables.values())
@@ -189,6 +209,8 @@ class Ledger:
         if held.local_attempt:
             _remember(self._attempts, (held.stream, held.id), held.attempt)
         del self.tables[held.stream][held.id]
+        if self._crossing:
+            self._crossing.discard((held.stream, held.id))
         if held.by_reclaim:
             self.budget.by_reclaim -= 1
         else:
@@ -210,18 +232,33 @@ class Ledger:
             self.waiting.popleft()
         return bool(self.waiting)
 
-    def remember_handled(self, held: Held) -> None:
-        """An entry that was handled here, but whose ack nobody confirmed: should it come back, it is only acked."""
-        _remember(self._handled, (held.stream, held.id), None)
+    def begin_taking(self, began: float) -> Taking:
+        """A call that takes entries begins."""
+        taking = Taking(began, self.tables)
+        self._under_way.append(taking)
+        return taking
 
-    def remove_acked(self, stream: str, entries: Sequence[Held]) -> None:
-        """``remember_acked`` and ``remove`` for many of one stream; who waits for room is woken once."""
+    def end_taking(self, taking: Taking) -> None:
+        """It is over; what it brought is entered before anything else happens."""
+        self._under_way.remove(taking)
+
+    def let_go(self, held: Held) -> None:
+        """No longer held, and not settled: the reply to a call under way may be older or newer than that."""
+        for taking in self._under_way:
+            taking.doubtful[held.stream].add(held.id)
+        self.remove(held)
+
+    def remember_handled(self, held: Held, intent: str) -> None:
+        """An entry that was handled here, but whose ack nobody confirmed: should it come back, it is only acked."""
+        _remember(self._handled, (held.stream, held.id), intent)
+
+    def remove_settled(self, stream: str, entries: Sequence[Held]) -> None:
+        """``note_settled`` and ``remove`` for many of one stream; who waits for room is woken once."""
         table = self.tables[stream]
-        if self._settled_meanwhile is not None:
-            self._settled_meanwhile.update((stream, held.id) for held in entries)
+        self.note_settled(stream, [held.id for held in entries])
         by_reclaim = by_read = 0
         for held in entries:
-            if held.local_attempt or held.gone is not None:
+            if held.local_attempt or held.gone is not None or self._crossing:
                 self.remove(held)
             elif held.stage is not _GONE:
                 held.stage = _GONE
@@ -230,38 +267,32 @@ class Ledger:
                     by_reclaim += 1
                 else:
                     by_read += 1
-        self._acked += [(stream, held.id) for held in entries]
         self.budget.by_reclaim -= by_reclaim
         self.budget.by_read -= by_read
         self.changed()
         if self.on_removed is not None:
             self.on_removed()
 
-    def remember_acked(self, held: Held) -> None:
-        """An entry that was handled here, and whose ack the server has. Of use only if the server forgets it."""
-        self._acked.append((held.stream, held.id))
+    def note_settled(self, stream: str, ids: Sequence[str]) -> None:
+        """The server has what settles these for good."""
+        for taking in self._under_way:
+            taking.settled[stream].update(ids)
+        self._settled[stream] += ids
+        if self._crossing:
+            for entry_id in ids:
+                if (stream, entry_id) in self._crossing:
+                    _remember(self._handled, (stream, entry_id), SETTLED_BEFORE)
 
-    def note_settled(self, held: Held) -> None:
-        """The server has what settles an entry for good."""
-        if self._settled_meanwhile is not None:
-            self._settled_meanwhile.add((held.stream, held.id))
+    def group_was_lost(self, stream: str) -> None:
+        """What was settled here lately may come back from a group made again: it is only acked then.
 
-    @contextmanager
-    def noting_settled(self) -> Generator[set[tuple[str, str]], None, None]:
-        """Stream and id of what is settled meanwhile: a reply that is on its way may still call it pending and ours."""
-        settled = self._settled_meanwhile = set()
-        try:
-            yield settled
-        finally:
-            self._settled_meanwhile = None
-
-    def group_was_lost(self) -> None:
-        """What was acked here lately may come back from a group made again: it is only acked then.
-
-        Not otherwise: an operator who moves a group back on purpose shall have his messages handled again.
+        What is being settled may be on its way back from the server, settled in the group that is gone: it counts as
+        soon as that is known. Not otherwise: an operator who moves a group back on purpose shall have his messages
+        handled again.
         """
-        for key in self._acked:
-            _remember(self._handled, key, None)
+        for entry_id in self._settled[stream]:
+            _remember(self._handled, (stream, entry_id), SETTLED_BEFORE)
+        self._crossing |= {(stream, held.id) for held in self.tables[stream].values() if held.stage is Stage.SETTLING}
 
     @property
     def remembers(self) -> bool:
@@ -273,12 +304,11 @@ class Ledger:
         return self._attempts.pop((stream, entry_id), 1) if self._attempts else 1
 
     def was_handled(self, stream: str, entry_id: str) -> bool:
-        """Whether it is such an entry; asking forgets it, since it is about to be acked."""
-        key = (stream, entry_id)
-        if key not in self._handled:
-            return False
-        del self._handled[key]
-        return True
+        return (stream, entry_id) in self._handled
+
+    def recall_handled(self, stream: str, entry_id: str) -> str | None:
+        """The intent to ack it with, if it is such an entry; asking forgets it, since it is about to be acked."""
+        return self._handled.pop((stream, entry_id), None) if self._handled else None
 
     async def wait_for_read_room(self) -> int:
         """How many a read may take. Waits for a worthwhile number while there is work to do meanwhile."""

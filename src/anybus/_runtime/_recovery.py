@@ -49,10 +49,14 @@ class Recovery:
         await anyio.sleep(recovery_delay(self._failures, random.random()))
 
     async def _make_again(self, lost: GroupLostError) -> bool:
-        """Make a lost group again where every member had settled everything, else at the start: never a gap."""
+        """Make a lost group again where every member had settled everything, else at the start: never a gap.
+
+        At most once it is made at the end: never twice.
+        """
         context = self._context
-        context.ledger.group_was_lost()
-        position = lost.safe_id or "0"
+        context.ledger.group_was_lost(lost.stream)
+        at_most_once = context.policy.ack_mode == "auto-on-receive"
+        position = "$" if at_most_once else lost.safe_id or "0"
         try:
             made = await context.backend.create_group(lost.stream, context.group, position)
         except Exception as error:
@@ -64,6 +68,8 @@ class Recovery:
             return False
         if made:
             detail = f"made again at {position}"
+            if at_most_once:
+                detail += ", the end: what was published before and not handled is lost (at most once)"
             context.reporter.error(self._scope, lost, detail=detail, topic=lost.stream)
             context.reporter.tell("on_group_made_again", "group-made-again", topic=lost.stream, detail=detail)
         return True

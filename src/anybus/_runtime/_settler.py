@@ -259,7 +259,7 @@ class Settler:
         """Keep the entry here until it is due. A new record: the old delivery is settled for good."""
         again = held.again(decision.attempt)
         held.intent = intent
-        self.dispatch.done(held)
+        self.dispatch.done(held, sure=False)
         self._context.ledger.add(again)
         heapq.heappush(self._held_back, (decision.due, next(self._tickets), again))
         self._held_back_changed.set()

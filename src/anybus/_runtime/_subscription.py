@@ -55,7 +55,7 @@ class Subscription:
             self._taker = PullTaker(context, self._settler, keeper)
         else:
             self._taker = HandlerPool(context, self._settler, keeper, handler)
-        self._intake = Intake(context, self._settler, self._leases, self._taker.wake)
+        self._intake = Intake(context, self._settler, self._taker.wake)
         self._taker.on_fatal = self._fail
         self._settler.on_due = self._intake.accept_due
         self._entering = anyio.CancelScope()
