@@ -92,6 +92,7 @@ class Dispatch:
         """Hand back, uncounted."""
         held.stage = Stage.SETTLING
         held.intent = RELEASED
+        held.outputs = ()
         held.parked = False
         if self._can_release:
             self._releases.put(held)
@@ -210,6 +211,7 @@ class Dispatch:
         context = self._context
         counters = context.counters
         intent = held.intent
+        handed_back = intent == RELEASED and not held.outputs  # with a delay, a copy of it waits elsewhere
         retaken, held.retaken = held.retaken, False
         held.lost = False
         if held.failed:
@@ -222,7 +224,7 @@ class Dispatch:
             counters.released += 1
         elif intent in (DEAD_LETTERED, DROPPED):
             counters.dead_lettered += 1
-        if intent == RELEASED or not sure:
+        if handed_back or not sure:
             context.ledger.let_go(held)
         else:
             context.ledger.note_settled(held.stream, (held.id,))
@@ -233,7 +235,7 @@ class Dispatch:
             context.reporter.tell("on_settled", "settled", message_id=held.id, attempt=held.attempt, detail=detail)
         if intent in (DEAD_LETTERED, DROPPED):
             self.tell_dead_lettered(held)
-        if retaken and intent != RELEASED:
+        if retaken and not handed_back:
             # Handed over anew before this answer was here, by a group made again perhaps: settled it is all the same.
             again = held.again(held.attempt)
             again.parked = again.local_attempt = False
