@@ -51,6 +51,7 @@ async def test_a_lost_group_is_made_again_where_nothing_comes_twice(harness: Har
     assert sorted(handled) == ["after", "one", "rejected", "two"]
     assert len(await harness.entries(f"{topic}.dead")) == 1
     [event] = [event for event in recorder.of("on_group_made_again") if event.topic == topic]
+    assert event.detail is not None
     assert event.detail.startswith("made again at $, the end")
 
 

@@ -46,7 +46,7 @@ def _check_start_id(value: object) -> None:
 class StreamBusOptions:
     """Options of a bus. Durations are seconds, sizes are bytes.
 
-    :param block_timeout: how long one read waits for new entries before it asks again.
+    :param block_timeout: how long one read waits for new entries before it asks again; a third of a lease at most.
     :param claim_idle_timeout: the lease: for how long a pending entry belongs to its consumer unless renewed. All
         members of a group must use the same value, since whoever reclaims enforces it.
     :param claim_scan_batch_size: how many entries one reclaim takes at most.

@@ -143,8 +143,11 @@ class Dispatch:
     async def _flush_releases(self, batch: list[Held]) -> None:
         async def send(stream: str, entries: list[Held]) -> None:
             context = self._context
+            ids = [held.id for held in entries]
+            # What a call brings that was sent before this is no longer ours; what a later one brings is ours again.
+            context.ledger.note_doubt(stream, ids)
             try:
-                await context.backend.release(stream, context.group, context.consumer, [held.id for held in entries])
+                await context.backend.release(stream, context.group, context.consumer, ids)
             except GroupLostError:  # then nothing is ours any more: there is nothing to hand back
                 context.ledger.group_was_lost(stream)
             for held in entries:
@@ -224,11 +227,11 @@ class Dispatch:
             counters.released += 1
         elif intent in (DEAD_LETTERED, DROPPED):
             counters.dead_lettered += 1
-        if handed_back or not sure:
-            context.ledger.let_go(held)
-        else:
+        if sure and not handed_back:
             context.ledger.note_settled(held.stream, (held.id,))
-            context.ledger.remove(held)
+        elif not sure:
+            context.ledger.note_doubt(held.stream, (held.id,))
+        context.ledger.remove(held)
         self._answer(held, None)
         if context.reporter.hears_settled:
             detail = ACKED if intent in (ACKED_WITH, ACCEPTED, MISSING, SETTLED_BEFORE) else intent
@@ -271,7 +274,8 @@ class Dispatch:
             return
         if held.intent == ACKED:
             context.ledger.remember_handled(held, ACKED)
-        context.ledger.let_go(held)
+        context.ledger.note_doubt(held.stream, (held.id,))
+        context.ledger.remove(held)
         error = LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
         if held.uncertain:
             # At most once: either it was acked by that try, or somebody else has it, and may have handled it.
@@ -311,7 +315,8 @@ class Dispatch:
             return
         if held.intent in (ACKED, SETTLED_BEFORE):
             context.ledger.remember_handled(held, held.intent)
-        context.ledger.let_go(held)
+        context.ledger.note_doubt(held.stream, (held.id,))
+        context.ledger.remove(held)
         self.report("ack-flush", error, held, f"given up: the lease ended before the entry could be {held.intent}")
         self._tell_lost(held, f"the lease ended before it could be {held.intent}")
 

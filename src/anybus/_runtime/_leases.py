@@ -79,7 +79,8 @@ class Leases:
             context.counters.leases_lost += 1
             context.reporter.tell("on_lease_lost", "renew", message_id=entry.id, attempt=entry.attempt, detail=why)
         if entry.stage is Stage.WAITING:
-            context.ledger.let_go(entry)
+            context.ledger.note_doubt(entry.stream, (entry.id,))
+            context.ledger.remove(entry)
         elif entry.scope is not None and context.on_lease_lost == "cancel":
             entry.scope.cancel()
 

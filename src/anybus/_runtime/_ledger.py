@@ -242,11 +242,10 @@ class Ledger:
         """It is over; what it brought is entered before anything else happens."""
         self._under_way.remove(taking)
 
-    def let_go(self, held: Held) -> None:
-        """No longer held, and not settled: the reply to a call under way may be older or newer than that."""
+    def note_doubt(self, stream: str, ids: Sequence[str]) -> None:
+        """Let go, and not settled: what a call under way brings of these may be older or newer than that."""
         for taking in self._under_way:
-            taking.doubtful[held.stream].add(held.id)
-        self.remove(held)
+            taking.doubtful[stream].update(ids)
 
     def remember_handled(self, held: Held, intent: str) -> None:
         """An entry that was handled here, but whose ack nobody confirmed: should it come back, it is only acked."""
