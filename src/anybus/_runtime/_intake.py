@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timezone
 
 import anyio
@@ -24,7 +23,7 @@ SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
 
 _WORN_OUT = Result(Outcome.WORN_OUT)
 _MISSING = Result(Outcome.MISSING)
-_NOTHING: frozenset[str] = frozenset()
+_NOTHING: set[str] = set()
 
 
 class Intake:
@@ -35,6 +34,7 @@ class Intake:
         self._settler = settler
         self._wake = wake
         self._ledger = context.ledger
+        self._clock = context.clock
         self._budget = context.ledger.budget
         # A blocking read may have been handed its entries at any moment since it was sent, and there their lease
         # begins: two thirds of it are left at worst, and the next renewal is at most one third away.
@@ -126,24 +126,9 @@ class Intake:
     def _releases(self) -> int:
         return self._settler.handed_back + self._suspects_released
 
-    @contextmanager
-    def _taking(self, room: int, *, by_reclaim: bool) -> Generator[Taking, None, None]:
-        """Every call that takes entries is made in here: it reserves room, and notes what its reply cannot know."""
-        budget = self._budget
-        if by_reclaim:
-            budget.by_reclaim += room
-        else:
-            budget.by_read += room
-        taking = self._ledger.begin_taking(self._context.clock())
-        try:
-            yield taking
-        finally:
-            self._ledger.end_taking(taking)
-            if by_reclaim:
-                budget.by_reclaim -= room
-            else:
-                budget.by_read -= room
-            self._ledger.changed()
+    def _taking(self, room: int, *, by_reclaim: bool) -> Taking:
+        """Every call that takes entries is made in here, and what it brought is accepted by what this notes."""
+        return Taking(self._ledger, self._clock(), room, by_reclaim)
 
     async def _read(self, block: float, at_most: float = math.inf) -> bool:
         """Read once; whether anything came."""
@@ -253,7 +238,7 @@ class Intake:
         """
         context = self._context
         ledger = self._ledger
-        settled = taking.settled[stream]
+        settled = taking.settled.get(stream)
         if settled:  # by what the server said later: this reply is older (or of a group made again: acked anew, then)
             entries = [entry for entry in entries if entry.id not in settled or ledger.was_handled(stream, entry.id)]
         if not entries:
@@ -265,7 +250,7 @@ class Intake:
         suspect: Held | None = None
         taken: list[Held] = []
         refused: list[tuple[Held, MalformedEntry | MissingEntry]] = []
-        doubtful = taking.doubtful[stream] if self._can_release else _NOTHING
+        doubtful = taking.doubtful.get(stream, _NOTHING) if self._can_release else _NOTHING
         quick = not doubtful and self._is_unremarkable(is_retry)
         waiting, count = ledger.waiting, 0
         for entry in entries:

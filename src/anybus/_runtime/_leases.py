@@ -1,4 +1,8 @@
-"""Leases: what is held is renewed every third of a lease, and what was lost all the same is noticed."""
+"""Leases: what is held is renewed every third of a lease, and what was lost all the same is noticed.
+
+A lease counts from when the call was sent that took or renewed the entry. After a freeze, or with a reply that was held
+up, it is over by then: what has not started is handed back instead, if it is still ours.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TypeVar
 
@@ -156,20 +156,42 @@ def _remember(memory: OrderedDict[KeyT, ValueT], key: KeyT, value: ValueT) -> No
 
 
 class Taking:
-    """A call under way that takes entries. Calls run side by side, and their replies may overtake each other: what
-    left the ledger meanwhile can still be pending and ours in the reply of this one.
+    """A call under way that takes entries: a context manager around it, which reserves the room that it asks for.
+
+    Calls run side by side, and their replies may overtake each other: what left the ledger meanwhile can still be
+    pending and ours in the reply to this one. (One is made for every read: no generator.)
 
     :ivar began: the server can have handed nothing over earlier than this: leases count from here.
     :ivar settled: ids of what was settled meanwhile, by stream. They are not taken.
     :ivar doubtful: ids of what was let go meanwhile, by stream. Only the server knows whose they are.
     """
 
-    __slots__ = ("began", "doubtful", "settled")
+    __slots__ = ("_by_reclaim", "_ledger", "_room", "began", "doubtful", "settled")
 
-    def __init__(self, began: float, streams: Iterable[str]) -> None:
+    def __init__(self, ledger: Ledger, began: float, room: int, by_reclaim: bool) -> None:
+        self._ledger = ledger
+        self._room = room
+        self._by_reclaim = by_reclaim
         self.began = began
-        self.settled: dict[str, set[str]] = {stream: set() for stream in streams}
-        self.doubtful: dict[str, set[str]] = {stream: set() for stream in self.settled}
+        self.settled: dict[str, set[str]] = {}
+        self.doubtful: dict[str, set[str]] = {}
+
+    def __enter__(self) -> Taking:  # noqa: PYI034
+        self._ledger.under_way.append(self)
+        self._reserve(self._room)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What it brought is entered into the ledger before anything else happens.
+        self._ledger.under_way.remove(self)
+        self._reserve(-self._room)
+        self._ledger.changed()
+
+    def _reserve(self, room: int) -> None:
+        if self._by_reclaim:
+            self._ledger.budget.by_reclaim += room
+        else:
+            self._ledger.budget.by_read += room
 
 
 class Ledger:
@@ -187,7 +209,7 @@ class Ledger:
         self._reclaim_room: anyio.Event | None = None
         self._watched: anyio.Event | None = None
         self.on_removed: Callable[[], None] | None = None
-        self._under_way: list[Taking] = []
+        self.under_way: list[Taking] = []
 
     def __len__(self) -> int:
         return sum(len(table) for table in self.tables.values())
@@ -232,20 +254,10 @@ class Ledger:
             self.waiting.popleft()
         return bool(self.waiting)
 
-    def begin_taking(self, began: float) -> Taking:
-        """A call that takes entries begins."""
-        taking = Taking(began, self.tables)
-        self._under_way.append(taking)
-        return taking
-
-    def end_taking(self, taking: Taking) -> None:
-        """It is over; what it brought is entered before anything else happens."""
-        self._under_way.remove(taking)
-
     def note_doubt(self, stream: str, ids: Sequence[str]) -> None:
         """Let go, and not settled: what a call under way brings of these may be older or newer than that."""
-        for taking in self._under_way:
-            taking.doubtful[stream].update(ids)
+        for taking in self.under_way:
+            taking.doubtful.setdefault(stream, set()).update(ids)
 
     def remember_handled(self, held: Held, intent: str) -> None:
         """An entry that was handled here, but whose ack nobody confirmed: should it come back, it is only acked."""
@@ -274,8 +286,12 @@ class Ledger:
 
     def note_settled(self, stream: str, ids: Sequence[str]) -> None:
         """The server has what settles these for good."""
-        for taking in self._under_way:
-            taking.settled[stream].update(ids)
+        for taking in self.under_way:
+            settled = taking.settled.get(stream)
+            if settled is None:
+                taking.settled[stream] = set(ids)
+            else:
+                settled.update(ids)
         self._settled[stream] += ids
         if self._crossing:
             for entry_id in ids:

@@ -78,6 +78,7 @@ class StreamBackend(abc.ABC):
         """Up to ``count`` entries never delivered to the group, in order.
 
         :param timeout: seconds to wait if there is none; 0 does not wait. Nothing came = an empty list, not an error.
+            The bus counts leases from when it called: a read must not wait for longer.
         :raises GroupLostError: if the group no longer exists.
         """
 
