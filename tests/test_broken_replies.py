@@ -235,7 +235,7 @@ TAKEN = [
     Point("a take-over, step by step", "reclaim", setup=was_a_dead_consumers, steps=True, scope="reclaim"),
     Point("a retry's read, step by step", "XREADGROUP", of_retries, is_a_retry, steps=True, scope="reclaim"),
 ]
-HELD = [Point("a renewal", "renew", handle=waits_for_renewal, lease=1.5, scope="renew")]
+HELD = [Point("a renewal", "renew", handle=waits_for_renewal, lease=2.4, scope="renew")]
 SETTLED = [
     Point("an automatic ack", "ack", scope="ack-flush"),
     Point("an ack by hand", "ack", handle=acks, scope="ack-flush"),
