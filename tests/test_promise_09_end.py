@@ -595,7 +595,7 @@ async def test_a_handler_in_a_thread_is_reported_and_waited_for_leased_all_the_w
     handler = InThread()
     recorder = Recorder()
     backend = Ordered(harness.make_backend())
-    options = quick(recorder, close_timeout=0.05, cleanup_timeout=0.1, claim_idle_timeout=0.3)
+    options = quick(recorder, close_timeout=0.05, cleanup_timeout=0.5, claim_idle_timeout=1)
     config = SubscriptionConfig(topic, GROUP, max_in_flight=2, max_pending_acks=8)
     async with StreamBus(backend, options) as bus:
         async with anyio.create_task_group() as tasks:
@@ -618,7 +618,7 @@ async def test_a_handler_in_a_thread_is_reported_and_waited_for_leased_all_the_w
                         renewals = backend.count("renew")
                         await until(lambda: backend.count("renew") >= renewals + 5, "renewals")
                         async with harness.make_backend() as peer:
-                            taken = await peer.reclaim_idle(topic, GROUP, "peer", min_idle=0.3, count=10)
+                            taken = await peer.reclaim_idle(topic, GROUP, "peer", min_idle=1, count=10)
                             await peer.release(topic, GROUP, "peer", [entry.id for entry in taken])
                         assert ids[0] not in [entry.id for entry in taken]
                         assert (await owners(harness, topic))[ids[0]] == subscription.consumer
@@ -926,7 +926,7 @@ async def test_a_delivery_that_was_pulled_is_renewed_until_its_block_is_left_and
     harness: Harness, topic: str
 ) -> None:
     backend = Ordered(harness.make_backend())
-    async with StreamBus(backend, quick(claim_idle_timeout=0.3)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=1)) as bus:
         async with bus.deliveries(SubscriptionConfig(topic, GROUP)) as stream:
             ids = await publish(bus, topic, 1)
             with anyio.fail_after(SOON):
@@ -935,7 +935,7 @@ async def test_a_delivery_that_was_pulled_is_renewed_until_its_block_is_left_and
             await until(lambda: backend.count("renew") >= renewals + 5, "renewals for more than a lease")
             assert not delivery.lease_lost
             async with harness.make_backend() as peer:
-                assert await peer.reclaim_idle(topic, GROUP, "peer", min_idle=0.3, count=10) == []
+                assert await peer.reclaim_idle(topic, GROUP, "peer", min_idle=1, count=10) == []
         assert await released(harness, topic, ids)
 
 

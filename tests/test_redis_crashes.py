@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 from harness import new_topic
 from processes import BOUND, CHILDREN, wait_until
-from servers import RunningServer
+from servers import ALL, RunningServer
 
 from anybus import JsonCodec, retry_stream
 from anybus.backends.redis._keys import delayed
@@ -135,7 +135,7 @@ class Stage:
     def pending(self, consumer: str | None = None) -> dict[str, str]:
         """The topic's pending entries and their owners: all, or one consumer's."""
         more = {} if consumer is None else {"consumername": consumer}
-        found = self._client.xpending_range(self.topic, "g", "-", "+", 100_000, **more)
+        found = self._client.xpending_range(self.topic, "g", "-", "+", ALL, **more)
         return {item["message_id"].decode(): item["consumer"].decode() for item in found}
 
     def consumers(self) -> set[str]:
