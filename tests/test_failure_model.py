@@ -16,7 +16,7 @@ never neither. What is handled is what was published: the same uid, payload and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from servers import RedisHarness, RunningServer
 from simulation import CRASH, FAIL, OK, REJECT, RELEASE, RETRY, Act, Cut, Script, World, predict
+from sweeps import sampled
 
 outcomes = st.sampled_from([OK, FAIL, RETRY, REJECT, RELEASE, CRASH])
 scripts = st.lists(outcomes, max_size=8).map(tuple)
@@ -124,41 +125,55 @@ def virtually(check: Callable[[World], Any], world: World) -> None:
     anyio.run(check, world, backend="trio", backend_options={"clock": clock})
 
 
-@settings(max_examples=150, deadline=None)
-@given(worlds)
-@example(([(CRASH,) * 12, (OK,), (FAIL, CRASH, OK)], 1, 4))
-@example(([(RELEASE, CRASH) * 4, (FAIL,) * 8], 3, 4))
-def test_one_at_a_time_everything_is_as_predicted(world: tuple[list[Script], int, int]) -> None:
-    made, max_retry, max_deliveries = world
-    virtually(exactly, World(MemoryHarness(), made, max_retry, max_deliveries, 1, 60.0))
+def in_worlds(examples: int, world: Any, first: Sequence[Any], check: Callable[[Any], None]) -> None:
+    """Look at these worlds first, and then at as many others as told."""
+    looked_at: Any = settings(max_examples=examples)(given(world)(check))
+    for one in first:
+        looked_at = example(one)(looked_at)
+    looked_at()
 
 
-@settings(max_examples=150, deadline=None)
-@given(worlds)
-@example(([(CRASH,) * 12, (OK,), (OK,), (CRASH,) * 12, (OK,)], 1, 4))
-def test_side_by_side_nothing_is_lost_and_nobody_is_taken_along(world: tuple[list[Script], int, int]) -> None:
-    made, max_retry, max_deliveries = world
-    virtually(lawfully, World(MemoryHarness(), made, max_retry, max_deliveries, 4, 60.0))
+@sampled("examples", 20, 150)
+def test_one_at_a_time_everything_is_as_predicted(examples: int) -> None:
+    def check(world: tuple[list[Script], int, int]) -> None:
+        made, max_retry, max_deliveries = world
+        virtually(exactly, World(MemoryHarness(), made, max_retry, max_deliveries, 1, 60.0))
+
+    first = ([(CRASH,) * 12, (OK,), (FAIL, CRASH, OK)], 1, 4), ([(RELEASE, CRASH) * 4, (FAIL,) * 8], 3, 4)
+    in_worlds(examples, worlds, first, check)
 
 
-@settings(max_examples=150, deadline=None)
-@given(replayed_worlds)
-@example(REPLAYED)
-def test_a_replay_is_a_new_beginning_and_loses_and_doubles_nothing_however_it_ends(world: Replayed) -> None:
-    made, max_retry, max_deliveries, malformed, done = world
-    virtually(exactly, World(MemoryHarness(), made, max_retry, max_deliveries, 1, 60.0, malformed, done))
+@sampled("examples", 20, 150)
+def test_side_by_side_nothing_is_lost_and_nobody_is_taken_along(examples: int) -> None:
+    def check(world: tuple[list[Script], int, int]) -> None:
+        made, max_retry, max_deliveries = world
+        virtually(lawfully, World(MemoryHarness(), made, max_retry, max_deliveries, 4, 60.0))
+
+    in_worlds(examples, worlds, [([(CRASH,) * 12, (OK,), (OK,), (CRASH,) * 12, (OK,)], 1, 4)], check)
 
 
-@settings(max_examples=100, deadline=None)
-@given(replayed_worlds)
-@example(REPLAYED)
-def test_replay_and_purge_while_the_messages_are_handled_and_the_processes_die(world: Replayed) -> None:
-    made, max_retry, max_deliveries, malformed, done = world
-    virtually(lawfully, World(MemoryHarness(), made, max_retry, max_deliveries, 4, 60.0, malformed, done, live=True))
+@sampled("examples", 20, 150)
+def test_a_replay_is_a_new_beginning_and_loses_and_doubles_nothing_however_it_ends(examples: int) -> None:
+    def check(world: Replayed) -> None:
+        made, max_retry, max_deliveries, malformed, done = world
+        virtually(exactly, World(MemoryHarness(), made, max_retry, max_deliveries, 1, 60.0, malformed, done))
+
+    in_worlds(examples, replayed_worlds, [REPLAYED], check)
+
+
+@sampled("examples", 20, 100)
+def test_replay_and_purge_while_the_messages_are_handled_and_the_processes_die(examples: int) -> None:
+    def check(world: Replayed) -> None:
+        made, max_retry, max_deliveries, malformed, done = world
+        virtually(
+            lawfully, World(MemoryHarness(), made, max_retry, max_deliveries, 4, 60.0, malformed, done, live=True)
+        )
+
+    in_worlds(examples, replayed_worlds, [REPLAYED], check)
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(world=small_worlds)
 @example(world=([(CRASH,) * 5, (OK,), (FAIL, CRASH, OK), (REJECT,), (RELEASE, RETRY, OK)], 1, 4))
 def test_the_same_on_a_server(server: RunningServer, loop: str, world: tuple[list[Script], int, int]) -> None:
@@ -169,7 +184,7 @@ def test_the_same_on_a_server(server: RunningServer, loop: str, world: tuple[lis
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(world=small_worlds, malformed=st.integers(0, 1), done=st.lists(acts, min_size=1, max_size=2))
 @example(world=([(REJECT,) * 3, (FAIL, FAIL, OK), (FAIL, REJECT)], 1, 4), malformed=1, done=REPLAYED[4])
 def test_replay_and_purge_on_a_server(
