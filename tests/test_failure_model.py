@@ -125,12 +125,12 @@ def virtually(check: Callable[[World], Any], world: World) -> None:
     anyio.run(check, world, backend="trio", backend_options={"clock": clock})
 
 
-def in_worlds(examples: int, world: Any, first: Sequence[Any], check: Callable[[Any], None]) -> None:
+def in_worlds(examples: int, world: st.SearchStrategy[Any], first: Sequence[Any], check: Callable[[Any], None]) -> None:
     """Look at these worlds first, and then at as many others as told."""
-    looked_at: Any = settings(max_examples=examples)(given(world)(check))
+    decorated: Any = given(world)(check)
     for one in first:
-        looked_at = example(one)(looked_at)
-    looked_at()
+        decorated = example(one)(decorated)
+    settings(max_examples=examples)(decorated)()
 
 
 @sampled("examples", 20, 150)
