@@ -22,7 +22,7 @@ from anybus.abc import (
     TransferItem,
 )
 
-SOON = 15.0
+SOON = 40.0
 """Seconds after which a test that waits for an event has failed. Never a measure of speed."""
 
 HOUR = 3600.0

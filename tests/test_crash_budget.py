@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from harness import new_topic
 from servers import RunningServer
+from sweeps import first_of
 
 from anybus import JsonCodec, Message, retry_stream
 
@@ -108,7 +109,7 @@ class Site:
             process.wait()
 
 
-@pytest.fixture(params=["asyncio", "uvloop", "trio"])
+@pytest.fixture(params=first_of(["asyncio", "uvloop", "trio"]))
 def site(server: RunningServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     made = Site(server, tmp_path, str(request.param))
     try:
