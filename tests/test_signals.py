@@ -154,7 +154,7 @@ def test_a_signal_that_becomes_a_cancellation_loses_nothing(loop: str, signals: 
     handed_back: list[int] = []
     run_children(loop, "receiver", hows, lambda ended: handed_back.append(check_accounts(ended)))
     print(f"{sum(handed_back)} messages were handed back after {len(handed_back)} signals")
-    assert sum(handed_back) > len(hows) / 2, "the signals came when nothing was at stake"
+    assert all(handed_back), "a signal came when nothing was at stake"
 
 
 @pytest.mark.timeout(900)
