@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import nox
 
 nox.needs_version = ">=2025.2.9"
@@ -25,21 +27,32 @@ def python_files(session: nox.Session, *folders: str) -> list[str]:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests on all event loops, with branch coverage, on Valkey; then the promises, and what is Redis' own, on 8.2.
+    """The tests on all event loops, on Valkey. Takes about 4 minutes on two cores; long sweeps are in `thorough`.
 
-    Arguments go to pytest, which then runs once.
+    Arguments go to pytest, which then runs with these alone.
     """
+    session.log("This takes about 4 minutes on two cores. (The long sweeps are a session of their own: thorough.)")
+    install(session, "tests")
+    session.run("pytest", *(session.posargs or [*AT_ONCE, *QUICK]))
+
+
+@nox.session
+def thorough(session: nox.Session) -> None:
+    """What `tests` leaves out: long sweeps, Redis 8.2, branch coverage. Takes about 14 minutes on two cores."""
+    session.log("This takes about 14 minutes on two cores.")
     install(session, "tests", "redis82")
-    if session.posargs:
-        session.run("pytest", *session.posargs)
-        return
-    session.run("pytest", *AT_ONCE, "--cov", "--cov-report=term-missing")
-    session.run("pytest", *AT_ONCE, *ON_SECOND, env={"ANYBUS_SERVER": "redis82"})
+    session.run("pytest", *AT_ONCE, *SWEEPS)
+    session.run("pytest", *AT_ONCE, *SWEEPS, *ON_SECOND, env=SECOND)
+    session.run("pytest", *AT_ONCE, *QUICK, "--cov", "--cov-report=term-missing", env=SECOND)
 
 
-AT_ONCE = ["-n", "auto", "--dist", "worksteal", "-q"]
+# Most tests wait rather than compute, so there are more of them at a time than there are cores.
+AT_ONCE = ["-n", str(min(2 * (os.cpu_count() or 1), 16)), "--dist", "worksteal", "-q"]
+QUICK = ["-m", "not thorough"]
+SWEEPS = ["-m", "thorough", "--timeout", "900"]
 ON_SERVER = ["-k", "server"]
 ON_SECOND = ["-k", "server and (redis or promise or contract)"]
+SECOND = {"ANYBUS_SERVER": "redis82"}
 SERVERS = {"redis62": ["redis62"], "redis70": [], "redis82": ["redis82"], "valkey": []}
 
 

@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 from blockbuster import blockbuster_ctx
 from harness import Harness, MemoryHarness, new_topic
+from hypothesis import HealthCheck, settings
 from servers import RedisHarness, RunningServer
 
 NO_OPTIONS: dict[str, object] = {}
+
+# A busy machine may take any time for an example, or for making one.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 LOOPS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),

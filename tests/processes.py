@@ -11,9 +11,10 @@ BOUND = 45.0
 """Seconds after which what a test waits for has not come. Never a measure of speed."""
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], what: str, *, every: float = 0.01) -> None:
+    """Look again and again, and not too often: the processes need the cores."""
     deadline = time.monotonic() + BOUND
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"waited in vain for {what}")
-        time.sleep(0.001)
+        time.sleep(every)

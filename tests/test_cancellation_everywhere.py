@@ -34,6 +34,7 @@ from anyio.lowlevel import checkpoint
 from harness import SOON, Harness, MemoryHarness, Recorder, StepByStep, new_topic
 from servers import RedisHarness
 from steps import Steps, living_tasks, watched
+from sweeps import first_of
 
 from anybus import (
     Delivery,
@@ -532,6 +533,14 @@ class Execution:
         print(f"{points} points of {steps} steps, ANYBUS_SEED={SEED}")
         assert points >= min(at_most, 150) / 3, "this would be no test"
 
+    async def at_some_points(self, count: int) -> None:
+        """Cancel at so many steps, evenly spread, always the same ones."""
+        async with self.harness.make_backend() as operator:
+            _, steps = await self.run_to(math.inf, operator)
+            for point in range(count):
+                number = max(1, steps * (2 * point + 1) // (2 * count))
+                await self.run_to(number, operator, apart=1 + number % 40)
+
     async def run_to(self, number: float, operator: StreamBackend, apart: int = 1) -> tuple[bool, int]:
         """Run it, cancel it at that step, and look at everything.
 
@@ -585,6 +594,18 @@ class Execution:
         return bool(cancelled), steps.taken
 
 
+async def sweep(execution: Execution, size: str, on_memory: float, on_server: float) -> None:
+    """At some points in a short run; in a thorough one at all, or at as many as there is time for."""
+    if size == "all":
+        await execution.at_every_point(at_most=at_most(execution.harness, execution.variant, on_memory, on_server))
+    else:
+        on_this = on_memory if isinstance(execution.harness, MemoryHarness) else on_server
+        await execution.at_some_points(max(2, math.ceil(min(on_this, 150) / 6)))
+
+
+SIZES = pytest.mark.parametrize("size", first_of(["some", "all"]))
+
+
 def at_most(harness: Harness, variant: Variant, on_memory: float, on_server: float) -> float:
     """All points of the main variant in memory; where more would take too long, so many, evenly spread."""
     if isinstance(harness, MemoryHarness):
@@ -593,27 +614,27 @@ def at_most(harness: Harness, variant: Variant, on_memory: float, on_server: flo
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@SIZES
 async def test_a_cancelled_scope_loses_nothing_at_any_point(
-    harness: Harness, variant: Variant, anyio_backend_name: str
+    harness: Harness, variant: Variant, size: str, anyio_backend_name: str
 ) -> None:
-    execution = Execution(harness, variant, anyio_backend_name)
-    await execution.at_every_point(at_most=at_most(harness, variant, math.inf, 24))
+    await sweep(Execution(harness, variant, anyio_backend_name), size, math.inf, 24)
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@SIZES
 async def test_a_native_cancellation_loses_nothing_at_any_point(
-    harness: Harness, variant: Variant, anyio_backend_name: str
+    harness: Harness, variant: Variant, size: str, anyio_backend_name: str
 ) -> None:
-    execution = Execution(harness, variant, anyio_backend_name, ("native",))
-    await execution.at_every_point(at_most=at_most(harness, variant, 150, 16))
+    await sweep(Execution(harness, variant, anyio_backend_name, ("native",)), size, 150, 16)
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
 @pytest.mark.parametrize("means", [("native", "native"), ("scope", "native"), ("native", "scope")], ids="-".join)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@SIZES
 async def test_a_second_cancellation_on_top_of_the_first_loses_nothing_at_any_point(
-    harness: Harness, variant: Variant, means: Means, anyio_backend_name: str
+    harness: Harness, variant: Variant, means: Means, size: str, anyio_backend_name: str
 ) -> None:
-    execution = Execution(harness, variant, anyio_backend_name, means)
-    await execution.at_every_point(at_most=at_most(harness, variant, 40, 6))
+    await sweep(Execution(harness, variant, anyio_backend_name, means), size, 40, 6)

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from harness import new_topic
 from servers import RunningServer
+from sweeps import first_of
 
 from anybus import JsonCodec, Message, retry_stream
 
@@ -63,6 +64,13 @@ class Site:
         self.running.append(process)
         return process
 
+    def end_gracefully(self, process: subprocess.Popen[bytes]) -> None:
+        label = f"p{self.running.index(process)}"
+        # A SIGTERM that comes before would kill it.
+        self.wait_until(lambda: self.uids("state", label) or process.poll() is not None, f"{label} to listen")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(BOUND) == 0, self.stderr()
+
     def uids(self, kind: str, label: str = "*") -> set[str]:
         texts = [path.read_text() for path in self.folder.glob(f"{label}.{kind}")]
         return {uid for text in texts for uid in text[: text.rfind("\n") + 1].split()}
@@ -101,7 +109,7 @@ class Site:
             process.wait()
 
 
-@pytest.fixture(params=["asyncio", "uvloop", "trio"])
+@pytest.fixture(params=first_of(["asyncio", "uvloop", "trio"]))
 def site(server: RunningServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     made = Site(server, tmp_path, str(request.param))
     try:
@@ -134,8 +142,7 @@ def run_with_poison(site: Site, topic: str, *also: str) -> tuple[str, list[str]]
     )
     for process in slots:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(BOUND) == 0, site.stderr()
+            site.end_gracefully(process)
     assert site.started > PROCESSES + 1, "it has killed again and again"
     return poison, neighbours
 
@@ -173,7 +180,6 @@ def test_nine_kills_of_a_healthy_process_dead_letter_nothing(site: Site) -> None
     (site.folder / "gate").touch()
     last = site.start(topic)
     site.wait_until(lambda: site.is_settled(topic), "everything to be settled")
-    last.send_signal(signal.SIGTERM)
-    assert last.wait(BOUND) == 0, site.stderr()
+    site.end_gracefully(last)
     assert site.uids("handled") == set(uids)
     assert site.dead_letters(topic) == []

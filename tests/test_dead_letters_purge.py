@@ -120,6 +120,7 @@ async def test_a_group_that_has_it_pending_learns_that_it_is_gone(harness: Harne
     await bury(bus.backend, topic, "a")
     await bus.backend.create_group(dead, "clerk", "0")
     await bus.backend.read_new(dead, "clerk", "crashed", count=1, timeout=0)
+    await harness.age(dead, "clerk")
     assert await bus.dead_letters(topic).purge() == 1
 
     async def handler(delivery: Delivery) -> None:

@@ -16,7 +16,7 @@ never neither. What is handled is what was published: the same uid, payload and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,10 +24,11 @@ import anyio
 import pytest
 import trio.testing
 from harness import MemoryHarness
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from servers import RedisHarness, RunningServer
 from simulation import CRASH, FAIL, OK, REJECT, RELEASE, RETRY, Act, Cut, Script, World, predict
+from sweeps import sampled
 
 outcomes = st.sampled_from([OK, FAIL, RETRY, REJECT, RELEASE, CRASH])
 scripts = st.lists(outcomes, max_size=8).map(tuple)
@@ -44,6 +45,9 @@ small_worlds = st.tuples(
     st.just(4),
 )
 """On a server every crash costs a lease, in real time."""
+
+LEASE = 1.5
+"""On a server: longer than a busy machine keeps a process waiting, whose deliveries would be counted again then."""
 
 cuts = st.builds(Cut, st.sampled_from(["steps", "cancel", "raise"]), st.integers(min_value=1, max_value=8))
 acts = st.builds(
@@ -124,60 +128,75 @@ def virtually(check: Callable[[World], Any], world: World) -> None:
     anyio.run(check, world, backend="trio", backend_options={"clock": clock})
 
 
-@settings(max_examples=150, deadline=None)
-@given(worlds)
-@example(([(CRASH,) * 12, (OK,), (FAIL, CRASH, OK)], 1, 4))
-@example(([(RELEASE, CRASH) * 4, (FAIL,) * 8], 3, 4))
-def test_one_at_a_time_everything_is_as_predicted(world: tuple[list[Script], int, int]) -> None:
-    made, max_retry, max_deliveries = world
-    virtually(exactly, World(MemoryHarness(), made, max_retry, max_deliveries, 1, 60.0))
+def in_worlds(examples: int, world: st.SearchStrategy[Any], first: Sequence[Any], check: Callable[[Any], None]) -> None:
+    """Look at these worlds first, and then at as many others as told."""
+    decorated: Any = given(world)(check)
+    for one in first:
+        decorated = example(one)(decorated)
+    settings(max_examples=examples)(decorated)()
 
 
-@settings(max_examples=150, deadline=None)
-@given(worlds)
-@example(([(CRASH,) * 12, (OK,), (OK,), (CRASH,) * 12, (OK,)], 1, 4))
-def test_side_by_side_nothing_is_lost_and_nobody_is_taken_along(world: tuple[list[Script], int, int]) -> None:
-    made, max_retry, max_deliveries = world
-    virtually(lawfully, World(MemoryHarness(), made, max_retry, max_deliveries, 4, 60.0))
+@sampled("examples", 20, 150)
+def test_one_at_a_time_everything_is_as_predicted(examples: int) -> None:
+    def check(world: tuple[list[Script], int, int]) -> None:
+        made, max_retry, max_deliveries = world
+        virtually(exactly, World(MemoryHarness(), made, max_retry, max_deliveries, 1, 60.0))
+
+    first = ([(CRASH,) * 12, (OK,), (FAIL, CRASH, OK)], 1, 4), ([(RELEASE, CRASH) * 4, (FAIL,) * 8], 3, 4)
+    in_worlds(examples, worlds, first, check)
 
 
-@settings(max_examples=150, deadline=None)
-@given(replayed_worlds)
-@example(REPLAYED)
-def test_a_replay_is_a_new_beginning_and_loses_and_doubles_nothing_however_it_ends(world: Replayed) -> None:
-    made, max_retry, max_deliveries, malformed, done = world
-    virtually(exactly, World(MemoryHarness(), made, max_retry, max_deliveries, 1, 60.0, malformed, done))
+@sampled("examples", 20, 150)
+def test_side_by_side_nothing_is_lost_and_nobody_is_taken_along(examples: int) -> None:
+    def check(world: tuple[list[Script], int, int]) -> None:
+        made, max_retry, max_deliveries = world
+        virtually(lawfully, World(MemoryHarness(), made, max_retry, max_deliveries, 4, 60.0))
+
+    in_worlds(examples, worlds, [([(CRASH,) * 12, (OK,), (OK,), (CRASH,) * 12, (OK,)], 1, 4)], check)
 
 
-@settings(max_examples=100, deadline=None)
-@given(replayed_worlds)
-@example(REPLAYED)
-def test_replay_and_purge_while_the_messages_are_handled_and_the_processes_die(world: Replayed) -> None:
-    made, max_retry, max_deliveries, malformed, done = world
-    virtually(lawfully, World(MemoryHarness(), made, max_retry, max_deliveries, 4, 60.0, malformed, done, live=True))
+@sampled("examples", 20, 150)
+def test_a_replay_is_a_new_beginning_and_loses_and_doubles_nothing_however_it_ends(examples: int) -> None:
+    def check(world: Replayed) -> None:
+        made, max_retry, max_deliveries, malformed, done = world
+        virtually(exactly, World(MemoryHarness(), made, max_retry, max_deliveries, 1, 60.0, malformed, done))
+
+    in_worlds(examples, replayed_worlds, [REPLAYED], check)
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "trio"])
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(world=small_worlds)
-@example(world=([(CRASH,) * 5, (OK,), (FAIL, CRASH, OK), (REJECT,), (RELEASE, RETRY, OK)], 1, 4))
-def test_the_same_on_a_server(server: RunningServer, loop: str, world: tuple[list[Script], int, int]) -> None:
-    made, max_retry, max_deliveries = world
-    for check, max_in_flight in ((exactly, 1), (lawfully, 4)):
-        simulated = World(RedisHarness(server), made, max_retry, max_deliveries, max_in_flight, 0.6)
-        anyio.run(check, simulated, backend=loop)
-
-
-@pytest.mark.parametrize("loop", ["asyncio", "trio"])
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(world=small_worlds, malformed=st.integers(0, 1), done=st.lists(acts, min_size=1, max_size=2))
-@example(world=([(REJECT,) * 3, (FAIL, FAIL, OK), (FAIL, REJECT)], 1, 4), malformed=1, done=REPLAYED[4])
-def test_replay_and_purge_on_a_server(
-    server: RunningServer, loop: str, world: tuple[list[Script], int, int], malformed: int, done: list[Act]
-) -> None:
-    made, max_retry, max_deliveries = world
-    for check, max_in_flight, live in ((exactly, 1, False), (lawfully, 4, True)):
-        simulated = World(
-            RedisHarness(server), made, max_retry, max_deliveries, max_in_flight, 0.6, malformed, done, live
+@sampled("examples", 20, 100)
+def test_replay_and_purge_while_the_messages_are_handled_and_the_processes_die(examples: int) -> None:
+    def check(world: Replayed) -> None:
+        made, max_retry, max_deliveries, malformed, done = world
+        virtually(
+            lawfully, World(MemoryHarness(), made, max_retry, max_deliveries, 4, 60.0, malformed, done, live=True)
         )
-        anyio.run(check, simulated, backend=loop)
+
+    in_worlds(examples, replayed_worlds, [REPLAYED], check)
+
+
+@sampled("examples", 1, 3)
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_the_same_on_a_server(server: RunningServer, loop: str, examples: int) -> None:
+    def check(world: tuple[list[Script], int, int]) -> None:
+        for law, max_in_flight in ((exactly, 1), (lawfully, 4)):
+            anyio.run(law, World(RedisHarness(server), *world, max_in_flight, LEASE), backend=loop)
+
+    first = ([(CRASH,) * 5, (OK,), (FAIL, CRASH, OK), (REJECT,), (RELEASE, RETRY, OK)], 1, 4)
+    in_worlds(examples, small_worlds, [first], check)
+
+
+@sampled("examples", 1, 3)
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_replay_and_purge_on_a_server(server: RunningServer, loop: str, examples: int) -> None:
+    def check(world: Replayed) -> None:
+        made, max_retry, max_deliveries, malformed, done = world
+        for law, max_in_flight, live in ((exactly, 1, False), (lawfully, 4, True)):
+            simulated = World(
+                RedisHarness(server), made, max_retry, max_deliveries, max_in_flight, LEASE, malformed, done, live
+            )
+            anyio.run(law, simulated, backend=loop)
+
+    small = st.tuples(small_worlds, st.integers(0, 1), st.lists(acts, min_size=1, max_size=2))
+    first = ([(REJECT,) * 3, (FAIL, FAIL, OK), (FAIL, REJECT)], 1, 4, 1, REPLAYED[4])
+    in_worlds(examples, small.map(lambda parts: (*parts[0], *parts[1:])), [first], check)

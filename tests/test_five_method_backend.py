@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from harness import QUICK, SOON, Recorder, new_topic, quick, until
+from harness import HOUR, QUICK, SOON, Recorder, new_topic, quick, until
 from servers import RunningServer
 
 from anybus import (
@@ -125,6 +125,11 @@ class ListBackend(StreamBackend):
 
     def pending(self, stream: str, group: str) -> list[str]:
         return [str(index) for index in self.groups[stream, group].pending]
+
+    def age(self, stream: str, group: str) -> None:
+        """Everything that is pending has been so for an hour."""
+        pending = self.groups[stream, group].pending
+        pending.update({index: (consumer, since - HOUR) for index, (consumer, since) in pending.items()})
 
 
 def calm(observer: Observer | None = None, **changes: float) -> StreamBusOptions:
@@ -321,7 +326,7 @@ async def test_every_settlement_by_hand_does_what_it_says(how: str, backend: Lis
         seen.append((delivery.id, delivery.state.attempt))
         await (MANUAL[how](delivery) if len(seen) == 1 else delivery.ack())
 
-    async with StreamBus(backend, calm(claim_idle_timeout=0.3)) as bus:
+    async with StreamBus(backend, calm(claim_idle_timeout=1)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g", ack_mode="manual"), handler) as subscription:
             entry_id = await bus.publish(Message(topic))
             await until(lambda: bool(seen) and not backend.pending(topic, "g"))
@@ -435,7 +440,8 @@ async def test_an_entry_of_a_dead_consumer_is_taken_over(backend: ListBackend, t
     await backend.create_group(topic, "g", "0")
     await backend.publish(topic, Message(topic))
     assert len(await backend.read_new(topic, "g", "dead", count=1, timeout=0)) == 1
-    async with StreamBus(backend, calm(claim_idle_timeout=0.05)) as bus:
+    backend.age(topic, "g")
+    async with StreamBus(backend, calm()) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
             await until(lambda: subscription.statistics().handled == 1)
             assert subscription.statistics().reclaimed == 1
@@ -528,7 +534,8 @@ async def test_without_a_count_there_is_no_crash_budget(backend: ListBackend, to
     await backend.read_new(topic, "g", "dead", count=1, timeout=0)
     for _ in range(20):
         await backend.reclaim_idle(topic, "g", "dead", min_idle=0, count=1)
-    async with StreamBus(backend, calm(claim_idle_timeout=0.05)) as bus:
+    backend.age(topic, "g")
+    async with StreamBus(backend, calm()) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g", max_deliveries=4), handler):
             with anyio.fail_after(SOON):
                 await handled.wait()

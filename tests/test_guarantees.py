@@ -94,9 +94,10 @@ async def test_at_most_once_loses_what_is_in_a_handler_that_is_cancelled(harness
             await until(lambda: begun == ["lost"])
             subscription.abort()
             await subscription.wait_closed()
-        async with bus.subscribe(config, handler):
+        async with bus.subscribe(config, handler) as subscription:
             await bus.publish(Message(topic, key="next"))
             await until(lambda: len(begun) == 2)
+            subscription.abort()
     assert begun == ["lost", "next"]
 
 

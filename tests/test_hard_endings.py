@@ -88,7 +88,7 @@ async def test_a_stray_cancellation_out_of_the_backend_is_an_error_that_can_pass
 
     recorder = Recorder()
     with anyio.fail_after(SOON):
-        async with StreamBus(backend, quick(recorder, claim_idle_timeout=0.3)) as bus:
+        async with StreamBus(backend, quick(recorder, claim_idle_timeout=1.5)) as bus:
             async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
                 failures = fail_always(backend, method, error, times=1)
                 await bus.publish(Message(topic, key="1"))

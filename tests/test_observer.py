@@ -126,6 +126,7 @@ async def leave_behind(harness: Harness, topic: str, raw: Mapping[str, bytes] | 
         else:
             entry_id = await harness.append_raw(topic, raw)
         await backend.read_new(topic, "g", "dead", count=1, timeout=0)
+        await harness.age(topic, "g")
     return entry_id
 
 
@@ -333,7 +334,7 @@ async def test_an_entry_that_was_taken_over_is_told_as_received_too(
     harness: Harness, topic: str, recorder: Recorder
 ) -> None:
     entry_id = await leave_behind(harness, topic)
-    async with StreamBus(harness.make_backend(), quick(recorder, claim_idle_timeout=0.05)) as bus:
+    async with StreamBus(harness.make_backend(), quick(recorder, claim_idle_timeout=60)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), succeed):
             await until(lambda: bool(recorder.of("on_settled")))
     assert [event.message_id for event in recorder.of("on_received")] == [entry_id]
@@ -590,7 +591,7 @@ async def test_a_malformed_entry_that_was_taken_over_is_a_reclaim_error(
     harness: Harness, topic: str, recorder: Recorder
 ) -> None:
     entry_id = await leave_behind(harness, topic, {"message": b"not json"})
-    async with StreamBus(harness.make_backend(), quick(recorder, claim_idle_timeout=0.05)) as bus:
+    async with StreamBus(harness.make_backend(), quick(recorder, claim_idle_timeout=60)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), succeed):
             await until(lambda: bool(recorder.of("on_settled")))
     assert [(event.scope, event.message_id) for event in recorder.of("on_error")] == [("reclaim", entry_id)]
@@ -601,7 +602,7 @@ async def test_a_missing_entry_is_reported_and_counted_and_never_silent(
 ) -> None:
     entry_id = await leave_behind(harness, topic)
     await harness.delete_entry(topic, entry_id)
-    async with StreamBus(harness.make_backend(), quick(recorder, claim_idle_timeout=0.05)) as bus:
+    async with StreamBus(harness.make_backend(), quick(recorder, claim_idle_timeout=60)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), succeed) as subscription:
             await until(lambda: bool(recorder.of("on_error")))
             await nothing_pending(harness, topic, "g")
@@ -654,7 +655,7 @@ async def test_a_renewal_that_failed_is_a_renew_error_and_tried_again(topic: str
         await leave.wait()
 
     backend = Faulty(renew=1)
-    async with StreamBus(backend, quick(recorder, claim_idle_timeout=0.6)) as bus:
+    async with StreamBus(backend, quick(recorder, claim_idle_timeout=1.5)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), wait) as subscription:
             await bus.publish(Message(topic))
             await until(lambda: bool(recorder.of("on_error")))

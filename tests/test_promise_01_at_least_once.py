@@ -90,11 +90,12 @@ async def test_what_a_reclaim_finds_beyond_the_room_stays_pending_and_is_handled
         handled.append(delivery.message.uid)
         await anyio.lowlevel.checkpoint()
 
-    async with StreamBus(backend, quick(claim_idle_timeout=0.05)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=60)) as bus:
         await backend.create_group(topic, "g", "0")
         messages = [Message(topic) for _ in range(50)]
         await bus.publish_batch(messages)
         assert len(await backend.read_new(topic, "g", "dead", count=50, timeout=0)) == 50
+        await harness.age(topic, "g")
         async with bus.subscribe(SubscriptionConfig(topic, "g", max_in_flight=2, max_pending_acks=3), handler) as sub:
             await nothing_pending(harness, topic, "g")
             assert sub.statistics().reclaimed == 50
@@ -199,7 +200,7 @@ async def test_in_manual_mode_what_nobody_settles_comes_back_when_the_lease_ends
         if len(states) == 2:
             await delivery.ack()
 
-    async with StreamBus(harness.make_backend(), quick(claim_idle_timeout=0.15)) as bus:
+    async with StreamBus(harness.make_backend(), quick(claim_idle_timeout=1)) as bus:
         config = SubscriptionConfig(topic, "g", ack_mode="manual")
         async with bus.subscribe(config, handler):
             await bus.publish(Message(topic))

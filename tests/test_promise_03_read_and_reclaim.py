@@ -57,7 +57,7 @@ async def test_neither_starves_under_a_backlog_of_both(
         order.append(delivery.message.key)
         await anyio.lowlevel.checkpoint()
 
-    async with StreamBus(backend, quick(block_timeout=30, claim_idle_timeout=0.2)) as bus:
+    async with StreamBus(backend, quick(block_timeout=30, claim_idle_timeout=60)) as bus:
         await backend.create_group(topic, "g", "0")
         await bus.publish_batch([Message(topic, key="old") for _ in range(100)])
         await backend.read_new(topic, "g", "dead", count=100, timeout=0)
@@ -82,10 +82,11 @@ async def test_a_blocking_read_does_not_delay_reclaim_publish_or_ack(harness: Ha
         handled.append(delivery.message.key)
 
     # A read blocks for longer than the test may take.
-    async with StreamBus(backend, quick(block_timeout=600, claim_idle_timeout=0.1)) as bus:
+    async with StreamBus(backend, quick(block_timeout=600, claim_idle_timeout=60)) as bus:
         await backend.create_group(topic, "g", "0")
         await bus.publish(Message(topic, key="old"))
         await backend.read_new(topic, "g", "dead", count=1, timeout=0)
+        await harness.age(topic, "g")
         async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
             with anyio.fail_after(SOON):
                 await until(lambda: handled == ["old"])
@@ -111,10 +112,11 @@ async def test_where_they_take_turns_a_read_blocks_no_longer_than_a_reclaim_inte
     async def handler(delivery: Delivery) -> None:
         handled.append(delivery.message.key)
 
-    async with StreamBus(backend, quick(block_timeout=600, claim_idle_timeout=0.1)) as bus:
+    async with StreamBus(backend, quick(block_timeout=600, claim_idle_timeout=60)) as bus:
         await backend.create_group(topic, "g", "0")
         await bus.publish(Message(topic, key="old"))
         await backend.read_new(topic, "g", "dead", count=1, timeout=0)
+        await harness.age(topic, "g")
         timeouts.clear()
         async with bus.subscribe(SubscriptionConfig(topic, "g", max_in_flight=1, max_pending_acks=1), handler):
             await until(lambda: handled == ["old"])

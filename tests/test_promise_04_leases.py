@@ -49,7 +49,7 @@ async def test_a_handler_that_outlives_the_lease_keeps_its_message(harness: Harn
         await until(lambda: renewed >= 7)
         assert not delivery.lease_lost
 
-    async with StreamBus(backend, quick(claim_idle_timeout=0.15)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=1.5)) as bus:
         config = SubscriptionConfig(topic, "g")
         async with bus.subscribe(config, handler) as one, bus.subscribe(config, handler) as two:
             await bus.publish(Message(topic))
@@ -74,7 +74,7 @@ async def test_what_waits_is_renewed_too(harness: Harness, topic: str) -> None:
     async def handler(delivery: Delivery) -> None:
         await gate.wait()
 
-    async with StreamBus(backend, quick(claim_idle_timeout=0.15)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=1.5)) as bus:
         config = SubscriptionConfig(topic, "g", max_in_flight=1, max_pending_acks=8)
         async with bus.subscribe(config, handler) as subscription:
             ids = (await bus.publish_batch([Message(topic) for _ in range(4)])).results
@@ -100,7 +100,7 @@ async def test_a_lost_lease_is_noticed_by_our_clock_and_settling_succeeds_where_
 
     recorder = Recorder()
     # Nobody reclaims: the only other member does not look for ten minutes.
-    async with StreamBus(backend, quick(recorder, claim_idle_timeout=0.2, reclaim_interval=600)) as bus:
+    async with StreamBus(backend, quick(recorder, claim_idle_timeout=1, reclaim_interval=600)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
             await bus.publish(Message(topic))
             await until(lambda: subscription.statistics().handled == 1)
@@ -146,7 +146,7 @@ async def test_the_servers_answer_to_a_renewal_warns_the_handler_and_drops_what_
         await backend.reclaim_idle(topic, "g", "thief", min_idle=0, count=10)
         await until(lambda: delivery.lease_lost)
 
-    async with StreamBus(backend, quick(claim_idle_timeout=0.3, reclaim_interval=600)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=1.5, reclaim_interval=600)) as bus:
         ids = (await bus.publish_batch([Message(topic) for _ in range(3)])).results
         config = SubscriptionConfig(topic, "g", max_in_flight=1, max_pending_acks=8, group_start_id="0")
         async with bus.subscribe(config, handler) as subscription:
@@ -170,7 +170,7 @@ async def test_on_lease_lost_cancel_cancels_the_handler_and_touches_nobody_elses
         finally:
             cancelled.append(delivery.id)
 
-    async with StreamBus(backend, quick(claim_idle_timeout=0.2, reclaim_interval=600)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=1, reclaim_interval=600)) as bus:
         config = SubscriptionConfig(topic, "g", on_lease_lost="cancel")
         async with bus.subscribe(config, handler) as subscription:
             entry_id = await bus.publish(Message(topic))
@@ -193,7 +193,7 @@ async def test_what_waited_through_a_freeze_is_handed_back_instead_of_started(ha
         link.cut()
         await until(lambda: subscription.statistics().waiting == 0)
 
-    async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=0.2, reclaim_interval=600)) as bus:
+    async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=1, reclaim_interval=600)) as bus:
         await bus.publish_batch([Message(topic, key=str(number)) for number in range(4)])
         config = SubscriptionConfig(topic, "g", max_in_flight=1, max_pending_acks=8, group_start_id="0")
         async with bus.subscribe(config, frozen) as subscription:
@@ -241,7 +241,7 @@ async def test_no_lease_is_lost_by_a_renewal_that_fails_once(harness: Harness, t
     async def handler(delivery: Delivery) -> None:
         await until(lambda: calls >= 4)
 
-    async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=1.5)) as bus:
+    async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=3)) as bus:
         config = SubscriptionConfig(topic, "g", max_in_flight=1, max_pending_acks=4)
         async with bus.subscribe(config, handler) as subscription:
             await bus.publish_batch([Message(topic) for _ in range(2 if mode == "waiting" else 1)])

@@ -108,7 +108,7 @@ async def test_a_handled_entry_whose_ack_failed_for_a_whole_lease_is_acked_when_
     async def handler(delivery: Delivery) -> None:
         handled.append(delivery.message.uid)
 
-    async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=0.3)) as bus:
+    async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=1)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
             await bus.publish(Message(topic))
             await until(lambda: len(handled) == 1)

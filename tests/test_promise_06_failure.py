@@ -270,10 +270,11 @@ async def test_an_entry_handed_over_too_often_without_an_outcome_is_dead_lettere
     async def handler(delivery: Delivery) -> None:
         started.append(delivery.id)
 
-    async with StreamBus(backend, quick(claim_idle_timeout=0.05)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=60)) as bus:
         await backend.create_group(topic, "g", "0")
         await bus.publish(Message(topic, b"poison"))
         await crash_with(backend, topic, "g", times=5)
+        await harness.age(topic, "g")
         async with bus.subscribe(SubscriptionConfig(topic, "g", max_deliveries=5), handler) as subscription:
             await until(lambda: subscription.statistics().dead_lettered == 1)
             await nothing_pending(harness, topic, "g")
@@ -420,7 +421,7 @@ async def test_a_suspect_for_which_room_cannot_be_made_within_a_lease_is_release
             await gate.wait()
         handled.append(delivery.message.key)
 
-    async with StreamBus(backend, quick(claim_idle_timeout=0.3)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=1)) as bus:
         await backend.create_group(topic, "g", "0")
         suspect_id = await bus.publish(Message(topic, key="suspect"))
         await crash_with(backend, topic, "g", times=4)
@@ -455,11 +456,12 @@ async def test_the_crash_budget_holds_for_retries_too(harness: Harness, topic: s
     async def handler(delivery: Delivery) -> None:
         raise AssertionError("must not be handled")
 
-    async with StreamBus(backend, quick(claim_idle_timeout=0.05)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=60)) as bus:
         await backend.create_group(stream, "g", "0")
         copy = Message(topic, b"p", headers={"retry-attempt": "2", "retry-first-id": "77-0"})
         await backend.publish(stream, copy)
         await crash_with(backend, topic, "g", times=4, stream=stream)
+        await harness.age(stream, "g")
         async with bus.subscribe(SubscriptionConfig(topic, "g", max_deliveries=4), handler) as subscription:
             await until(lambda: subscription.statistics().dead_lettered == 1)
     [(_, dead, _)] = await harness.entries(f"{topic}.dead")

@@ -75,10 +75,11 @@ async def test_an_entry_whose_body_is_gone_is_reported_counted_and_acked(harness
         raise AssertionError("there is nothing to handle")
 
     recorder = Recorder()
-    async with StreamBus(backend, quick(recorder, claim_idle_timeout=0.05)) as bus:
+    async with StreamBus(backend, quick(recorder, claim_idle_timeout=60)) as bus:
         await backend.create_group(topic, "g", "0")
         entry_id = await bus.publish(Message(topic))
         await backend.read_new(topic, "g", "dead", count=1, timeout=0)
+        await harness.age(topic, "g")
         await harness.delete_entry(topic, entry_id)
         async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
             await nothing_pending(harness, topic, "g")

@@ -22,6 +22,7 @@ import anyio
 import pytest
 from anyio import to_thread
 from harness import SOON, Harness, Recorder, StepByStep, nothing_pending, quick, uids, until
+from sweeps import first_of
 
 from anybus import (
     BackendError,
@@ -588,14 +589,14 @@ class InThread(Stuck):
             raise self.outcome
 
 
-@pytest.mark.parametrize("cause", [body_ended, *AT_ONCE], ids=named)
+@pytest.mark.parametrize("cause", [body_ended, *first_of(AT_ONCE)], ids=named)
 async def test_a_handler_in_a_thread_is_reported_and_waited_for_leased_all_the_while_and_its_message_acked(
     harness: Harness, topic: str, cause: Cause
 ) -> None:
     handler = InThread()
     recorder = Recorder()
     backend = Ordered(harness.make_backend())
-    options = quick(recorder, close_timeout=0.05, cleanup_timeout=0.1, claim_idle_timeout=0.3)
+    options = quick(recorder, close_timeout=0.05, cleanup_timeout=0.5, claim_idle_timeout=1)
     config = SubscriptionConfig(topic, GROUP, max_in_flight=2, max_pending_acks=8)
     async with StreamBus(backend, options) as bus:
         async with anyio.create_task_group() as tasks:
@@ -618,7 +619,7 @@ async def test_a_handler_in_a_thread_is_reported_and_waited_for_leased_all_the_w
                         renewals = backend.count("renew")
                         await until(lambda: backend.count("renew") >= renewals + 5, "renewals")
                         async with harness.make_backend() as peer:
-                            taken = await peer.reclaim_idle(topic, GROUP, "peer", min_idle=0.3, count=10)
+                            taken = await peer.reclaim_idle(topic, GROUP, "peer", min_idle=1, count=10)
                             await peer.release(topic, GROUP, "peer", [entry.id for entry in taken])
                         assert ids[0] not in [entry.id for entry in taken]
                         assert (await owners(harness, topic))[ids[0]] == subscription.consumer
@@ -926,7 +927,7 @@ async def test_a_delivery_that_was_pulled_is_renewed_until_its_block_is_left_and
     harness: Harness, topic: str
 ) -> None:
     backend = Ordered(harness.make_backend())
-    async with StreamBus(backend, quick(claim_idle_timeout=0.3)) as bus:
+    async with StreamBus(backend, quick(claim_idle_timeout=1)) as bus:
         async with bus.deliveries(SubscriptionConfig(topic, GROUP)) as stream:
             ids = await publish(bus, topic, 1)
             with anyio.fail_after(SOON):
@@ -935,7 +936,7 @@ async def test_a_delivery_that_was_pulled_is_renewed_until_its_block_is_left_and
             await until(lambda: backend.count("renew") >= renewals + 5, "renewals for more than a lease")
             assert not delivery.lease_lost
             async with harness.make_backend() as peer:
-                assert await peer.reclaim_idle(topic, GROUP, "peer", min_idle=0.3, count=10) == []
+                assert await peer.reclaim_idle(topic, GROUP, "peer", min_idle=1, count=10) == []
         assert await released(harness, topic, ids)
 
 

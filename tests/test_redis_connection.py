@@ -35,6 +35,7 @@ from harness import SOON, new_topic, until
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 from redis.sentinel import Sentinel
 from servers import RunningServer, free_port
+from sweeps import sampled
 
 from anybus import (
     BackendError,
@@ -51,8 +52,6 @@ from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._client import Client
 from anybus.backends.redis._multiplexer import Call
 from anybus.backends.redis._settings import Settings, from_client, from_url
-
-CANCELLATIONS = 2000
 
 PATIENCE = 0.3
 """The command_timeout of tests in which a server is silent."""
@@ -94,11 +93,14 @@ def admin(server: RunningServer) -> Iterator[Any]:
 # --- cancelled callers
 
 
-async def test_cancelled_callers_never_leave_the_connection_out_of_step(server: RunningServer) -> None:
+@sampled("cancellations", 300, 2000)
+async def test_cancelled_callers_never_leave_the_connection_out_of_step(
+    cancellations: int, server: RunningServer
+) -> None:
     """Callers are cancelled before their command is sent, while it is under way, and after it was answered."""
     dice = random.Random(4)
     answered: dict[int, str] = {}
-    scopes = [anyio.CancelScope() for _ in range(2 * CANCELLATIONS)]
+    scopes = [anyio.CancelScope() for _ in range(2 * cancellations)]
     async with connected(from_url(server.url)) as client:
 
         async def call(number: int) -> None:
@@ -117,7 +119,7 @@ async def test_cancelled_callers_never_leave_the_connection_out_of_step(server: 
         assert client.mux.connections == 1
     assert answered == {number: f"value {number}" for number in answered}
     assert set(range(0, len(scopes), 2)) <= answered.keys(), "whoever was not cancelled has its reply"
-    assert len(scopes) - len(answered) > CANCELLATIONS // 20, "some were cancelled in time"
+    assert len(scopes) - len(answered) > cancellations // 20, "some were cancelled in time"
 
 
 async def test_a_cancelled_pipeline_takes_all_its_replies_along(server: RunningServer) -> None:

@@ -21,6 +21,7 @@ from anyio.lowlevel import checkpoint
 from fake_server import GONE, listening
 from harness import SOON, until
 from servers import RedisHarness, RunningServer
+from sweeps import sampled
 
 from anybus import BackendError, EventBusError, GroupLostError, JsonCodec, Message, MsgpackCodec
 from anybus._copies import retry_stream
@@ -32,7 +33,7 @@ from anybus.backends.redis._keys import RETURNED, delayed, meta
 
 T = TypeVar("T")
 
-CANCELLATIONS = 2000
+cancellations = sampled("cancellations", 150, 2000)
 """How often each way of taking entries is cancelled, on each event loop."""
 
 LONG = 3600.0
@@ -129,12 +130,13 @@ async def in_step(backend: RedisBackend) -> bool:
     return replies == [str(number).encode() for number in range(20)] and backend._client.mux.connections == 1
 
 
-# --- 2,000 cancellations
+# --- cancellations, by the thousand
 
 
+@cancellations
 @pytest.mark.parametrize(("timeout", "most_steps"), [(LONG, 60), (0.0, 25)], ids=["blocking", "not waiting"])
 async def test_cancelled_reads_leave_nothing_delivered_but_unseen(
-    timeout: float, most_steps: int, harness: RedisHarness, topic: str
+    timeout: float, most_steps: int, cancellations: int, harness: RedisHarness, topic: str
 ) -> None:
     dice = random.Random(2)
     held: set[str] = set()
@@ -143,7 +145,7 @@ async def test_cancelled_reads_leave_nothing_delivered_but_unseen(
         await backend.create_group(topic, "g", "0")
         handed_back = what_is_handed_back(backend)
         async with under_load(backend, topic) as published:
-            while cancelled < CANCELLATIONS:
+            while cancelled < cancellations:
                 entries, was_cancelled = await cancelled_after(
                     dice.randrange(most_steps), lambda: backend.read_new(topic, "g", "c", count=3, timeout=timeout)
                 )
@@ -160,7 +162,10 @@ async def test_cancelled_reads_leave_nothing_delivered_but_unseen(
         assert await in_step(backend)
 
 
-async def test_cancelled_reclaims_leave_nothing_taken_but_unseen(harness: RedisHarness, topic: str) -> None:
+@cancellations
+async def test_cancelled_reclaims_leave_nothing_taken_but_unseen(
+    cancellations: int, harness: RedisHarness, topic: str
+) -> None:
     dice = random.Random(3)
     held: set[str] = set()
     cancelled = 0
@@ -170,7 +175,7 @@ async def test_cancelled_reclaims_leave_nothing_taken_but_unseen(harness: RedisH
         handed_back = what_is_handed_back(backend)
         async with under_load(backend, topic) as published:
             await until(lambda: len(published[topic]) >= 10)  # something to take over from the first time on
-            while cancelled < CANCELLATIONS:
+            while cancelled < cancellations:
                 if len(held) >= 10 or nothing_left:
                     # Back to where they can be taken over again, with some more.
                     more = ids(await backend.read_new(topic, "g", "other", count=10, timeout=0))
@@ -188,7 +193,10 @@ async def test_cancelled_reclaims_leave_nothing_taken_but_unseen(harness: RedisH
         assert await in_step(backend)
 
 
-async def test_cancelled_passes_leave_nothing_taken_but_unseen(harness: RedisHarness, topic: str) -> None:
+@cancellations
+async def test_cancelled_passes_leave_nothing_taken_but_unseen(
+    cancellations: int, harness: RedisHarness, topic: str
+) -> None:
     dice = random.Random(4)
     retries = retry_stream(topic, "g")
     held: dict[str, set[str]] = {topic: set(), retries: set()}
@@ -200,7 +208,7 @@ async def test_cancelled_passes_leave_nothing_taken_but_unseen(harness: RedisHar
         handed_back = what_is_handed_back(backend)
         async with under_load(backend, topic, retries) as published:
             await until(lambda: len(published[topic]) >= 10)  # something to take over from the first time on
-            while cancelled < CANCELLATIONS:
+            while cancelled < cancellations:
                 if len(held[topic]) + len(held[retries]) >= 10 or nothing_left:
                     more = ids(await backend.read_new(topic, "g", "other", count=10, timeout=0))
                     await backend.release(topic, "g", "other", more)

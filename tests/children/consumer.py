@@ -2,7 +2,8 @@
 
 Files in its folder, all beginning with its label:
 
-- ``.state``: ``connected`` before it subscribes, ``ready <consumer> ...`` with its names on the server once it has.
+- ``.state``: ``listens`` once SIGTERM ends it gracefully, ``connected`` before it subscribes, ``ready <consumer> ...``
+  with its names on the server once it has.
 - ``.begun.<group>``, ``.handled.<group>``: uids, at the start of a handling, and as the last step of one that succeeds.
 - ``.events.<group>``: ``settled <id> <how>`` and ``lost <id>``, as its observer is told.
 
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import random
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
 import anyio
-from notes import Notes, run, until_told_to_end
+from notes import Notes, listening, run
 
 import anybus
 from anybus import Delivery, ExponentialBackoff, Observer, StreamBusOptions, SubscriptionConfig
@@ -74,6 +76,17 @@ async def main(arguments: argparse.Namespace) -> None:
         group_start_id="0",
         observer=Teller(stem, arguments.group),
     )
+    with nullcontext(anyio.sleep_forever) if arguments.bare else listening(state) as until_told_to_end:
+        await consume(arguments, options, state, until_told_to_end)
+
+
+async def consume(
+    arguments: argparse.Namespace,
+    options: StreamBusOptions,
+    state: Notes,
+    until_told_to_end: Callable[[], Awaitable[None]],
+) -> None:
+    stem = arguments.folder / arguments.label
     backoff = ExponentialBackoff(initial=0.05, maximum=0.05)
     async with anybus.connect(arguments.url, options) as bus, AsyncExitStack() as stack:
         state.add("connected")
@@ -86,8 +99,6 @@ async def main(arguments: argparse.Namespace) -> None:
             subscription = await stack.enter_async_context(bus.subscribe(config, worker.handle))
             names.append(subscription.consumer)
         state.add("ready", *names)
-        if arguments.bare:
-            await anyio.sleep_forever()
         await until_told_to_end()
 
 

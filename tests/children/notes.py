@@ -1,10 +1,11 @@
-"""What the children of ``test_redis_crashes.py`` share: notes that outlive their writer, and the choice of a loop."""
+"""What children share: notes that outlive their writer, the choice of a loop, and the order to end."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
@@ -30,8 +31,17 @@ def run(main: Callable[[], Awaitable[None]], loop: str) -> None:
         anyio.run(main, backend="asyncio", backend_options={"use_uvloop": loop == "uvloop"})
 
 
-async def until_told_to_end() -> None:
-    """Returns when SIGTERM comes. SIGINT is left alone."""
+@contextmanager
+def listening(state: Notes) -> Iterator[Callable[[], Awaitable[None]]]:
+    """Listen for SIGTERM, and note ``listens``: nobody may send it before. SIGINT is left alone.
+
+    What comes out waits until it has come; it may have come before.
+    """
     with anyio.open_signal_receiver(signal.SIGTERM) as signals:
-        async for _ in signals:
-            return
+        state.add("listens")
+
+        async def until_told_to_end() -> None:
+            async for _ in signals:
+                return
+
+        yield until_told_to_end

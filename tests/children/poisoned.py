@@ -4,7 +4,8 @@
 process at once (``os._exit``), when all 63 others are in its handlers beside it the first time. A message whose key is
 ``gated`` waits for the file ``gate``. With a healthy topic, a second subscription of the same bus handles that.
 
-Files in its folder, all beginning with its label: ``.begun`` and ``.handled`` with the uids.
+Files in its folder, all beginning with its label: ``.state`` with ``listens`` once SIGTERM ends it gracefully, and
+``.begun`` and ``.handled`` with the uids.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-from notes import Notes, run, until_told_to_end
+from notes import Notes, listening, run
 
 import anybus
 from anybus import Delivery, Observer, StreamBusOptions, SubscriptionConfig
@@ -61,11 +62,12 @@ class Worker:
 async def main(url: str, folder: str, label: str, *topics: str) -> None:
     options = StreamBusOptions(claim_idle_timeout=LEASE, reclaim_interval=0.05, group_start_id="0", observer=Silent())
     worker = Worker(Path(folder), label)
-    async with anybus.connect(url, options) as bus, AsyncExitStack() as stack:
-        for topic in topics:
-            config = SubscriptionConfig(topic, "g", consumer=label, max_in_flight=64, max_pending_acks=64)
-            await stack.enter_async_context(bus.subscribe(config, worker.handle))
-        await until_told_to_end()
+    with listening(Notes(Path(folder) / f"{label}.state")) as until_told_to_end:
+        async with anybus.connect(url, options) as bus, AsyncExitStack() as stack:
+            for topic in topics:
+                config = SubscriptionConfig(topic, "g", consumer=label, max_in_flight=64, max_pending_acks=64)
+                await stack.enter_async_context(bus.subscribe(config, worker.handle))
+            await until_told_to_end()
 
 
 if __name__ == "__main__":

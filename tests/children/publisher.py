@@ -1,6 +1,6 @@
 """A program that publishes so many messages, or until SIGTERM comes: a child of ``test_redis_crashes.py``.
 
-It notes every uid twice, in files of its folder: in ``attempted`` before it publishes, in ``acknowledged`` once the
+It notes ``listens`` in ``publisher.state`` once SIGTERM ends it gracefully, and every uid twice, in files of its folder: in ``attempted`` before it publishes, in ``acknowledged`` once the
 server has said that it has the message. A publish that fails is never repeated: its uid stays in the first file only.
 """
 
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-from notes import Notes, run, until_told_to_end
+from notes import Notes, listening, run
 
 import anybus
 from anybus import BackendError, Message, StreamBus
@@ -46,16 +46,17 @@ class Publisher:
 
 
 async def main(arguments: argparse.Namespace) -> None:
-    async with anybus.connect(arguments.url) as bus, anyio.create_task_group() as tasks:
-        publisher = Publisher(bus, arguments.topic, arguments.folder, arguments.pause, arguments.count)
+    with listening(Notes(arguments.folder / "publisher.state")) as until_told_to_end:
+        async with anybus.connect(arguments.url) as bus, anyio.create_task_group() as tasks:
+            publisher = Publisher(bus, arguments.topic, arguments.folder, arguments.pause, arguments.count)
 
-        async def end() -> None:
-            await until_told_to_end()
-            publisher.is_ending = True
+            async def end() -> None:
+                await until_told_to_end()
+                publisher.is_ending = True
 
-        tasks.start_soon(end)
-        await publisher.run(arguments.tasks)
-        tasks.cancel_scope.cancel()
+            tasks.start_soon(end)
+            await publisher.run(arguments.tasks)
+            tasks.cancel_scope.cancel()
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ async def handle(delivery: Delivery) -> None:
         if kind == "walk":
             for _ in range(5):
                 await checkpoint()
+        elif kind == "hold":
+            await anyio.sleep_forever()  # so that something is at stake whenever the signal comes
         elif kind == "slow":
             await anyio.sleep(0.005)
         elif kind == "fail" and delivery.state.attempt == 1:
@@ -86,14 +88,18 @@ async def handle(delivery: Delivery) -> None:
         running.discard(uid)
 
 
+async def publish_one(bus: StreamBus, kind: str) -> None:
+    message = Message(TOPIC, kind=kind)
+    tried.append(message.uid)
+    await bus.publish(message)
+    published.append(message.uid)
+
+
 async def publish(bus: StreamBus, ready: anyio.Event) -> None:
     kinds = ("quick", "walk", "slow", "fail", "walk", "ack", "slow", "reject", "quick")
     while True:
         for kind in kinds:
-            message = Message(TOPIC, kind=kind)
-            tried.append(message.uid)
-            await bus.publish(message)
-            published.append(message.uid)
+            await publish_one(bus, kind)
         if len(returned) > 10:
             ready.set()
         await anyio.sleep(0.002)
@@ -109,12 +115,13 @@ async def receive_signals(scope: anyio.CancelScope, *, task_status: TaskStatus[N
 async def work(backend: MemoryBackend, observer: Quiet, scope: anyio.CancelScope | None) -> None:
     options = StreamBusOptions(claim_idle_timeout=LEASE, reclaim_interval=0.002, group_start_id="0", observer=observer)
     backoff = ExponentialBackoff(initial=BACKOFF, maximum=BACKOFF)
-    config = SubscriptionConfig(TOPIC, GROUP, max_in_flight=4, retry_backoff=backoff)
+    config = SubscriptionConfig(TOPIC, GROUP, max_in_flight=5, retry_backoff=backoff)
     ready = anyio.Event()
     async with anyio.create_task_group() as tasks:
         if scope is not None:
             await tasks.start(receive_signals, scope)
         async with StreamBus(backend, options) as bus, bus.subscribe(config, handle), anyio.create_task_group() as more:
+            await publish_one(bus, "hold")
             for _ in range(2):
                 more.start_soon(publish, bus, ready)
             await ready.wait()

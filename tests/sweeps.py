@@ -1,0 +1,18 @@
+"""Sweeps in two sizes: a few of their points in every run of the tests, all of them in the session ``thorough``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+
+def sampled(name: str, few: int, all_of_them: int) -> pytest.MarkDecorator:
+    """Give the test a parameter of that name: how many points, rounds or processes it takes."""
+    return pytest.mark.parametrize(name, [few, pytest.param(all_of_them, marks=pytest.mark.thorough)])
+
+
+def first_of(values: Iterable[object]) -> list[object]:
+    """For ``parametrize``: the first value in every run, the others in ``thorough``."""
+    first, *others = values
+    return [first, *(pytest.param(other, marks=pytest.mark.thorough) for other in others)]
