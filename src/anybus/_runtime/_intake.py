@@ -201,7 +201,7 @@ class Intake:
                 await self._handle_alone(suspect)
         if taken.lost is not None:
             raise taken.lost
-        return len(taken.reclaimed) + len(taken.retries) + len(taken.reclaimed_retries) >= room
+        return taken.more or len(taken.reclaimed) + len(taken.retries) + len(taken.reclaimed_retries) >= room
 
     async def _take(self, fetch: Callable[[int], Awaitable[tuple[str, list[FetchedEntry]]]], room: int) -> bool:
         room = min(room, self._context.options.claim_scan_batch_size)

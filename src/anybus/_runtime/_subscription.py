@@ -13,6 +13,7 @@ import contextlib
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
@@ -21,7 +22,7 @@ from .._backoff import recovery_delay
 from .._cancellation import as_failure, is_stray, leaves, persist
 from .._errors import ClosedError, EventBusError, can_pass
 from .._statistics import SubscriptionStatistics
-from ..abc import StreamInspector
+from ..abc import RightsChecker, StreamInspector
 from ._circuit import Circuit, WatchedSettler
 from ._context import Context
 from ._intake import CIRCUIT, ENDING, PAUSED, Intake
@@ -31,6 +32,8 @@ from ._ledger import Stage
 from ._pool import Handler, HandlerPool, Taker, handled_by
 from ._pull import PullTaker
 from ._settler import Settler
+
+T = TypeVar("T")
 
 
 class ClosedWhileEnteredError(ClosedError):
@@ -231,20 +234,34 @@ class Subscription:
 
     async def _make_groups(self) -> None:
         context = self._context
-        failures = 0
+        backend = context.backend
+        if isinstance(backend, RightsChecker):
+            await self._until_done(
+                f"the rights on {context.topic!r} are not known yet",
+                backend.check_rights,
+                *context.streams,
+                context.group,
+                dead_letter_topic=context.dead_letter_topic,
+            )
         for stream, start in ((context.topic, context.group_start_id), (context.retry_stream, "0")):
-            while True:
-                try:
-                    made = await context.backend.create_group(stream, context.group, start)
-                    if made and start == "$" and stream == context.topic:
-                        await self._mention_backlog()
-                    break
-                except Exception as error:
-                    if not can_pass(error):
-                        raise
-                    context.reporter.error("read", error, detail=f"the group of {stream!r} is not made yet")
-                    failures += 1
-                    await anyio.sleep(recovery_delay(failures, random.random()))
+            made = await self._until_done(
+                f"the group of {stream!r} is not made yet", backend.create_group, stream, context.group, start
+            )
+            if made and start == "$" and stream == context.topic:
+                await self._mention_backlog()
+
+    async def _until_done(self, not_yet: str, work: Callable[..., Awaitable[T]], /, *args: object, **more: object) -> T:
+        """A step of the beginning. Errors that can pass are reported, and it is tried again."""
+        failures = 0
+        while True:
+            try:
+                return await work(*args, **more)
+            except Exception as error:
+                if not can_pass(error):
+                    raise
+                self._context.reporter.error("read", error, detail=not_yet)
+                failures += 1
+                await anyio.sleep(recovery_delay(failures, random.random()))
 
     async def _mention_backlog(self) -> None:
         context = self._context

@@ -3,6 +3,7 @@
 from ._backend import Feature as Feature
 from ._backend import PassSource as PassSource
 from ._backend import PublishItem as PublishItem
+from ._backend import RightsChecker as RightsChecker
 from ._backend import StreamBackend as StreamBackend
 from ._backend import StreamInspector as StreamInspector
 from ._backend import TimedPublisher as TimedPublisher

@@ -223,6 +223,18 @@ class PassSource(abc.ABC):
         """
 
 
+class RightsChecker(abc.ABC):
+    """What a backend may offer beside :class:`StreamBackend`: whether a subscription may do what it will have to."""
+
+    @abc.abstractmethod
+    async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
+        """Called once for a subscription, before anything is made or taken. Changes nothing.
+
+        :param dead_letter_topic: None = what is given up on is dropped.
+        :raises BackendError: one that cannot pass, and names all rights that are missing.
+        """
+
+
 class TimedPublisher(abc.ABC):
     """What a backend may offer beside :class:`StreamBackend`: a publish that keeps its own deadline."""
 
