@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -216,7 +217,15 @@ class RedisBackend(
         return token
 
     async def cancel_later(self, stream: str, schedule_id: str) -> bool:
-        return bool(await self._client.run(scripts.CANCEL, stream, "", (delayed(stream),), (schedule_id,)))
+        if not re.fullmatch(r"[0-9a-f]{16}", schedule_id):
+            return False
+        cursor = "0"
+        while True:
+            reply = await self._client.run(scripts.CANCEL, stream, "", (delayed(stream),), (schedule_id, cursor))
+            with self._client.reading(reply):
+                cursor, removed = reply[0].decode(), int(reply[1])
+            if removed or cursor == "0":
+                return bool(removed)
 
     async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
         asked = list(probes(stream, retry_stream, group, dead_letter_topic))

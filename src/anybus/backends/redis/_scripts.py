@@ -240,21 +240,25 @@ return due
 """,
 )
 
+# Looks for a delayed member by its token, from a cursor on, through some of the set. Members begin with the head of a
+# list, the head of a string, and the token. Replies with the next cursor ('0' = that was the end), and how many it
+# removed.
 CANCEL: Final = Script(
     "cancel",
     """
-local cursor = '0'
-repeat
-  local page = redis.call('ZSCAN', KEYS[1], cursor, 'COUNT', 500)
+local cursor = ARGV[2]
+for scan = 1, 10 do
+  local page = redis.call('ZSCAN', KEYS[1], cursor, 'MATCH', '??' .. ARGV[1] .. '*', 'COUNT', 200)
   cursor = page[1]
   for i = 1, #page[2], 2 do
     local known, values = pcall(cmsgpack.unpack, page[2][i])
     if known and type(values) == 'table' and values[1] == ARGV[1] then
-      return redis.call('ZREM', KEYS[1], page[2][i])
+      return {'0', redis.call('ZREM', KEYS[1], page[2][i])}
     end
   end
-until cursor == '0'
-return 0
+  if cursor == '0' then break end
+end
+return {cursor, 0}
 """,
 )
 

@@ -13,7 +13,7 @@ from ._scripts import FAILED, MOST_VALUES, Script
 MOST_BYTES: Final = 1024 * 1024
 """So many bytes one call moves or takes, or one entry that is larger."""
 
-MOST_LOOKS: Final = 5000
+MOST_LOOKS: Final = 2000
 """So many pending entries one call looks at."""
 
 # Appends what is due. Returns in how many ms the next one is (0 = now, it was too much for one call; -1 = there is
@@ -25,13 +25,15 @@ local function move_due(stream, delayed)
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   local moved, bytes = 0, 0
   while true do
+    -- To look at the next one is to copy it.
+    if moved >= 200 or bytes >= {MOST_BYTES} then return 0 end
     local first = redis.pcall('ZRANGE', delayed, 0, 0, 'WITHSCORES')
     if failed(first) then return -1, first.err end
     if #first == 0 then return -1 end
     local member, wait = first[1], math.ceil(first[2] - now)
     if wait > 0 then return wait end
     bytes = bytes + #member
-    if moved > 0 and (moved >= 200 or bytes > {MOST_BYTES}) then return 0 end
+    if moved > 0 and bytes > {MOST_BYTES} then return 0 end
     moved = moved + 1
     local command = {{'XADD', stream, '*'}}
     local known, values = pcall(cmsgpack.unpack, member)
