@@ -176,7 +176,7 @@ class Intake:
         try:
             with self._ledger.noting_settled() as settled:
                 taken = await source.redeliver(
-                    topic, retries, context.group, context.consumer, min_idle=context.lease, count=room
+                    topic, retries, context.group, context.consumer, min_idle=context.min_idle, count=room
                 )
         finally:
             self._budget.by_reclaim -= room
@@ -228,7 +228,7 @@ class Intake:
     async def _reclaim(self, stream: str, room: int) -> list[FetchedEntry]:
         context = self._context
         entries = await context.backend.reclaim_idle(
-            stream, context.group, context.consumer, min_idle=context.lease, count=room
+            stream, context.group, context.consumer, min_idle=context.min_idle, count=room
         )
         context.counters.reclaimed += len(entries)
         return entries

@@ -41,14 +41,26 @@ class Leases:
         frozen = now - self._beat >= self._context.lease or began < self._thawed_at
         return now if frozen else now + self._context.lease
 
+    def adopt(self, lease: float) -> None:
+        """The group's lease is another one: go by it, and renew what is held at once."""
+        context = self._context
+        now = context.clock()
+        if now - self._beat < context.lease:
+            self._beat = now  # not frozen so far, by the lease of that time
+        context.term.adopt(lease)
+        for entry in context.ledger.all():
+            entry.lease_until = min(entry.lease_until, now + lease)
+
     async def run(self) -> None:
         failures = 0
         self._beat = self._context.clock()
         while True:
             pause = self._context.lease / 3
-            await anyio.sleep(pause if not failures else min(pause, recovery_delay(failures, random.random())))
+            changed = self._context.term.changed
+            with anyio.move_on_after(pause if not failures else min(pause, recovery_delay(failures, random.random()))):
+                await changed.wait()
             now = self._context.clock()
-            if now - self._beat >= self._context.lease:
+            if now - self._beat >= self._context.lease and not changed.is_set():
                 self._thawed_at = now
             self._beat = now
             renewed = True

@@ -25,6 +25,7 @@ from .._statistics import SubscriptionStatistics
 from ..abc import RightsChecker, StreamInspector
 from ._circuit import Circuit, WatchedSettler
 from ._context import Context
+from ._group_lease import GroupLease
 from ._intake import CIRCUIT, ENDING, PAUSED, Intake
 from ._keeper import EntryKeeper
 from ._leases import Leases
@@ -52,6 +53,7 @@ class Subscription:
             )
         self._settler = Settler(context) if self._circuit is None else WatchedSettler(context, self._circuit)
         self._leases = Leases(context, self._settler)
+        self._group_lease = GroupLease(context, self._leases)
         keeper = EntryKeeper(context, self._settler, self._leases)
         self._taker: Taker
         if handler is None:
@@ -66,6 +68,7 @@ class Subscription:
         background: tuple[Callable[[], Awaitable[None]], ...] = (
             *(lane.run for lane in self._settler.dispatch.lanes),
             self._leases.run,
+            self._group_lease.run,
             self._settler.run_held_back,
         )
         if self._circuit is not None:
@@ -249,6 +252,7 @@ class Subscription:
             )
             if made and start == "$" and stream == context.topic:
                 await self._mention_backlog()
+        await self._until_done(f"the lease of {context.group!r} is not agreed on yet", self._group_lease.agree)
 
     async def _until_done(self, not_yet: str, work: Callable[..., Awaitable[T]], /, *args: object, **more: object) -> T:
         """A step of the beginning. Errors that can pass are reported, and it is tried again."""

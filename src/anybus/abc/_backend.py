@@ -235,6 +235,32 @@ class RightsChecker(abc.ABC):
         """
 
 
+class LeaseKeeper(abc.ABC):
+    """What a backend may offer beside :class:`StreamBackend`: one lease for all members of a group, kept beside it.
+
+    A member counts as running for a lease, at most 15 seconds, after its last call of either method, or until
+    ``forget_consumer``. The bus calls :meth:`kept_lease` three times in that time. What is kept does not depend on the
+    group: it is there when a lost group is made again.
+    """
+
+    @abc.abstractmethod
+    async def agree_lease(self, stream: str, group: str, consumer: str, lease: float, *, change: bool = False) -> float:
+        """Called when a member begins, after the group exists. In one step: of two newcomers exactly one is first.
+
+        :param lease: seconds. It is kept if none is kept yet, if no other member runs, or with ``change``.
+        :return: the lease by which the members that run go. Another one than ``lease`` says: without ``change``, that
+            it was not kept and the consumer is no member; with ``change``, that it was kept, and they do not know yet.
+        """
+
+    @abc.abstractmethod
+    async def kept_lease(self, stream: str, group: str, consumer: str, lease: float) -> float:
+        """Called now and then by a member that runs.
+
+        :param lease: by which it goes; kept if none is kept any more.
+        :return: the lease that is kept.
+        """
+
+
 class TimedPublisher(abc.ABC):
     """What a backend may offer beside :class:`StreamBackend`: a publish that keeps its own deadline."""
 

@@ -35,11 +35,12 @@ from . import _scripts as scripts
 from ._client import Client
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, is_entry_id, span
-from ._errors import has_code
-from ._keys import RESERVED, delayed
+from ._errors import has_code, is_out_of_reach
+from ._keys import RESERVED, delayed, leases
+from ._leases import RedisLeases
 from ._parts import PER_SCRIPT
 from ._protocol import Command, ServerError
-from ._rights import missing_rights, probes
+from ._rights import TRY, arguments, may_not_run_scripts, missing_rights, probes
 from ._settings import Settings, from_client, from_url
 from ._taking import Taking
 from ._transfers import Transfers
@@ -55,6 +56,7 @@ class RedisBackend(
     RightsChecker,
     TimedPublisher,
     RedisDeadLetters,
+    RedisLeases,
 ):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
@@ -229,9 +231,16 @@ class RedisBackend(
 
     async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
         asked = list(probes(stream, retry_stream, group, dead_letter_topic))
-        error = missing_rights(asked, await self._client.mux.pipeline([command for _, command in asked]))
-        if error is not None:
-            raise error
+        try:
+            reply = await self._client.run(TRY, stream, group, (), arguments(asked))
+        except BackendError as error:
+            if is_out_of_reach(error):
+                raise may_not_run_scripts() from error
+            raise
+        with self._client.reading(reply):
+            missing = missing_rights(asked, reply)
+        if missing is not None:
+            raise missing
 
     async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
         if start_id != "$" and not is_entry_id(start_id):
@@ -306,7 +315,7 @@ class RedisBackend(
     async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
         try:
             await self._taking.forget(stream, group, consumer)
-            await self._client.run(scripts.FORGET, stream, group, (stream,), (group, consumer))
+            await self._client.run(scripts.FORGET, stream, group, (stream, leases(stream, group)), (group, consumer))
         except BackendError:
             return  # its name stays, without anything pending: a peer removes it
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import anyio
 
 from ..._errors import BackendError, GroupLostError
-from . import _dead_letter_scripts, _scripts, _taking_scripts
+from . import _dead_letter_scripts, _lease_scripts, _rights, _scripts, _taking_scripts
 from ._decoding import predecessor
 from ._errors import SENSELESS, has_code, may_be_partly_done, senseless, translate
 from ._keys import meta
@@ -20,7 +20,7 @@ from ._scripts import Script
 from ._server import Server, look_at
 from ._settings import Settings
 
-_ALL: Final = (*_scripts.ALL, *_taking_scripts.ALL, *_dead_letter_scripts.ALL)
+_ALL: Final = (*_scripts.ALL, *_taking_scripts.ALL, *_lease_scripts.ALL, *_rights.ALL, *_dead_letter_scripts.ALL)
 
 
 class Client:

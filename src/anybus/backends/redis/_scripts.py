@@ -305,9 +305,11 @@ return removed
     partly=True,
 )
 
+# KEYS: the stream, and where the group's lease and its members are kept.
 FORGET: Final = Script(
     "forget",
     """
+redis.pcall('ZREM', KEYS[2], 'member:' .. ARGV[2])
 if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then return 0 end
 redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
 return 1
