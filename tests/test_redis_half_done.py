@@ -10,6 +10,7 @@ import pytest
 from acl import User, user_with
 from anyio import to_thread
 from harness import Recorder, quick, until
+from proxy import Answer, proxied
 from servers import RedisHarness, RunningServer
 
 from anybus import BackendError, Delivery, Message, Reject, ReplayReport, StreamBus, SubscriptionConfig
@@ -320,3 +321,45 @@ async def test_what_was_taken_over_comes_although_its_parking_place_stays(server
         await user.rules("-xgroup")
         entries = await backend.reclaim_idle(topic, "g", "d", min_idle=60, count=9)
         assert [entry.id for entry in entries] == ids
+
+
+# --- errors of scripts
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "may_have_happened"),
+    [
+        ("transfer", "ERR not enough memory script: 0a, on @user_script:9.", True),
+        ("transfer", "NOPERM No permissions to access a key", False),
+        ("transfer", "WRONGTYPE Operation against a key script: 0a, on @user_script:2.", False),
+        ("transfer", "ERR Error running script (call to f_0a): @user_script:2: @user_script: 2: -OOM command", False),
+        ("release", "WRONGTYPE Operation against a key script: 0a, on @user_script:2.", True),
+        ("release", "READONLY You can't write against a read only replica.", False),
+    ],
+)
+async def test_an_error_within_a_script_may_have_left_something_done(
+    server: RunningServer, topic: str, script: str, text: str, may_have_happened: bool
+) -> None:
+    async with proxied(server.port) as proxy, RedisBackend(proxy.url) as backend:
+        ids = await taken(backend, topic)
+        proxy.at(script, Answer(f"-{text}\r\n".encode()))
+        with pytest.raises(BackendError) as caught:
+            if script == "transfer":
+                await backend.transfer(topic, "g", "c", ids[0], [Output(f"{topic}.to", Message(topic))])
+            else:
+                await backend.release(topic, "g", "c", ids)
+        assert caught.value.may_have_happened == may_have_happened
+
+
+async def test_what_a_pass_took_before_it_failed_is_found(server: RunningServer, topic: str) -> None:
+    retries = retry_stream(topic, "g")
+    async with proxied(server.port) as proxy, RedisBackend(proxy.url) as backend:
+        await backend.create_group(retries, "g", "0")
+        ids = await taken(backend, topic)
+        # As if the script had taken it, and failed then.
+        proxy.at("pass", Answer(b"-ERR not enough memory script: 0a, on @user_script:9.\r\n"))
+        with pytest.raises(BackendError):
+            await backend.redeliver(topic, retries, "g", "c", min_idle=60, count=9)
+        found = await backend.redeliver(topic, retries, "g", "c", min_idle=60, count=9)
+        assert [entry.id for entry in found.reclaimed] == ids
+        assert found.searched

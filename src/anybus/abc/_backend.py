@@ -88,7 +88,8 @@ class StreamBackend(abc.ABC):
         """Take over up to ``count`` pending entries of any consumer that have been idle for ``min_idle`` seconds.
 
         Goes on where the last scan of this (stream, group, consumer) stopped, wraps around, and looks on until it has
-        ``count`` entries or has been once round. It may stop after 20 ms; the next call goes on from there.
+        ``count`` entries or has been once round. It may stop after 20 ms, or a megabyte; the next call goes on from
+        there.
 
         :raises GroupLostError: if the group no longer exists.
         """

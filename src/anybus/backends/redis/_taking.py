@@ -17,7 +17,7 @@ from . import _scripts as scripts
 from . import _taking_scripts as taking
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
-from ._errors import SENSELESS, has_code, senseless
+from ._errors import SENSELESS, has_code, may_be_partly_done, senseless
 from ._keys import delayed, meta
 from ._parts import PER_SCRIPT
 from ._protocol import Argument, Command, ServerError
@@ -366,7 +366,11 @@ class Taking:
         if isinstance(reply, ServerError):
             if has_code(reply, "NOSCRIPT") and commands[-1][0] == "EVALSHA":
                 raise _ScriptForgottenError
-            raise await self._client.refused_in(stream or str(commands[-1][-2]), group, reply)
+            partly = may_be_partly_done(reply, partly=False)
+            if partly and lost is not None:
+                lost()  # what it took until then is looked for
+            where = stream or str(commands[-1][-2])
+            raise await self._client.refused_in(where, group, reply, may_have_happened=partly)
         with self._client.reading(reply):
             return parse(call.replies)
 
