@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -343,11 +343,13 @@ async def test_an_error_within_a_script_may_have_left_something_done(
     async with proxied(server.port) as proxy, RedisBackend(proxy.url) as backend:
         ids = await taken(backend, topic)
         proxy.at(script, Answer(f"-{text}\r\n".encode()))
+        outputs = [Output(f"{topic}.to", Message(topic))]
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "transfer": lambda: backend.transfer(topic, "g", "c", ids[0], outputs),
+            "release": lambda: backend.release(topic, "g", "c", ids),
+        }
         with pytest.raises(BackendError) as caught:
-            if script == "transfer":
-                await backend.transfer(topic, "g", "c", ids[0], [Output(f"{topic}.to", Message(topic))])
-            else:
-                await backend.release(topic, "g", "c", ids)
+            await calls[script]()
         assert caught.value.may_have_happened == may_have_happened
 
 
