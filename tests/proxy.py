@@ -16,10 +16,10 @@ import hiredis
 from anyio.abc import ByteStream
 from fake_server import GONE, Command, listening
 
-from anybus.backends.redis import _dead_letter_scripts, _scripts
+from anybus.backends.redis import _client
 from anybus.backends.redis._protocol import pack_one
 
-_SCRIPTS = {script.digest.encode(): script.name for script in (*_scripts.ALL, *_dead_letter_scripts.ALL)}
+_SCRIPTS = {script.digest.encode(): script.name for script in _client._ALL}
 
 
 def name_of(command: Command) -> str:

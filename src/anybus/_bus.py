@@ -34,7 +34,7 @@ from ._options import (
 )
 from ._policies import FailurePolicy, backoff_table, check_rules
 from ._reporting import Notices, Reporter
-from ._runtime._context import Context, Counters, SuspectSlot
+from ._runtime._context import Context, Counters, LeaseTerm, SuspectSlot
 from ._runtime._ledger import Budget, Ledger
 from ._runtime._pool import Handler
 from ._runtime._pull import DeliveryStream, PullTaker
@@ -413,6 +413,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
             counters=Counters(),
             clock=loop_clock(),
+            term=LeaseTerm(options.claim_idle_timeout),
         )
 
 

@@ -48,7 +48,10 @@ class StreamBusOptions:
 
     :param block_timeout: how long one read waits for new entries before it asks again; a third of a lease at most.
     :param claim_idle_timeout: the lease: for how long a pending entry belongs to its consumer unless renewed. All
-        members of a group must use the same value, since whoever reclaims enforces it.
+        members of a group must use the same value, since whoever reclaims enforces it. Where the backend is a
+        :class:`anybus.abc.LeaseKeeper`, who comes with another value than the members that run is refused.
+    :param change_lease: with another value than the members that run, change it for all of them: they go by it within
+        seconds, and report it.
     :param claim_scan_batch_size: how many entries one reclaim takes at most.
     :param reclaim_interval: the pause between passes over idle entries and retries that are due.
     :param group_start_id: where a group that is made begins: ``"$"`` = only what comes after, ``"0"`` = from the start.
@@ -64,6 +67,7 @@ class StreamBusOptions:
 
     block_timeout: float = 2.0
     claim_idle_timeout: float = 60.0
+    change_lease: bool = False
     claim_scan_batch_size: int = 64
     reclaim_interval: float = 0.5
     group_start_id: str = "$"
@@ -80,6 +84,8 @@ class StreamBusOptions:
             check_delay(name, getattr(self, name), positive=True)
         check_delay("ack_flush_interval", self.ack_flush_interval)
         check_delay("close_timeout", self.close_timeout)
+        if not isinstance(self.change_lease, bool):
+            refuse("change_lease", self.change_lease, "True or False")
         check_int("claim_scan_batch_size", self.claim_scan_batch_size, least=1)
         check_int("ack_batch_size", self.ack_batch_size, least=1)
         check_int("max_payload_bytes", self.max_payload_bytes, least=0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import anyio
 
 from .._copies import retry_stream
 from .._options import OnLeaseLost, StreamBusOptions
@@ -55,6 +58,31 @@ class SuspectSlot:
         return True
 
 
+class LeaseTerm:
+    """The lease by which a subscription goes: its own option, until another member changes the group's.
+
+    :ivar changed: set when that happens, and replaced.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.changed = anyio.Event()
+        self._patience = seconds
+        self._patient_until = -math.inf
+
+    def adopt(self, seconds: float) -> None:
+        self.seconds = seconds
+        changed, self.changed = self.changed, anyio.Event()
+        changed.set()
+
+    def be_patient(self, seconds: float, until: float) -> None:
+        """Until then take over only what has been idle for so long: others still go by that lease."""
+        self._patience, self._patient_until = seconds, until
+
+    def min_idle(self, now: float) -> float:
+        return max(self.seconds, self._patience) if now < self._patient_until else self.seconds
+
+
 @dataclass(frozen=True)
 class Context:
     """Fixed for a subscription's life. ``clock`` is AnyIO's, in seconds."""
@@ -78,6 +106,7 @@ class Context:
     ledger: Ledger
     counters: Counters
     clock: Callable[[], float]
+    term: LeaseTerm
 
     @property
     def retry_stream(self) -> str:
@@ -85,7 +114,12 @@ class Context:
 
     @property
     def lease(self) -> float:
-        return self.options.claim_idle_timeout
+        return self.term.seconds
+
+    @property
+    def min_idle(self) -> float:
+        """For how long an entry must have been idle to be taken over."""
+        return self.term.min_idle(self.clock())
 
     @property
     def streams(self) -> tuple[str, str]:

@@ -177,7 +177,7 @@ class Intake:
         topic, retries = context.streams
         with self._taking(room, by_reclaim=True) as taking:
             taken = await source.redeliver(
-                topic, retries, context.group, context.consumer, min_idle=context.lease, count=room
+                topic, retries, context.group, context.consumer, min_idle=context.min_idle, count=room
             )
         context.counters.reclaimed += len(taken.reclaimed) + len(taken.reclaimed_retries)
         suspects = [
@@ -193,7 +193,7 @@ class Intake:
                 await self._handle_alone(suspect)
         if taken.lost is not None:
             raise taken.lost
-        return len(taken.reclaimed) + len(taken.retries) + len(taken.reclaimed_retries) >= room
+        return taken.more or len(taken.reclaimed) + len(taken.retries) + len(taken.reclaimed_retries) >= room
 
     async def _take(self, fetch: Callable[[int], Awaitable[tuple[str, list[FetchedEntry]]]], room: int) -> bool:
         room = min(room, self._context.options.claim_scan_batch_size)
@@ -213,7 +213,7 @@ class Intake:
     async def _reclaim(self, stream: str, room: int) -> list[FetchedEntry]:
         context = self._context
         entries = await context.backend.reclaim_idle(
-            stream, context.group, context.consumer, min_idle=context.lease, count=room
+            stream, context.group, context.consumer, min_idle=context.min_idle, count=room
         )
         context.counters.reclaimed += len(entries)
         return entries

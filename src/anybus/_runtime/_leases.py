@@ -33,11 +33,21 @@ class Leases:
                 f"than claim_idle_timeout ({context.lease} s) in all is delivered again, perhaps elsewhere"
             )
 
+    def adopt(self, lease: float) -> None:
+        """The group's lease is another one: go by it, and renew what is held at once."""
+        context = self._context
+        context.term.adopt(lease)
+        until = context.clock() + lease
+        for entry in context.ledger.all():
+            entry.lease_until = min(entry.lease_until, until)
+
     async def run(self) -> None:
         failures = 0
         while True:
             pause = self._context.lease / 3
-            await anyio.sleep(pause if not failures else min(pause, recovery_delay(failures, random.random())))
+            changed = self._context.term.changed
+            with anyio.move_on_after(pause if not failures else min(pause, recovery_delay(failures, random.random()))):
+                await changed.wait()
             renewed = True
             if self._can_renew:
                 for stream in self._context.streams:

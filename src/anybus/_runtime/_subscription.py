@@ -13,6 +13,7 @@ import contextlib
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
@@ -21,9 +22,10 @@ from .._backoff import recovery_delay
 from .._cancellation import as_failure, is_stray, leaves, persist
 from .._errors import ClosedError, EventBusError, can_pass
 from .._statistics import SubscriptionStatistics
-from ..abc import StreamInspector
+from ..abc import RightsChecker, StreamInspector
 from ._circuit import Circuit, WatchedSettler
 from ._context import Context
+from ._group_lease import GroupLease
 from ._intake import CIRCUIT, ENDING, PAUSED, Intake
 from ._keeper import EntryKeeper
 from ._leases import Leases
@@ -31,6 +33,8 @@ from ._ledger import Stage
 from ._pool import Handler, HandlerPool, Taker, handled_by
 from ._pull import PullTaker
 from ._settler import Settler
+
+T = TypeVar("T")
 
 
 class ClosedWhileEnteredError(ClosedError):
@@ -49,6 +53,7 @@ class Subscription:
             )
         self._settler = Settler(context) if self._circuit is None else WatchedSettler(context, self._circuit)
         self._leases = Leases(context, self._settler)
+        self._group_lease = GroupLease(context, self._leases)
         keeper = EntryKeeper(context, self._settler, self._leases)
         self._taker: Taker
         if handler is None:
@@ -63,6 +68,7 @@ class Subscription:
         background: tuple[Callable[[], Awaitable[None]], ...] = (
             *(lane.run for lane in self._settler.dispatch.lanes),
             self._leases.run,
+            self._group_lease.run,
             self._settler.run_held_back,
         )
         if self._circuit is not None:
@@ -231,20 +237,35 @@ class Subscription:
 
     async def _make_groups(self) -> None:
         context = self._context
-        failures = 0
+        backend = context.backend
+        if isinstance(backend, RightsChecker):
+            await self._until_done(
+                f"the rights on {context.topic!r} are not known yet",
+                backend.check_rights,
+                *context.streams,
+                context.group,
+                dead_letter_topic=context.dead_letter_topic,
+            )
         for stream, start in ((context.topic, context.group_start_id), (context.retry_stream, "0")):
-            while True:
-                try:
-                    made = await context.backend.create_group(stream, context.group, start)
-                    if made and start == "$" and stream == context.topic:
-                        await self._mention_backlog()
-                    break
-                except Exception as error:
-                    if not can_pass(error):
-                        raise
-                    context.reporter.error("read", error, detail=f"the group of {stream!r} is not made yet")
-                    failures += 1
-                    await anyio.sleep(recovery_delay(failures, random.random()))
+            made = await self._until_done(
+                f"the group of {stream!r} is not made yet", backend.create_group, stream, context.group, start
+            )
+            if made and start == "$" and stream == context.topic:
+                await self._mention_backlog()
+        await self._until_done(f"the lease of {context.group!r} is not agreed on yet", self._group_lease.agree)
+
+    async def _until_done(self, not_yet: str, work: Callable[..., Awaitable[T]], /, *args: object, **more: object) -> T:
+        """A step of the beginning. Errors that can pass are reported, and it is tried again."""
+        failures = 0
+        while True:
+            try:
+                return await work(*args, **more)
+            except Exception as error:
+                if not can_pass(error):
+                    raise
+                self._context.reporter.error("read", error, detail=not_yet)
+                failures += 1
+                await anyio.sleep(recovery_delay(failures, random.random()))
 
     async def _mention_backlog(self) -> None:
         context = self._context

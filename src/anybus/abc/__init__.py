@@ -1,8 +1,10 @@
 """Contracts: what a backend must do, and what an observer is told."""
 
 from ._backend import Feature as Feature
+from ._backend import LeaseKeeper as LeaseKeeper
 from ._backend import PassSource as PassSource
 from ._backend import PublishItem as PublishItem
+from ._backend import RightsChecker as RightsChecker
 from ._backend import StreamBackend as StreamBackend
 from ._backend import StreamInspector as StreamInspector
 from ._backend import TimedPublisher as TimedPublisher

@@ -89,7 +89,8 @@ class StreamBackend(abc.ABC):
         """Take over up to ``count`` pending entries of any consumer that have been idle for ``min_idle`` seconds.
 
         Goes on where the last scan of this (stream, group, consumer) stopped, wraps around, and looks on until it has
-        ``count`` entries or has been once round. It may stop after 20 ms; the next call goes on from there.
+        ``count`` entries or has been once round. It may stop after 20 ms, or a megabyte; the next call goes on from
+        there.
 
         :raises GroupLostError: if the group no longer exists.
         """
@@ -221,6 +222,44 @@ class PassSource(abc.ABC):
     ) -> Redelivered:
         """``reclaim_idle`` of the topic, ``read_new`` of its retry stream without waiting, and ``reclaim_idle`` of
         that: at most ``count`` entries in all, the three taking turns at going first.
+        """
+
+
+class RightsChecker(abc.ABC):
+    """What a backend may offer beside :class:`StreamBackend`: whether a subscription may do what it will have to."""
+
+    @abc.abstractmethod
+    async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
+        """Called once for a subscription, before anything is made or taken. Changes nothing.
+
+        :param dead_letter_topic: None = what is given up on is dropped.
+        :raises BackendError: one that cannot pass, and names all rights that are missing.
+        """
+
+
+class LeaseKeeper(abc.ABC):
+    """What a backend may offer beside :class:`StreamBackend`: one lease for all members of a group, kept beside it.
+
+    A member counts as running for a lease, at most 15 seconds, after its last call of either method, or until
+    ``forget_consumer``. The bus calls :meth:`kept_lease` three times in that time. What is kept does not depend on the
+    group: it is there when a lost group is made again.
+    """
+
+    @abc.abstractmethod
+    async def agree_lease(self, stream: str, group: str, consumer: str, lease: float, *, change: bool = False) -> float:
+        """Called when a member begins, after the group exists. In one step: of two newcomers exactly one is first.
+
+        :param lease: seconds. It is kept if none is kept yet, if no other member runs, or with ``change``.
+        :return: the lease by which the members that run go. Another one than ``lease`` says: without ``change``, that
+            it was not kept and the consumer is no member; with ``change``, that it was kept, and they do not know yet.
+        """
+
+    @abc.abstractmethod
+    async def kept_lease(self, stream: str, group: str, consumer: str, lease: float) -> float:
+        """Called now and then by a member that runs.
+
+        :param lease: by which it goes; kept if none is kept any more.
+        :return: the lease that is kept.
         """
 
 

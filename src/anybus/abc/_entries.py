@@ -74,6 +74,7 @@ class Redelivered:
     :ivar lost: the error of a step that failed (a group that is gone, say); the others' entries are here all the same.
     :ivar searched: they were looked for, since an earlier reply was lost; what this consumer holds anyway may be among
         them, not handed over again.
+    :ivar more: something was left because it was too much for one call: the bus calls again as soon as it has room.
     """
 
     reclaimed: list[FetchedEntry]
@@ -81,6 +82,7 @@ class Redelivered:
     reclaimed_retries: list[FetchedEntry]
     lost: BackendError | None = None
     searched: bool = False
+    more: bool = False
 
 
 @dataclass(frozen=True)

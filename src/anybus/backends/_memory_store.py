@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Final
@@ -18,6 +18,9 @@ from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
 RETURNED: Final = "anybus:returned"
 """The parking consumer: it owns what was released and waits to be reclaimed."""
 
+
+LEASE_SIGN: Final = 15.0
+"""So many seconds at most a member counts as running without a new sign."""
 
 _COMPACT_AT: Final = 256
 
@@ -105,6 +108,22 @@ class Group:
             self._waiters.popleft().set()
 
 
+class GroupLease:
+    """The lease of a group, and until when each of its members counts as running."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self.members: dict[str, float] = {}
+
+    def sign(self, consumer: str, lease: float, now: float) -> None:
+        """The consumer runs, and goes by this lease."""
+        self.members = {name: until for name, until in self.members.items() if until > now}
+        self.members[consumer] = now + min(lease, LEASE_SIGN)
+
+    def others(self, consumer: str, now: float) -> bool:
+        return any(until > now for name, until in self.members.items() if name != consumer)
+
+
 class Stream:
     """Entries in the order of their ids, and the groups that read them."""
 
@@ -116,6 +135,7 @@ class Stream:
         self._tickets = itertools.count(1)
         self.groups: dict[str, Group] = {}
         self.floors: dict[str, int] = {}
+        self.leases: defaultdict[str, GroupLease] = defaultdict(GroupLease)
 
     @property
     def last(self) -> int:

@@ -16,6 +16,7 @@ from .._message import Message, lift_headers
 from ..abc import (
     Feature,
     FetchedEntry,
+    LeaseKeeper,
     Output,
     PendingEntry,
     PublishItem,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
 
 
-class MemoryBackend(StreamBackend, StreamInspector, MemoryDeadLetters):
+class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLetters):
     """Streams, groups and pending entries in this process's memory.
 
     It keeps what is published, as a stream does, for as long as it lives. Time is AnyIO's clock, so that a virtual
@@ -160,8 +161,29 @@ class MemoryBackend(StreamBackend, StreamInspector, MemoryDeadLetters):
                 refused.append(message_id)
         return refused
 
+    async def agree_lease(self, stream: str, group: str, consumer: str, lease: float, *, change: bool = False) -> float:
+        await checkpoint()
+        kept, now = self._stream(stream).leases[group], anyio.current_time()
+        running = lease
+        if kept.seconds is not None and kept.others(consumer, now):
+            running = kept.seconds
+            if running != lease and not change:
+                return running
+        kept.seconds = lease
+        kept.sign(consumer, lease, now)
+        return running
+
+    async def kept_lease(self, stream: str, group: str, consumer: str, lease: float) -> float:
+        await checkpoint()
+        kept = self._stream(stream).leases[group]
+        kept.seconds = lease if kept.seconds is None else kept.seconds
+        kept.sign(consumer, lease, anyio.current_time())
+        return kept.seconds
+
     async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
         await checkpoint()
+        if stream in self._streams:
+            self._streams[stream].leases[group].members.pop(consumer, None)
         members = self._group_or_none(stream, group)
         if members is not None:
             members.cursors.pop(consumer, None)

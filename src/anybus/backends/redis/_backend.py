@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ import anyio
 
 from ..._checks import check_delay, check_time
 from ..._codec import JsonCodec
-from ..._errors import BackendError, EventBusError, SerializationError, UnsupportedError, ValidationError
+from ..._errors import BackendError, EventBusError, UnsupportedError, ValidationError
 from ..._message import Message
 from ...abc import (
     Codec,
@@ -24,6 +25,7 @@ from ...abc import (
     PublishItem,
     PublishSpec,
     Redelivered,
+    RightsChecker,
     StreamBackend,
     StreamInspector,
     TimedPublisher,
@@ -33,17 +35,28 @@ from . import _scripts as scripts
 from ._client import Client
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, is_entry_id, span
-from ._errors import has_code
-from ._keys import RESERVED, delayed
-from ._protocol import Argument, Command, ServerError
+from ._errors import has_code, is_out_of_reach
+from ._keys import RESERVED, delayed, leases
+from ._leases import RedisLeases
+from ._parts import PER_SCRIPT
+from ._protocol import Command, ServerError
+from ._rights import TRY, arguments, may_not_run_scripts, missing_rights, probes
 from ._settings import Settings, from_client, from_url
-from ._taking import PER_SCRIPT, Taking
+from ._taking import Taking
+from ._transfers import Transfers
 
 _SHIELDED = 1.0
 
 
 class RedisBackend(
-    anyio.AsyncContextManagerMixin, StreamBackend, StreamInspector, PassSource, TimedPublisher, RedisDeadLetters
+    anyio.AsyncContextManagerMixin,
+    StreamBackend,
+    StreamInspector,
+    PassSource,
+    RightsChecker,
+    TimedPublisher,
+    RedisDeadLetters,
+    RedisLeases,
 ):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
@@ -92,6 +105,7 @@ class RedisBackend(
         self._client = Client(settings)
         self._decoder = EntryDecoder(self._codec)
         self._taking = Taking(self._client, self._decoder)
+        self._transfers = Transfers(self._client, self._codec, self._encode)
 
     def __repr__(self) -> str:
         state = "connected" if self._client.mux.is_connected else "not connected"
@@ -205,7 +219,28 @@ class RedisBackend(
         return token
 
     async def cancel_later(self, stream: str, schedule_id: str) -> bool:
-        return bool(await self._client.run(scripts.CANCEL, stream, "", (delayed(stream),), (schedule_id,)))
+        if not re.fullmatch(r"[0-9a-f]{16}", schedule_id):
+            return False
+        cursor = "0"
+        while True:
+            reply = await self._client.run(scripts.CANCEL, stream, "", (delayed(stream),), (schedule_id, cursor))
+            with self._client.reading(reply):
+                cursor, removed = reply[0].decode(), int(reply[1])
+            if removed or cursor == "0":
+                return bool(removed)
+
+    async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
+        asked = list(probes(stream, retry_stream, group, dead_letter_topic))
+        try:
+            reply = await self._client.run(TRY, stream, group, (), arguments(asked))
+        except BackendError as error:
+            if is_out_of_reach(error):
+                raise may_not_run_scripts() from error
+            raise
+        with self._client.reading(reply):
+            missing = missing_rights(asked, reply)
+        if missing is not None:
+            raise missing
 
     async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
         if start_id != "$" and not is_entry_id(start_id):
@@ -243,16 +278,26 @@ class RedisBackend(
             if known:
                 await self._client.ask(stream, group, ("XACK", stream, group, *known))
                 if stream.startswith(RESERVED):  # a retry stream, which has this one group only
-                    await self._client.call("XDEL", stream, *known)
+                    try:
+                        await self._client.call("XDEL", stream, *known)
+                    except BackendError as error:
+                        error.may_have_happened = True  # they are acknowledged
+                        raise
             return []
         refused: list[str] = []
-        for part in _parts(message_ids):
-            refused += await self._owned(scripts.ACK, stream, group, consumer, part)
+        for start in range(0, len(message_ids), PER_SCRIPT):
+            try:
+                part = message_ids[start : start + PER_SCRIPT]
+                refused += await self._owned(scripts.ACK, stream, group, consumer, part)
+            except BackendError as error:
+                error.may_have_happened = error.may_have_happened or start > 0  # what went before is acknowledged
+                raise
         return refused
 
     async def renew(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> list[str]:
         owned: list[str] = []
-        for part in _parts(message_ids):
+        for start in range(0, len(message_ids), PER_SCRIPT):
+            part = message_ids[start : start + PER_SCRIPT]
             owned += await self._owned(scripts.RENEW, stream, group, consumer, part)
         return owned
 
@@ -270,7 +315,7 @@ class RedisBackend(
     async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
         try:
             await self._taking.forget(stream, group, consumer)
-            await self._client.run(scripts.FORGET, stream, group, (stream,), (group, consumer))
+            await self._client.run(scripts.FORGET, stream, group, (stream, leases(stream, group)), (group, consumer))
         except BackendError:
             return  # its name stays, without anything pending: a peer removes it
 
@@ -285,63 +330,7 @@ class RedisBackend(
     async def transfer_many(
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
     ) -> list[list[str] | EventBusError | None]:
-        results: list[list[str] | EventBusError | None] = []
-        for part in _parts(items):
-            bodies = [self._bodies(outputs) for _, outputs in part]
-            sent = [item for item, body in zip(part, bodies, strict=True) if not isinstance(body, EventBusError)]
-            keys: list[str] = [stream]
-            args: list[Argument] = [group, consumer, len(sent)]
-            for (message_id, outputs), body in zip(part, bodies, strict=True):
-                if not isinstance(body, EventBusError):
-                    args += (message_id, len(outputs))
-                    for output, data in zip(outputs, body, strict=True):
-                        self._add_output(output, data, keys, args)
-            transferred: list[list[str] | EventBusError | None] = []
-            try:
-                if sent:
-                    reply = await self._client.run(scripts.TRANSFER, stream, group, keys, args)
-                    transferred = self._transferred(reply, len(sent))
-            except BackendError as error:
-                if len(sent) == len(items):
-                    raise
-                transferred = [error] * len(sent)  # the others are done, or will be
-            answers = iter(transferred)
-            results += [body if isinstance(body, EventBusError) else next(answers) for body in bodies]
-        return results
-
-    def _bodies(self, outputs: Sequence[Output]) -> list[bytes] | EventBusError:
-        """The messages as bytes. One that cannot be encoded, or is too large, is the error of its own item only."""
-        try:
-            return [
-                self._encode(output.message) if output.limited else self._codec.encode(output.message)
-                for output in outputs
-            ]
-        except EventBusError as error:
-            return error
-        except Exception as error:  # a codec of the application's own that raises what it should not
-            return SerializationError(f"the codec raised {error!r}")
-
-    def _transferred(self, reply: Any, items: int) -> list[list[str] | EventBusError | None]:
-        results: list[list[str] | EventBusError | None] = []
-        with self._client.reading(reply):
-            for _, (status, *values) in zip(range(items), reply, strict=True):
-                if status == b"done":
-                    results.append([raw.decode() for raw in values[0]])
-                elif status == b"not ours":
-                    results.append(None)
-                else:
-                    results.append(self._client.refused(ServerError(values[0].decode(errors="replace"))))
-        return results
-
-    def _add_output(self, output: Output, data: bytes, keys: list[str], args: list[Argument]) -> None:
-        key = delayed(output.stream) if output.delay > 0 else output.stream
-        if key not in keys:
-            keys.append(key)
-        fields: list[Argument] = ["message", data]
-        for name, value in (output.raw or {}).items():
-            fields += (f"raw:{name}", value)
-        delay = round(output.delay * 1000) if output.delay > 0 else -1
-        args += (keys.index(key) + 1, delay, secrets.token_hex(8), len(fields), *fields)
+        return await self._transfers.transfer_many(stream, group, consumer, items)
 
     async def count_entries(self, stream: str) -> int:
         reply = await self._client.call("XLEN", stream)
@@ -360,8 +349,3 @@ class RedisBackend(
         reply = await self._client.ask(stream, group, ("XINFO", "CONSUMERS", stream, group))
         with self._client.reading(reply):
             return sorted(dict(zip(item[::2], item[1::2], strict=True))[b"name"].decode() for item in reply)
-
-
-def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
-    """At most so many in one script: a script stops the whole server while it runs."""
-    return [items[start : start + PER_SCRIPT] for start in range(0, len(items), PER_SCRIPT)]

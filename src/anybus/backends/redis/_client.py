@@ -9,9 +9,9 @@ from typing import Any, Final
 import anyio
 
 from ..._errors import BackendError, GroupLostError
-from . import _dead_letter_scripts, _scripts
+from . import _dead_letter_scripts, _lease_scripts, _rights, _scripts, _taking_scripts
 from ._decoding import predecessor
-from ._errors import SENSELESS, has_code, senseless, translate
+from ._errors import SENSELESS, has_code, may_be_partly_done, senseless, translate
 from ._keys import meta
 from ._link import Link, exchange
 from ._multiplexer import Call, Multiplexer
@@ -20,7 +20,7 @@ from ._scripts import Script
 from ._server import Server, look_at
 from ._settings import Settings
 
-_ALL: Final = (*_scripts.ALL, *_dead_letter_scripts.ALL)
+_ALL: Final = (*_scripts.ALL, *_taking_scripts.ALL, *_lease_scripts.ALL, *_rights.ALL, *_dead_letter_scripts.ALL)
 
 
 class Client:
@@ -62,7 +62,8 @@ class Client:
         await call.event.wait()
         reply = await self.finish(call, script, keys, args)
         if isinstance(reply, ServerError):
-            raise await self.refused_in(stream, group, reply)
+            partly = may_be_partly_done(reply, partly=script.partly)
+            raise await self.refused_in(stream, group, reply, may_have_happened=partly)
         return reply
 
     async def finish(self, call: Call, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
@@ -96,17 +97,19 @@ class Client:
         with self.reading(reply):
             return str(reply.decode())
 
-    def refused(self, error: ServerError) -> BackendError:
+    def refused(self, error: ServerError, *, may_have_happened: bool = False) -> BackendError:
         if has_code(error, "READONLY"):
             self.mux.reset()  # a replica now: whoever is the master answers under another address, perhaps
-        return translate(error)
+        return translate(error, may_have_happened=may_have_happened)
 
-    async def refused_in(self, stream: str, group: str, error: ServerError) -> BackendError:
+    async def refused_in(
+        self, stream: str, group: str, error: ServerError, *, may_have_happened: bool = False
+    ) -> BackendError:
         """The error of something asked about a group: if the group is gone, with the floor that was kept of it."""
         lost = has_code(error, "NOGROUP") or "no such key" in str(error)
         unblocked = has_code(error, "UNBLOCKED") and "instance state changed" not in str(error)
         if not lost and not unblocked:
-            return self.refused(error)
+            return self.refused(error, may_have_happened=may_have_happened)
         floor: str | None = None
         with anyio.move_on_after(self.settings.command_timeout):
             [reply] = await self.mux.pipeline((("HGET", meta(stream), group),))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from ._scripts import Script
+from ._scripts import FAILED, MOST_VALUES, Script
+from ._taking_scripts import MOST_BYTES
 
 # One entry after another, so that never more than one is held beyond what is handed out. ARGV: from where, to where
 # (as of XRANGE), at most so many, so many bytes together, so many bytes in one entry. Of an entry that is larger only
@@ -41,40 +42,52 @@ LAST: Final = Script("last", "return (redis.call('XREVRANGE', KEYS[1], '+', '-',
 
 # KEYS: the stream, then every stream that something is appended to. ARGV: the number of moves; of each: id, the index
 # of its key, the number of fields (0 = the entry's own raw fields), the fields.
+# Has results for the first of them only, at least one, where all together are too many bytes for one call. 'many': it
+# has more fields than a script can append; it is the last one then. 'half': what was appended could not be taken back.
 MOVE: Final = Script(
     "move",
-    """
-local results, at = {}, 2
+    FAILED
+    + f"""
+local results, at, bytes = {{}}, 2, 0
 for move = 1, tonumber(ARGV[1]) do
+  if bytes >= {MOST_BYTES} then break end
   local id, key, fields = ARGV[at], KEYS[tonumber(ARGV[at + 1])], tonumber(ARGV[at + 2])
   at = at + 3
   local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
   if not entry then
-    results[move] = {'gone'}
+    results[move] = {{'gone'}}
   else
-    local command = {'XADD', key, '*'}
-    for i = 0, fields - 1 do command[#command + 1] = ARGV[at + i] end
-    if fields == 0 then
-      for i = 1, #entry[2], 2 do
-        if entry[2][i]:sub(1, 4) == 'raw:' then
-          command[#command + 1] = entry[2][i]:sub(5)
-          command[#command + 1] = entry[2][i + 1]
-        end
+    local command = {{'XADD', key, '*'}}
+    for i = 0, fields - 1 do
+      command[#command + 1] = ARGV[at + i]
+      bytes = bytes + #ARGV[at + i]
+    end
+    for i = 1, #entry[2], 2 do
+      bytes = bytes + #entry[2][i] + #entry[2][i + 1]
+      if fields == 0 and entry[2][i]:sub(1, 4) == 'raw:' then
+        command[#command + 1] = entry[2][i]:sub(5)
+        command[#command + 1] = entry[2][i + 1]
       end
     end
-    local reply
     if #command == 3 then
-      reply = {err = 'ERR the entry has no raw fields'}
-    elseif #command > 7000 then
-      reply = {err = 'ERR the entry has too many fields'}
+      results[move] = {{'error', 'ERR the entry has no raw fields'}}
+    elseif #command > {MOST_VALUES} then
+      results[move] = {{'many'}}
+      break
     else
-      reply = redis.pcall(unpack(command))
-    end
-    if type(reply) == 'table' and reply.err then
-      results[move] = {'error', reply.err}
-    else
-      redis.call('XDEL', KEYS[1], id)
-      results[move] = {'done', reply}
+      local added = redis.pcall(unpack(command))
+      if failed(added) then
+        results[move] = {{'error', added.err}}
+      else
+        local removed = redis.pcall('XDEL', KEYS[1], id)
+        if not failed(removed) then
+          results[move] = {{'done', added}}
+        elseif failed(redis.pcall('XDEL', key, added)) then
+          results[move] = {{'half', removed.err}}
+        else
+          results[move] = {{'error', removed.err}}
+        end
+      end
     end
   end
   at = at + fields
@@ -83,4 +96,19 @@ return results
 """,
 )
 
-ALL: Final = (PAGE, LAST, MOVE)
+# The second step of a move with too many fields for a script. KEYS: the stream, where it was appended. ARGV: id, the id
+# of what was appended.
+REMOVE_MOVED: Final = Script(
+    "remove moved",
+    FAILED
+    + """
+local removed = redis.pcall('XDEL', KEYS[1], ARGV[1])
+if removed == 1 then return {'done', ARGV[2]} end
+local left = failed(redis.pcall('XDEL', KEYS[2], ARGV[2]))
+if left then return {'half', failed(removed) or left} end
+if failed(removed) then return {'error', removed.err} end
+return {'gone'}
+""",
+)
+
+ALL: Final = (PAGE, LAST, MOVE, REMOVE_MOVED)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from ..._errors import BackendError, EventBusError, ValidationError
 from ...abc import ClaimedMessage, Codec, DeadLetterStore, MalformedEntry, Move, StoredEntry
+from ...abc._dead_letters import RAW_PREFIX
 from . import _dead_letter_scripts as scripts
 from ._client import Client
 from ._decoding import EntryDecoder, is_entry_id
-from ._errors import has_code
+from ._errors import has_code, is_out_of_reach
+from ._parts import fitting, size
 from ._protocol import Argument, ServerError
 
 _IDS_AT_ONCE: Final = 500
+_MOVES_AT_ONCE: Final = 250
+_RAW: Final = RAW_PREFIX.encode()
 
 
 class RedisDeadLetters(DeadLetterStore):
@@ -77,9 +81,7 @@ class RedisDeadLetters(DeadLetterStore):
 
     async def move_entries(self, stream: str, moves: Sequence[Move]) -> list[str | EventBusError | None]:
         results: list[str | EventBusError | None] = [None] * len(moves)
-        keys: list[str] = [stream]
-        args: list[Argument] = []
-        places: list[int] = []
+        waiting: list[tuple[int, Move, tuple[Argument, ...]]] = []
         for index, move in enumerate(moves):
             if not is_entry_id(move.id):
                 continue
@@ -90,27 +92,91 @@ class RedisDeadLetters(DeadLetterStore):
                 except EventBusError as error:
                     results[index] = error
                     continue
+            waiting.append((index, move, fields))
+        done = 0
+        while waiting:
+            # The script ends early where all of them are too many bytes for one call.
+            part = waiting[: next(fitting([size(fields) for _, _, fields in waiting], _MOVES_AT_ONCE))]
+            try:
+                moved = await self._move(stream, part)
+            except BackendError as failure:
+                if len(moves) > 1 and is_out_of_reach(failure):
+                    # A script is refused as a whole for one key that this user may not touch.
+                    moved = [await self._move_alone(stream, one) for one in part]
+                elif not done:
+                    raise
+                else:
+                    moved = [failure] * len(waiting)  # what became of those before is known
+            for (index, _, _), result in zip(waiting, moved, strict=False):
+                results[index] = result
+            done += len(moved)
+            waiting = waiting[len(moved) :]
+        return results
+
+    async def _move_alone(self, stream: str, one: tuple[int, Move, tuple[Argument, ...]]) -> str | BackendError | None:
+        try:
+            [result] = await self._move(stream, [one])
+        except BackendError as error:
+            return error
+        return result
+
+    async def _move(
+        self, stream: str, part: Sequence[tuple[int, Move, tuple[Argument, ...]]]
+    ) -> list[str | BackendError | None]:
+        """What became of the first of these, at least one."""
+        keys: list[str] = [stream]
+        args: list[Argument] = [len(part)]
+        for _, move, fields in part:
             if move.stream not in keys[1:]:
                 keys.append(move.stream)
             args += (move.id, keys.index(move.stream, 1) + 1, len(fields), *fields)
-            places.append(index)
-        if places:
-            reply = await self._client.run(scripts.MOVE, stream, "", keys, (len(places), *args))
-            for index, result in zip(places, self._moved(reply, len(places)), strict=True):
-                results[index] = result
-        return results
-
-    def _moved(self, reply: Any, moves: int) -> list[str | BackendError | None]:
+        reply = await self._client.run(scripts.MOVE, stream, "", keys, args)
         results: list[str | BackendError | None] = []
         with self._client.reading(reply):
-            for _, (status, *values) in zip(range(moves), reply, strict=True):
-                if status == b"done":
-                    results.append(values[0].decode())
-                elif status == b"gone":
-                    results.append(None)
-                else:
-                    results.append(self._client.refused(ServerError(values[0].decode(errors="replace"))))
+            if not 0 < len(reply) <= len(part):
+                raise ValueError
+            for (_, move, _), answer in zip(part, reply, strict=False):
+                if answer[0] == b"many":
+                    if not results:
+                        results.append(await self._move_large(stream, move))
+                    break  # what follows is sent again
+                results.append(self._moved(answer))
         return results
+
+    def _moved(self, answer: Sequence[bytes]) -> str | BackendError | None:
+        status, *values = answer
+        if status == b"done":
+            return values[0].decode()
+        if status == b"gone":
+            return None
+        error = ServerError(values[0].decode(errors="replace"))
+        return self._client.refused(error, may_have_happened=status == b"half")
+
+    async def _move_large(self, stream: str, move: Move) -> str | BackendError | None:
+        """An entry with more raw fields than a script can append, in two steps.
+
+        Interrupted between the two it is in both streams.
+        """
+        try:
+            found = await self._client.call("XRANGE", stream, move.id, move.id)
+            with self._client.reading(found):
+                if not found:
+                    return None
+                fields: list[Argument] = []
+                for name, value in zip(found[0][1][::2], found[0][1][1::2], strict=True):
+                    if name.startswith(_RAW):
+                        fields += (name[len(_RAW) :], value)
+            appended = self._client.text(await self._client.call("XADD", move.stream, "*", *fields))
+        except BackendError as error:
+            return error
+        keys, args = (stream, move.stream), (move.id, appended)
+        try:
+            answer = await self._client.run(scripts.REMOVE_MOVED, stream, "", keys, args)
+            with self._client.reading(answer):
+                return self._moved(answer)
+        except BackendError as error:
+            error.may_have_happened = True
+            return error
 
     async def remove_entries(self, stream: str, entry_ids: Sequence[str]) -> int:
         known = [entry_id for entry_id in entry_ids if is_entry_id(entry_id)]

@@ -32,18 +32,41 @@ _CLASSES: dict[str, type[redis.exceptions.RedisError]] = {
 }
 
 
+_NOPERM_IN_SCRIPTS = ("The user executing the script can't", "ACL failure in script")
+"""What a script is told, on Redis up to 7.0 and from then on, where the user lacks a right."""
+
+_BEFORE_WRITING = (*_PASSING, "NOGROUP", "NOPERM", "WRONGTYPE")
+
+
 def has_code(error: Exception, code: str) -> bool:
     """Whether this is that error. On 6.2 a script's error hides the code in the middle of its text."""
     text = str(error)
+    if code == "NOPERM" and isinstance(error, ServerError) and any(words in text for words in _NOPERM_IN_SCRIPTS):
+        return True
     return isinstance(error, ServerError) and (text.startswith(code) or f" {code} " in text or f" -{code} " in text)
 
 
-def translate(error: ServerError) -> BackendError:
-    """The server refused: surely nothing was done, and the text says why."""
+def may_be_partly_done(error: ServerError, *, partly: bool) -> bool:
+    """Whether a script that ended with this error may have done a part of its work.
+
+    :param partly: whether the errors of its commands may come after its first write.
+    """
+    within = "user_script" in str(error)  # else the server has not begun to run it
+    return within and (partly or not any(has_code(error, code) for code in _BEFORE_WRITING))
+
+
+def is_out_of_reach(error: BackendError) -> bool:
+    """Whether the server refused a command before it began, since the user may not run it or touch one of its keys."""
+    refusal = error.__cause__
+    return isinstance(refusal, redis.exceptions.NoPermissionError) and "user_script" not in str(refusal)
+
+
+def translate(error: ServerError, *, may_have_happened: bool = False) -> BackendError:
+    """The server refused, and the text says why. Of a single command surely nothing was done."""
     text = str(error)
     code = text.partition(" ")[0]
     passing = any(has_code(error, name) for name in _PASSING)
-    translated = BackendError(f"the server refused: {text}", may_have_happened=False, can_pass=passing)
+    translated = BackendError(f"the server refused: {text}", may_have_happened=may_have_happened, can_pass=passing)
     translated.__cause__ = _CLASSES.get(code, redis.exceptions.ResponseError)(text)
     return translated
 

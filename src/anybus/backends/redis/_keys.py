@@ -44,3 +44,9 @@ def meta(stream: str) -> str:
     """Where the safe floors of a stream's groups are kept."""
     base, group = _split(stream)
     return f"{base}:meta{group}"
+
+
+def leases(stream: str, group: str) -> str:
+    """Where the lease of a topic's group is kept, and who of its members is alive: a sorted set."""
+    base, _ = _split(stream)
+    return f"{base}:lease:{group}"

@@ -1,7 +1,11 @@
 """The server-side scripts. Each checks who owns an entry before it touches it, and appends before it acknowledges.
 
-Lua never rolls back: an XACK before an XADD that fails would lose the message. Nothing here needs more than 6.2.
-A retry stream (``anybus:…``) has one group only: what that has acknowledged is of no use any more, and deleted.
+Lua never rolls back: an XACK before an XADD that fails would lose the message. So a script that writes more than once
+either has every refusal before its first write (a command with the id 0-0 or an empty name changes nothing, but needs
+the same right), or takes back what it wrote and says in its reply what it could not take back.
+
+Nothing here needs more than 6.2. A retry stream (``anybus:…``) has one group only: what that has acknowledged is of no
+use any more, and deleted.
 """
 
 from __future__ import annotations
@@ -11,11 +15,20 @@ from functools import cached_property
 from hashlib import sha1
 from typing import Final
 
+MOST_VALUES: Final = 7000
+"""So many values a script gives to one command at most: Lua's ``unpack`` ends at 7,999."""
+
 
 @dataclass(frozen=True)
 class Script:
+    """
+    :ivar partly: whether an error that it raises may come after it has written something. If not, errors of its
+        commands are raised before its first write.
+    """
+
     name: str
     source: str
+    partly: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -53,8 +66,10 @@ for i = 5, #ARGV do
   if mine[ARGV[i]] then ids[#ids + 1] = ARGV[i] else refused[#refused + 1] = ARGV[i] end
 end
 if #ids > 0 then
+  local is_retry_stream = KEYS[1]:sub(1, 7) == 'anybus:'
+  if is_retry_stream then redis.call('XDEL', KEYS[1], '0-0') end
   redis.call('XACK', KEYS[1], ARGV[1], unpack(ids))
-  if KEYS[1]:sub(1, 7) == 'anybus:' then redis.call('XDEL', KEYS[1], unpack(ids)) end
+  if is_retry_stream then redis.call('XDEL', KEYS[1], unpack(ids)) end
 end
 return refused
 """,
@@ -94,31 +109,54 @@ for i = 5, #ARGV do
 end
 return released
 """,
+    partly=True,
 )
+
+# The text of the error that `redis.pcall` returned, or nil.
+FAILED: Final = """
+local function failed(reply)
+  return type(reply) == 'table' and reply.err or nil
+end
+"""
+
+# Acknowledges an entry of KEYS[1] and the group ARGV[1]. A refusal comes before the first write.
+_SETTLE: Final = """
+local function settle(id)
+  local is_retry_stream = KEYS[1]:sub(1, 7) == 'anybus:'
+  local failure = is_retry_stream and failed(redis.pcall('XDEL', KEYS[1], '0-0'))
+  failure = failure or failed(redis.pcall('XACK', KEYS[1], ARGV[1], id))
+  if not failure and is_retry_stream then redis.pcall('XDEL', KEYS[1], id) end
+  return failure
+end
+"""
 
 # KEYS: the stream, then every key that an output goes to (a stream, or a sorted set of delayed entries).
 # ARGV: group, consumer, the number of items; of each item: id, number of outputs; of each output: the index of its
 # key, its delay in ms (-1 = append now), a token that makes a delayed member unique, the number of fields, the fields.
+# Of an item that fails everything is taken back ('error'), or its reply says that something is left ('half').
 TRANSFER: Final = Script(
     "transfer",
-    """
+    FAILED
+    + _SETTLE
+    + """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2])
 local results = {}
 local at = 4
 for item = 1, tonumber(ARGV[3]) do
   local id, outputs = ARGV[at], tonumber(ARGV[at + 1])
   at = at + 2
-  local pending = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2])
-  local mine = #pending > 0
-  local ids, failure = {}, nil
+  -- An error here: that is no entry's id, and so it is not ours.
+  local mine = redis.pcall('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2])[1] ~= nil
+  local ids, undo, failure = {}, {}, nil
   if mine and outputs > 1 then
-    -- Nothing rolls back: what would fail after others were appended is found before.
+    -- What would have to be taken back is better not written.
     local look = at
     for output = 1, outputs do
       local key, wanted = KEYS[tonumber(ARGV[look])], tonumber(ARGV[look + 1]) >= 0 and 'zset' or 'stream'
-      local kind = redis.call('TYPE', key).ok
-      if kind ~= 'none' and kind ~= wanted then
+      local kind = redis.pcall('TYPE', key).ok
+      if kind and kind ~= 'none' and kind ~= wanted then
         failure = 'WRONGTYPE ' .. key .. ' is a ' .. kind .. ', not a ' .. wanted
       end
       look = look + 4 + tonumber(ARGV[look + 3])
@@ -133,25 +171,32 @@ for item = 1, tonumber(ARGV[3]) do
       if delay >= 0 then
         local values = {token}
         for i = 0, fields - 1 do values[#values + 1] = ARGV[at + i] end
-        reply = redis.pcall('ZADD', key, string.format('%.0f', now + delay), cmsgpack.pack(values))
+        local member = cmsgpack.pack(values)
+        reply = redis.pcall('ZADD', key, string.format('%.0f', now + delay), member)
         ids[#ids + 1] = token
+        undo[#undo + 1] = {'ZREM', key, member}
       else
         local command = {'XADD', key, '*'}
         for i = 0, fields - 1 do command[#command + 1] = ARGV[at + i] end
         reply = redis.pcall(unpack(command))
         ids[#ids + 1] = reply
+        undo[#undo + 1] = {'XDEL', key, reply}
       end
-      if type(reply) == 'table' and reply.err then failure = reply.err end
+      failure = failed(reply)
+      if failure then undo[#undo] = nil end
     end
     at = at + fields
   end
+  if mine and not failure then failure = settle(id) end
   if failure then
-    results[item] = {'error', failure}
+    local status = 'error'
+    for i = #undo, 1, -1 do
+      if failed(redis.pcall(unpack(undo[i]))) then status = 'half' end
+    end
+    results[item] = {status, failure}
   elseif not mine then
     results[item] = {'not ours'}
   else
-    redis.call('XACK', KEYS[1], ARGV[1], id)
-    if KEYS[1]:sub(1, 7) == 'anybus:' then redis.call('XDEL', KEYS[1], id) end
     results[item] = {'done', ids}
   end
 end
@@ -159,26 +204,25 @@ return results
 """,
 )
 
-_MOVE_DUE = """
-local function move_due(stream, delayed)
-  local time = redis.call('TIME')
-  local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  local due = redis.call('ZRANGEBYSCORE', delayed, '-inf', string.format('%.0f', now), 'LIMIT', 0, 200)
-  for i = 1, #due do
-    local values = cmsgpack.unpack(due[i])
-    local command = {'XADD', stream, '*'}
-    for j = 2, #values do command[#command + 1] = values[j] end
-    redis.call(unpack(command))
-    redis.call('ZREM', delayed, due[i])
-  end
-  local first = redis.call('ZRANGE', delayed, 0, 0, 'WITHSCORES')
-  if #first == 0 then return -1 end
-  return math.max(0, math.ceil(first[2] - now))
+# The second step of a transfer whose output has too many fields for a script. KEYS: the stream, where it was appended.
+# ARGV: group, consumer, id, the id of what was appended.
+SETTLE_APPENDED: Final = Script(
+    "settle appended",
+    FAILED
+    + _SETTLE
+    + """
+local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2])
+local failure = failed(pending)
+if not failure and pending[1] then
+  failure = settle(ARGV[3])
+  if not failure then return {'done'} end
 end
-"""
-
-# Appends what is due; says in how many ms the next one is (-1 = there is none).
-MOVE_DUE: Final = Script("move due", _MOVE_DUE + "return move_due(KEYS[1], KEYS[2])\n")
+local left = failed(redis.pcall('XDEL', KEYS[2], ARGV[4]))
+if left then return {'half', failure or left} end
+if failure then return {'error', failure} end
+return {'not ours'}
+""",
+)
 
 # ARGV: due time in ms (absolute) or, with a leading +, from now; token; fields.
 SCHEDULE: Final = Script(
@@ -196,116 +240,25 @@ return due
 """,
 )
 
+# Looks for a delayed member by its token, from a cursor on, through some of the set. Members begin with the head of a
+# list, the head of a string, and the token. Replies with the next cursor ('0' = that was the end), and how many it
+# removed.
 CANCEL: Final = Script(
     "cancel",
     """
-local cursor = '0'
-repeat
-  local page = redis.call('ZSCAN', KEYS[1], cursor, 'COUNT', 500)
+local cursor = ARGV[2]
+for scan = 1, 10 do
+  local page = redis.call('ZSCAN', KEYS[1], cursor, 'MATCH', '??' .. ARGV[1] .. '*', 'COUNT', 200)
   cursor = page[1]
   for i = 1, #page[2], 2 do
-    if cmsgpack.unpack(page[2][i])[1] == ARGV[1] then return redis.call('ZREM', KEYS[1], page[2][i]) end
-  end
-until cursor == '0'
-return 0
-""",
-)
-
-# What was delivered to the consumer above an id, up to ARGV[4] pending entries looked at; and the highest id looked at
-# ('' = there was none). Of that, what a read brought (handed over once, that is); or, with ARGV[5], what was handed
-# over or renewed at most so many ms ago. The count stays what it is.
-UNSEEN: Final = Script(
-    "unseen",
-    """
-local page = redis.call('XPENDING', KEYS[1], ARGV[1], '(' .. ARGV[3], '+', ARGV[4], ARGV[2])
-local found = {}
-for _, entry in ipairs(page) do
-  local wanted = entry[4] == 1
-  if ARGV[5] then wanted = entry[3] <= tonumber(ARGV[5]) end
-  if wanted then
-    local body = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'RETRYCOUNT', entry[4])
-    found[#found + 1] = {entry[1], body[1] and body[1][2] or false, entry[4]}
-  end
-end
-return {#page > 0 and page[#page][1] or '', found}
-""",
-)
-
-# Scans are bounded by their number, since TIME stands still inside a script: 50 of them look at 32,000 entries with a
-# COUNT of 64, some 20 ms. The next call goes on from there.
-# One entry: id, its body (false = gone), the server's count of hand-overs, this one included.
-_RECLAIM = """
-local function reclaim(key, group, consumer, min_idle, count, cursor)
-  local parking = 'anybus:returned'
-  local taken, scans, wrapped = {}, 0, cursor == '0-0'
-  repeat
-    scans = scans + 1
-    local page = redis.call('XAUTOCLAIM', key, group, consumer, min_idle, cursor, 'COUNT', count - #taken, 'JUSTID')
-    cursor = page[1]
-    for _, id in ipairs(page[2]) do
-      local pending = redis.call('XPENDING', key, group, id, id, 1)
-      local deliveries = pending[1] and pending[1][4] + 1 or 1
-      local body = redis.call('XCLAIM', key, group, consumer, 0, id, 'RETRYCOUNT', deliveries)
-      taken[#taken + 1] = {id, body[1] and body[1][2] or false, deliveries}
+    local known, values = pcall(cmsgpack.unpack, page[2][i])
+    if known and type(values) == 'table' and values[1] == ARGV[1] then
+      return {'0', redis.call('ZREM', KEYS[1], page[2][i])}
     end
-    for _, id in ipairs(page[3] or {}) do taken[#taken + 1] = {id, false, 0} end
-    if cursor == '0-0' then
-      if wrapped then break end
-      wrapped = true
-    end
-  until #taken >= count or scans >= 50
-  if #taken > 0 and #redis.call('XPENDING', key, group, '-', '+', 1, parking) == 0 then
-    redis.call('XGROUP', 'DELCONSUMER', key, group, parking)
   end
-  return {cursor, taken}
+  if cursor == '0' then break end
 end
-"""
-
-RECLAIM: Final = Script(
-    "reclaim",
-    _RECLAIM + "return reclaim(KEYS[1], ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5])\n",
-)
-
-# A whole pass over a topic (KEYS 1 and 2: stream and delayed set) and its retry stream (KEYS 3 and 4): what is idle
-# there, what is due, what is new on the retry stream. ARGV: group, consumer, min idle ms, room, cursor of the topic,
-# cursor of the retry stream, which step goes first (0, 1 or 2).
-# A group that is missing shows as an error in its own step: the others keep what they took.
-PASS: Final = Script(
-    "pass",
-    _MOVE_DUE
-    + _RECLAIM
-    + """
-local group, consumer, min_idle, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local cursors = {ARGV[5], ARGV[6]}
-local results = {false, false, false}
-local first = tonumber(ARGV[7])
-local next_due = -1
-local function guarded(work)
-  local ok, reply = pcall(work)
-  if ok then return reply end
-  return {'error', type(reply) == 'table' and reply.err or tostring(reply)}
-end
-guarded(function() move_due(KEYS[1], KEYS[2]) return {} end)
-for offset = 0, 2 do
-  local step = (first + offset) % 3
-  if room > 0 then
-    local reply
-    if step == 0 then
-      reply = guarded(function() return reclaim(KEYS[1], group, consumer, min_idle, room, cursors[1]) end)
-    elseif step == 1 then
-      reply = guarded(function()
-        move_due(KEYS[3], KEYS[4])
-        local read = redis.call('XREADGROUP', 'GROUP', group, consumer, 'COUNT', room, 'STREAMS', KEYS[3], '>')
-        return {'read', read and read[1] and read[1][2] or {}}
-      end)
-    else
-      reply = guarded(function() return reclaim(KEYS[3], group, consumer, min_idle, room, cursors[2]) end)
-    end
-    if reply[1] ~= 'error' then room = room - #reply[2] end
-    results[step + 1] = reply
-  end
-end
-return results
+return {cursor, 0}
 """,
 )
 
@@ -349,15 +302,18 @@ for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
 end
 return removed
 """,
+    partly=True,
 )
 
+# KEYS: the stream, and where the group's lease and its members are kept.
 FORGET: Final = Script(
     "forget",
     """
+redis.pcall('ZREM', KEYS[2], 'member:' .. ARGV[2])
 if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then return 0 end
 redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
 return 1
 """,
 )
 
-ALL: Final = (ACK, RENEW, RELEASE, TRANSFER, MOVE_DUE, SCHEDULE, CANCEL, UNSEEN, RECLAIM, PASS, FLOOR, REAP, FORGET)
+ALL: Final = (ACK, RENEW, RELEASE, TRANSFER, SETTLE_APPENDED, SCHEDULE, CANCEL, FLOOR, REAP, FORGET)

@@ -14,10 +14,12 @@ from anyio.abc import TaskGroup
 from ..._errors import BackendError, GroupLostError
 from ...abc import FetchedEntry, MissingEntry, Redelivered
 from . import _scripts as scripts
+from . import _taking_scripts as taking
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
-from ._errors import SENSELESS, has_code, senseless
+from ._errors import SENSELESS, has_code, may_be_partly_done, senseless
 from ._keys import delayed, meta
+from ._parts import PER_SCRIPT
 from ._protocol import Argument, Command, ServerError
 from ._reader import BlockingReader
 from ._scripts import Script
@@ -29,7 +31,6 @@ _SHORT_BLOCK = 0.4
 _STALE = 0.1
 _FLOOR_INTERVAL = 5.0
 _CLOCK_MARGIN = 1.0
-PER_SCRIPT = 250
 
 Member = tuple[str, str, str]
 Taken = dict[str, list[FetchedEntry]]
@@ -71,7 +72,7 @@ class Taking:
 
     async def read_new(self, stream: str, group: str, consumer: str, count: int, timeout: float) -> list[FetchedEntry]:
         read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
-        move: Command = evalsha(scripts.MOVE_DUE, (stream, delayed(stream)), ())
+        move: Command = evalsha(taking.MOVE_DUE, (stream, delayed(stream)), ())
         reader = self._readers.setdefault(
             (stream, group, consumer), BlockingReader(self._client.settings, self._unblock)
         )
@@ -162,7 +163,7 @@ class Taking:
     async def _next_due(self, moved: Any, stream: str) -> float:
         """Seconds until the next delayed entry of the stream is due."""
         if isinstance(moved, ServerError) and has_code(moved, "NOSCRIPT"):
-            moved = await self._client.run(scripts.MOVE_DUE, stream, "", (stream, delayed(stream)), ())
+            moved = await self._client.run(taking.MOVE_DUE, stream, "", (stream, delayed(stream)), ())
         return moved / 1000 if isinstance(moved, int) and moved >= 0 else float("inf")
 
     async def _find_unseen(
@@ -180,7 +181,7 @@ class Taking:
             return {stream: self._decoder.reclaimed(replies[-1][1])}
 
         args = (group, consumer, reader.last_id, count)
-        entries = (await self._take_by_script(scripts.UNSEEN, (stream,), args, group, consumer, parse))[stream]
+        entries = (await self._take_by_script(taking.UNSEEN, (stream,), args, group, consumer, parse))[stream]
         if last:
             reader.last_id = last
         else:
@@ -204,7 +205,7 @@ class Taking:
 
             longest = int((anyio.current_time() - since + _CLOCK_MARGIN) * 1000)
             args = (group, consumer, last, count, longest)
-            taken = await self._take_by_script(scripts.UNSEEN, (stream,), args, group, consumer, parse)
+            taken = await self._take_by_script(taking.UNSEEN, (stream,), args, group, consumer, parse)
             if looked_up_to:
                 self._astray[member] = since, looked_up_to
             else:
@@ -223,7 +224,7 @@ class Taking:
             return {stream: self._reclaimed(member, replies[-1])}
 
         lost = self._loses(member)
-        return (await self._take_by_script(scripts.RECLAIM, keys, args, group, consumer, parse, lost))[stream]
+        return (await self._take_by_script(taking.RECLAIM, keys, args, group, consumer, parse, lost))[stream]
 
     def _loses(self, *members: Member) -> Callable[[], None]:
         """To be called if the reply to what is sent now is lost."""
@@ -255,6 +256,7 @@ class Taking:
         refusals: list[tuple[str, ServerError]] = []
         new_retries: list[FetchedEntry] = []
         reclaimed_retries: list[FetchedEntry] = []
+        more = False
 
         def failed(where: str, part: Any) -> bool:
             if part and part[0] == b"error":
@@ -263,7 +265,14 @@ class Taking:
             return not part
 
         def parse(replies: list[Any]) -> Taken:
-            first, second, third = replies[-1]
+            nonlocal more
+            first, second, third, left, *unmoved = replies[-1]
+            more = bool(left)
+            refusals.extend(
+                (where, ServerError(text.decode(errors="replace")))
+                for where, text in zip((stream, retry_stream), unmoved, strict=True)
+                if text is not None
+            )
             taken: Taken = {stream: [], retry_stream: []}
             if not failed(stream, first):
                 taken[stream] = self._reclaimed(topic, first)
@@ -275,7 +284,7 @@ class Taking:
             return taken
 
         lost = self._loses(topic, retries)
-        taken = await self._take_by_script(scripts.PASS, keys, args, group, consumer, parse, lost)
+        taken = await self._take_by_script(taking.PASS, keys, args, group, consumer, parse, lost)
         error = None
         try:
             for where, refusal in refusals[:1]:
@@ -287,7 +296,7 @@ class Taking:
         except BaseException:
             await self._within_a_second(lambda: self._hand_back(taken, group, consumer))  # noqa: ASYNC102 - shielded
             raise
-        return Redelivered(taken[stream], new_retries, reclaimed_retries, error)
+        return Redelivered(taken[stream], new_retries, reclaimed_retries, error, more=more)
 
     async def _keep_house(self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float) -> None:
         """Now and then: keep the group's floors, remove consumers that are gone. Nobody waits for the replies."""
@@ -357,7 +366,11 @@ class Taking:
         if isinstance(reply, ServerError):
             if has_code(reply, "NOSCRIPT") and commands[-1][0] == "EVALSHA":
                 raise _ScriptForgottenError
-            raise await self._client.refused_in(stream or str(commands[-1][-2]), group, reply)
+            partly = may_be_partly_done(reply, partly=False)
+            if partly and lost is not None:
+                lost()  # what it took until then is looked for
+            where = stream or str(commands[-1][-2])
+            raise await self._client.refused_in(where, group, reply, may_have_happened=partly)
         with self._client.reading(reply):
             return parse(call.replies)
 

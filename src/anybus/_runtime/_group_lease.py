@@ -1,0 +1,72 @@
+"""One lease for a group: agreed on when a member begins, and looked after while it runs."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import anyio
+
+from .._errors import EventBusError, ValidationError
+from ..abc import LeaseKeeper
+from ._context import Context
+from ._leases import Leases
+
+_SIGN_INTERVAL: Final = 5.0
+_DOCS: Final = "docs/promises.md, 'One lease for a group'"
+
+
+class GroupLease:
+    """This member's part in it. Without a backend that keeps leases it does nothing, and says so once."""
+
+    def __init__(self, context: Context, leases: Leases) -> None:
+        self._context = context
+        self._leases = leases
+        backend = context.backend
+        self._keeper = backend if isinstance(backend, LeaseKeeper) else None
+        if self._keeper is None:
+            context.notices.once(
+                f"{type(backend).__name__} does not keep a group's lease: nobody notices that members of one group "
+                "have different values of claim_idle_timeout, which makes them handle messages twice at once"
+            )
+
+    async def agree(self) -> None:
+        """
+        :raises ValidationError: if members run that have another lease, and it is not to be changed.
+        """
+        context = self._context
+        if self._keeper is None:
+            return
+        lease, change = context.lease, context.options.change_lease
+        running = await self._keeper.agree_lease(context.topic, context.group, context.consumer, lease, change=change)
+        if running == lease:
+            return
+        if not change:
+            raise ValidationError(
+                f"claim_idle_timeout must be that of the group's running members, {running:g} s for {context.group!r} "
+                f"on {context.topic!r}, not {lease:g} s: stop them first, or change it for all of them with "
+                f"StreamBusOptions(change_lease=True) ({_DOCS})"
+            )
+        # They look three times in that time. Until then they renew by their own lease.
+        context.term.be_patient(running, context.clock() + min(running, 3 * _SIGN_INTERVAL))
+
+    async def run(self) -> None:
+        """Tell the others that this member runs, and notice that the group's lease has been changed."""
+        while self._keeper is not None:
+            await anyio.sleep(min(self._context.lease / 3, _SIGN_INTERVAL))
+            await self._look(self._keeper)
+
+    async def _look(self, keeper: LeaseKeeper) -> None:
+        context = self._context
+        try:
+            kept = await keeper.kept_lease(context.topic, context.group, context.consumer, context.lease)
+        except EventBusError:
+            return  # the read and the pass meet it, too, and report it
+        if kept == context.lease:
+            return
+        own = context.options.claim_idle_timeout
+        changed = ValidationError(
+            f"another member has changed the lease of group {context.group!r} to {kept:g} s; claim_idle_timeout is "
+            f"{own:g} s here, which is refused when this member begins again ({_DOCS})"
+        )
+        context.reporter.error("renew", changed, detail=f"the lease is {kept:g} s from now on, not {context.lease:g} s")
+        self._leases.adopt(kept)

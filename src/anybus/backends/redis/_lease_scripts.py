@@ -1,0 +1,49 @@
+"""The script behind the lease that all members of a group share."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ._scripts import Script
+
+# ARGV: consumer, its lease in seconds, for how many ms it counts as running, and `join`, `change` or `stay`.
+# The lease has the highest score, and each member the time until which it counts as running.
+AGREE: Final = Script(
+    "agree",
+    """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local own, mode = ARGV[2], ARGV[4]
+local kept, stale = nil, {}
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '+inf', '+inf')) do
+  local lease = member:match('^lease:(.*)$')
+  if lease and tonumber(lease) and not kept then kept = lease else stale[#stale + 1] = member end
+end
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, 100)) do
+  stale[#stale + 1] = member
+end
+if kept and tonumber(kept) == tonumber(own) then own = kept end
+local running = own
+if kept and kept ~= own then
+  if mode == 'stay' then
+    running = kept
+  else
+    local range = redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. string.format('%.0f', now), '(+inf', 'LIMIT', 0, 2)
+    for _, member in ipairs(range) do
+      if member ~= 'member:' .. ARGV[1] then running = kept end
+    end
+    if mode == 'join' and running == kept then return kept end
+  end
+end
+redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[3]), 'member:' .. ARGV[1])
+if not kept or (kept ~= own and mode ~= 'stay') then
+  redis.call('ZADD', KEYS[1], '+inf', 'lease:' .. own)
+  if kept then redis.call('ZREM', KEYS[1], 'lease:' .. kept) end
+end
+for _, member in ipairs(stale) do redis.call('ZREM', KEYS[1], member) end
+return running
+""",
+    partly=True,
+)
+
+ALL: Final = (AGREE,)

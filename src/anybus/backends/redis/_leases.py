@@ -1,0 +1,31 @@
+"""One lease for all members of a group: kept in a sorted set beside the topic, with the members that run."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ...abc import LeaseKeeper
+from ._client import Client
+from ._keys import leases
+from ._lease_scripts import AGREE
+
+_ALIVE: Final = 15.0
+
+
+class RedisLeases(LeaseKeeper):
+    """This part of the Redis backend."""
+
+    _client: Client
+
+    async def agree_lease(self, stream: str, group: str, consumer: str, lease: float, *, change: bool = False) -> float:
+        return await self._agree(stream, group, consumer, lease, "change" if change else "join")
+
+    async def kept_lease(self, stream: str, group: str, consumer: str, lease: float) -> float:
+        return await self._agree(stream, group, consumer, lease, "stay")
+
+    async def _agree(self, stream: str, group: str, consumer: str, lease: float, mode: str) -> float:
+        alive = max(1, int(min(lease, _ALIVE) * 1000))
+        args = (consumer, repr(float(lease)), alive, mode)
+        reply = await self._client.run(AGREE, stream, group, (leases(stream, group),), args)
+        with self._client.reading(reply):
+            return float(reply)

@@ -1,0 +1,226 @@
+"""The scripts that take entries: what is due, what is idle, what a lost reply had brought.
+
+Each is bounded in bytes and in what it looks at, since a script holds up the whole server while it runs, and TIME
+stands still in it. What is left is for the next call.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ._scripts import FAILED, MOST_VALUES, Script
+
+MOST_BYTES: Final = 1024 * 1024
+"""So many bytes one call moves or takes, or one entry that is larger."""
+
+MOST_LOOKS: Final = 2000
+"""So many pending entries one call looks at."""
+
+# Appends what is due. Returns in how many ms the next one is (0 = now, it was too much for one call; -1 = there is
+# none), and the error that stopped it. What nobody can read is appended as it is, in a field `delayed`: it becomes a
+# malformed entry there, and does not keep the others from their time.
+_MOVE_DUE: Final = f"""
+local function move_due(stream, delayed)
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  local moved, bytes = 0, 0
+  while true do
+    -- To look at the next one is to copy it.
+    if moved >= 200 or bytes >= {MOST_BYTES} then return 0 end
+    local first = redis.pcall('ZRANGE', delayed, 0, 0, 'WITHSCORES')
+    if failed(first) then return -1, first.err end
+    if #first == 0 then return -1 end
+    local member, wait = first[1], math.ceil(first[2] - now)
+    if wait > 0 then return wait end
+    bytes = bytes + #member
+    if moved > 0 and bytes > {MOST_BYTES} then return 0 end
+    moved = moved + 1
+    local command = {{'XADD', stream, '*'}}
+    local known, values = pcall(cmsgpack.unpack, member)
+    known = known and type(values) == 'table' and #values >= 3 and #values % 2 == 1 and #values < {MOST_VALUES}
+    if known then
+      for i = 2, #values do
+        known = known and type(values[i]) == 'string'
+        command[#command + 1] = values[i]
+      end
+    end
+    if not known then command = {{'XADD', stream, '*', 'delayed', member}} end
+    local id = redis.pcall(unpack(command))
+    if failed(id) then return -1, id.err end
+    local removed = redis.pcall('ZREM', delayed, member)
+    if failed(removed) then
+      redis.pcall('XDEL', stream, id)
+      return -1, removed.err
+    end
+  end
+end
+"""
+
+MOVE_DUE: Final = Script(
+    "move due",
+    FAILED
+    + _MOVE_DUE
+    + """
+local wait, failure = move_due(KEYS[1], KEYS[2])
+if failure then return redis.error_reply(failure) end
+return wait
+""",
+    partly=True,
+)
+
+_SIZE: Final = """
+local function size_of(fields)
+  local size = 0
+  for i = 1, #fields do size = size + #fields[i] end
+  return size
+end
+"""
+
+# What was delivered to the consumer above an id, up to ARGV[4] pending entries looked at; and the highest id looked at
+# ('' = there was none). Of that, what a read brought (handed over once, that is); or, with ARGV[5], what was handed
+# over or renewed at most so many ms ago. The count stays what it is.
+UNSEEN: Final = Script(
+    "unseen",
+    _SIZE
+    + f"""
+local page = redis.call('XPENDING', KEYS[1], ARGV[1], '(' .. ARGV[3], '+', ARGV[4], ARGV[2])
+local found, bytes, last = {{}}, 0, ''
+for _, entry in ipairs(page) do
+  local wanted = entry[4] == 1
+  if ARGV[5] then wanted = entry[3] <= tonumber(ARGV[5]) end
+  if wanted then
+    if bytes >= {MOST_BYTES} then break end
+    local body = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'RETRYCOUNT', entry[4])
+    local fields = body[1] and body[1][2] or false
+    if fields then bytes = bytes + size_of(fields) end
+    found[#found + 1] = {{entry[1], fields, entry[4]}}
+  end
+  last = entry[1]
+end
+return {{last, found}}
+""",
+    partly=True,
+)
+
+# One entry: id, its body (false = gone), the server's count of hand-overs, this one included.
+# Bodies are fetched one by one. What was claimed beyond the bytes of one call goes to the parking consumer, uncounted,
+# and the next scan begins there. `budget` is what is left for this call: bytes, looks, and whether it has taken
+# anything; `budget.more` is set if something was left.
+_RECLAIM: Final = """
+local function reclaim(key, group, consumer, min_idle, count, cursor, budget)
+  local parking = 'anybus:returned'
+  local taken, wrapped, more = {}, cursor == '0-0', false
+  -- Refusals come before anything is taken.
+  redis.call('XPENDING', key, group, '0-0', '0-0', 1)
+  redis.call('XCLAIM', key, group, consumer, 0, '0-0', 'JUSTID')
+  repeat
+    local scan = math.min(count - #taken, math.max(1, math.floor(budget.looks / 10)))
+    budget.looks = budget.looks - 10 * scan
+    local page = redis.call('XAUTOCLAIM', key, group, consumer, min_idle, cursor, 'COUNT', scan, 'JUSTID')
+    cursor = page[1]
+    for _, id in ipairs(page[2]) do
+      local pending = redis.call('XPENDING', key, group, id, id, 1)
+      if budget.bytes <= 0 and budget.any then
+        local before = pending[1] and pending[1][4] or 0
+        redis.call('XCLAIM', key, group, parking, 0, id, 'TIME', 0, 'RETRYCOUNT', before, 'JUSTID')
+        if not more then cursor = id end
+        more = true
+      else
+        local deliveries = pending[1] and pending[1][4] + 1 or 1
+        local body = redis.call('XCLAIM', key, group, consumer, 0, id, 'RETRYCOUNT', deliveries)
+        local fields = body[1] and body[1][2] or false
+        if fields then budget.bytes = budget.bytes - size_of(fields) end
+        taken[#taken + 1] = {id, fields, deliveries}
+        budget.any = true
+      end
+    end
+    for _, id in ipairs(page[3] or {}) do taken[#taken + 1] = {id, false, 0} end
+    if cursor == '0-0' then
+      if wrapped then break end
+      wrapped = true
+    end
+  until more or #taken >= count or budget.looks < 10
+  budget.more = budget.more or more
+  if #taken > 0 and #redis.call('XPENDING', key, group, '-', '+', 1, parking) == 0 then
+    redis.pcall('XGROUP', 'DELCONSUMER', key, group, parking)
+  end
+  return {cursor, taken}
+end
+"""
+
+_BUDGET: Final = f"local budget = {{bytes = {MOST_BYTES}, looks = {MOST_LOOKS}, any = false, more = false}}\n"
+
+RECLAIM: Final = Script(
+    "reclaim",
+    _SIZE
+    + _RECLAIM
+    + _BUDGET
+    + "return reclaim(KEYS[1], ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], budget)\n",
+    partly=True,
+)
+
+# A whole pass over a topic (KEYS 1 and 2: stream and delayed set) and its retry stream (KEYS 3 and 4): what is idle
+# there, what is due, what is new on the retry stream. ARGV: group, consumer, min idle ms, room, cursor of the topic,
+# cursor of the retry stream, which step goes first (0, 1 or 2).
+# Replies with the three steps, whether something was left that was too much for one call, and the errors of appending
+# to the topic and to the retry stream. A group that is missing shows as an error in its own step: the others keep what
+# they took.
+PASS: Final = Script(
+    "pass",
+    FAILED
+    + _MOVE_DUE
+    + _SIZE
+    + _RECLAIM
+    + _BUDGET
+    + """
+local group, consumer, min_idle, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local cursors = {ARGV[5], ARGV[6]}
+local results = {false, false, false}
+local first = tonumber(ARGV[7])
+local function guarded(work)
+  local ok, reply = pcall(work)
+  if ok then return reply end
+  return {'error', type(reply) == 'table' and reply.err or tostring(reply)}
+end
+local function read_retries()
+  local entries = {}
+  while #entries < room do
+    if budget.bytes <= 0 and budget.any then
+      budget.more = true
+      break
+    end
+    local read = redis.call('XREADGROUP', 'GROUP', group, consumer, 'COUNT', 1, 'STREAMS', KEYS[3], '>')
+    local entry = read and read[1] and read[1][2][1]
+    if not entry then break end
+    if entry[2] then budget.bytes = budget.bytes - size_of(entry[2]) end
+    budget.any = true
+    entries[#entries + 1] = entry
+  end
+  return {'read', entries}
+end
+local wait, failure = move_due(KEYS[1], KEYS[2])
+local retry_wait, retry_failure = move_due(KEYS[3], KEYS[4])
+for offset = 0, 2 do
+  local step = (first + offset) % 3
+  if room > 0 and budget.any and budget.bytes <= 0 then
+    budget.more = true
+  elseif room > 0 then
+    local reply
+    if step == 0 then
+      reply = guarded(function() return reclaim(KEYS[1], group, consumer, min_idle, room, cursors[1], budget) end)
+    elseif step == 1 then
+      reply = guarded(read_retries)
+    else
+      reply = guarded(function() return reclaim(KEYS[3], group, consumer, min_idle, room, cursors[2], budget) end)
+    end
+    if reply[1] ~= 'error' then room = room - #reply[2] end
+    results[step + 1] = reply
+  end
+end
+local more = budget.more or wait == 0 or retry_wait == 0
+return {results[1], results[2], results[3], more and 1 or 0, failure or false, retry_failure or false}
+""",
+    partly=True,
+)
+
+ALL: Final = (MOVE_DUE, UNSEEN, RECLAIM, PASS)

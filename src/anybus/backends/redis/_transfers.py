@@ -1,0 +1,165 @@
+"""Transfers on Redis: outputs are appended, and the original is acknowledged, in one step."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Union
+
+from ..._errors import BackendError, EventBusError, SerializationError, ValidationError
+from ..._message import Message
+from ...abc import Codec, Output, TransferItem
+from . import _scripts as scripts
+from ._client import Client
+from ._errors import is_out_of_reach
+from ._keys import delayed
+from ._parts import fitting, size
+from ._protocol import Argument, ServerError
+
+_MOST_FIELDS: Final = (scripts.MOST_VALUES - 10) // 2
+
+Transferred = Union[list[str], EventBusError, None]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A transfer that is ready to be sent: of each output its key, its delay in ms (-1 = none), its fields."""
+
+    id: str
+    outputs: Sequence[tuple[str, int, list[Argument]]]
+
+    @property
+    def size(self) -> int:
+        return sum(size(fields) for _, _, fields in self.outputs)
+
+    @property
+    def is_large(self) -> bool:
+        return any(len(fields) > 2 * _MOST_FIELDS for _, _, fields in self.outputs)
+
+
+class Transfers:
+    """This part of the Redis backend.
+
+    :param encode: turns what an application publishes into bytes, or refuses it for its size.
+    """
+
+    def __init__(self, client: Client, codec: Codec, encode: Callable[[Message], bytes]) -> None:
+        self._client = client
+        self._codec = codec
+        self._encode = encode
+
+    async def transfer_many(
+        self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
+    ) -> list[Transferred]:
+        results: list[Transferred] = [None] * len(items)
+        ready: list[tuple[int, _Item]] = []
+        for index, (message_id, outputs) in enumerate(items):
+            item = self._prepare(message_id, outputs)
+            if isinstance(item, EventBusError):
+                results[index] = item
+            elif item.is_large:
+                results[index] = await self._transfer_large(stream, group, consumer, item)
+            else:
+                ready.append((index, item))
+        start = 0
+        for count in fitting([item.size for _, item in ready]):
+            part = ready[start : start + count]
+            start += count
+            answers: Sequence[Transferred]
+            try:
+                answers = await self._send(stream, group, consumer, [item for _, item in part])
+            except BackendError as error:
+                if len(items) == 1:
+                    raise
+                if is_out_of_reach(error):
+                    # A script is refused as a whole for one key that this user may not touch: that is the error of
+                    # whoever asked for it.
+                    answers = [await self._send_alone(stream, group, consumer, item) for _, item in part]
+                elif len(part) == len(items):
+                    raise
+                else:
+                    answers = [error] * len(part)  # the others are done, or will be
+            for (index, _), answer in zip(part, answers, strict=True):
+                results[index] = answer
+        return results
+
+    def _prepare(self, message_id: str, outputs: Sequence[Output]) -> _Item | EventBusError:
+        """What cannot be encoded, or is too large, is the error of its own item only."""
+        prepared: list[tuple[str, int, list[Argument]]] = []
+        try:
+            for output in outputs:
+                encode = self._encode if output.limited else self._codec.encode
+                fields: list[Argument] = ["message", encode(output.message)]
+                for name, value in (output.raw or {}).items():
+                    fields += (f"raw:{name}", value)
+                if output.delay > 0:
+                    prepared.append((delayed(output.stream), round(output.delay * 1000), fields))
+                else:
+                    prepared.append((output.stream, -1, fields))
+        except EventBusError as error:
+            return error
+        except Exception as error:  # a codec of the application's own that raises what it should not
+            return SerializationError(f"the codec raised {error!r}")
+        item = _Item(message_id, prepared)
+        if item.is_large and (len(prepared) > 1 or prepared[0][1] >= 0):
+            return ValidationError(f"an output with more than {_MOST_FIELDS} raw fields must be alone, without a delay")
+        return item
+
+    async def _send_alone(self, stream: str, group: str, consumer: str, item: _Item) -> Transferred:
+        try:
+            [result] = await self._send(stream, group, consumer, [item])
+        except BackendError as error:
+            return error
+        return result
+
+    async def _send(
+        self, stream: str, group: str, consumer: str, items: Sequence[_Item]
+    ) -> list[list[str] | BackendError | None]:
+        keys: list[str] = [stream]
+        args: list[Argument] = [group, consumer, len(items)]
+        for item in items:
+            args += (item.id, len(item.outputs))
+            for key, delay, fields in item.outputs:
+                if key not in keys:
+                    keys.append(key)
+                args += (keys.index(key) + 1, delay, secrets.token_hex(8), len(fields), *fields)
+        reply = await self._client.run(scripts.TRANSFER, stream, group, keys, args)
+        results: list[list[str] | BackendError | None] = []
+        with self._client.reading(reply):
+            for _, (status, *values) in zip(items, reply, strict=True):
+                if status == b"done":
+                    results.append([raw.decode() for raw in values[0]])
+                elif status == b"not ours":
+                    results.append(None)
+                else:
+                    results.append(self._refused(status, values[0]))
+        return results
+
+    def _refused(self, status: bytes, text: bytes) -> BackendError:
+        error = ServerError(text.decode(errors="replace"))
+        return self._client.refused(error, may_have_happened=status == b"half")
+
+    async def _transfer_large(self, stream: str, group: str, consumer: str, item: _Item) -> Transferred:
+        """More fields than a script can append: in two steps. Interrupted between the two it doubles."""
+        [(key, _, fields)] = item.outputs
+        try:
+            pending: Any = await self._client.ask(
+                stream, group, ("XPENDING", stream, group, item.id, item.id, 1, consumer)
+            )
+            if not pending:
+                return None
+            appended = self._client.text(await self._client.call("XADD", key, "*", *fields))
+        except BackendError as error:
+            return error
+        try:
+            args = (group, consumer, item.id, appended)
+            reply = await self._client.run(scripts.SETTLE_APPENDED, stream, group, (stream, key), args)
+            with self._client.reading(reply):
+                status, *values = reply
+                if status == b"done":
+                    return [appended]
+                return None if status == b"not ours" else self._refused(status, values[0])
+        except BackendError as error:
+            error.may_have_happened = True
+            return error
