@@ -76,9 +76,10 @@ class Link:
             await anyio.aclose_forcefully(self._stream)
 
 
-async def open_link(settings: Settings) -> Link:
+async def open_link(settings: Settings, *, entering: bool = False) -> Link:
     """Connect, authenticate, choose the database, set the name.
 
+    :param entering: whether the bus is just being entered: wrong credentials are permanent then.
     :raises BackendError: if any of it fails; ``can_pass`` tells whether trying again may help.
     """
     try:
@@ -91,7 +92,7 @@ async def open_link(settings: Settings) -> Link:
                 await link.aclose()
                 raise
     except ServerError as error:
-        raise translate(error) from error
+        raise translate(error, entering=entering) from error
     except BROKEN as error:
         text = str(error) or type(error).__name__
         raise broken(f"no connection to {settings.place}: {text}", may_have_happened=False) from error
@@ -146,8 +147,13 @@ async def exchange(link: Link, protocol: Protocol, commands: list[Command]) -> l
     replies = Replies(len(commands), done)
     protocol.expect(replies)
     await link.send(pack(commands))
-    while not finished:
-        protocol.feed(await link.receive())
+    try:
+        while not finished:
+            protocol.feed(await link.receive())
+    except BROKEN:
+        # A server that is full says so, once, and closes the connection.
+        if not any(isinstance(reply, ServerError) for reply in replies.replies):
+            raise
     for reply in replies.replies:
         if isinstance(reply, ServerError):
             raise reply
