@@ -11,7 +11,7 @@ import anyio
 from ..._errors import BackendError, GroupLostError
 from . import _dead_letter_scripts, _scripts
 from ._decoding import predecessor
-from ._errors import SENSELESS, has_code, senseless, translate
+from ._errors import SENSELESS, has_code, leads_elsewhere, senseless, translate
 from ._keys import meta
 from ._link import Link, exchange
 from ._multiplexer import Call, Multiplexer
@@ -97,8 +97,9 @@ class Client:
             return str(reply.decode())
 
     def refused(self, error: ServerError) -> BackendError:
-        if has_code(error, "READONLY"):
-            self.mux.reset()  # a replica now: whoever is the master answers under another address, perhaps
+        """What the shared connection was answered."""
+        if leads_elsewhere(error):
+            self.mux.reset()
         return translate(error)
 
     async def refused_in(self, stream: str, group: str, error: ServerError) -> BackendError:

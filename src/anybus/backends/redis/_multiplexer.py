@@ -309,6 +309,7 @@ class Multiplexer:
 
     def reset(self) -> None:
         """Give this connection up: the server says that it is not the one we want (a replica, now)."""
+        self._link = None  # at once: who comes next waits for another connection, and does not die with this one
         if self._serving is not None:
             self._serving.cancel()
 

@@ -16,7 +16,7 @@ from ...abc import FetchedEntry, MissingEntry, Redelivered
 from . import _scripts as scripts
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
-from ._errors import SENSELESS, has_code, senseless
+from ._errors import SENSELESS, has_code, leads_elsewhere, senseless, translate
 from ._keys import delayed, meta
 from ._protocol import Argument, Command, ServerError
 from ._reader import BlockingReader
@@ -146,6 +146,10 @@ class Taking:
 
     async def _read(self, reader: BlockingReader, reply: Any, stream: str, group: str) -> list[FetchedEntry]:
         if isinstance(reply, ServerError):
+            if leads_elsewhere(reply):
+                # This connection's server said so. The shared one may be with the right server by now.
+                await reader.aclose()  # noqa: ASYNC120 - shielded in there
+                raise translate(reply)
             error = await self._client.refused_in(stream, group, reply)
             if isinstance(error, GroupLostError):
                 reader.last_id = "0-0"  # made again, the group may hand over lower ids than these
