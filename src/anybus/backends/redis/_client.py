@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import anyio
@@ -13,9 +14,9 @@ from . import _dead_letter_scripts, _scripts
 from ._decoding import predecessor
 from ._errors import SENSELESS, has_code, leads_elsewhere, senseless, translate
 from ._keys import meta
-from ._link import Link, exchange
+from ._link import Link, ask, tolerate
 from ._multiplexer import Call, Multiplexer
-from ._protocol import Argument, Command, Protocol, ServerError
+from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
 from ._server import Server, look_at
 from ._settings import Settings
@@ -33,8 +34,10 @@ class Client:
 
     async def _greet(self, link: Link) -> None:
         """On every new connection: is this a server that we can work with? Load the scripts."""
-        self.server = await look_at(link, self.settings)
-        await exchange(link, Protocol(), [("SCRIPT", "LOAD", script.source) for script in _ALL])
+        server = await look_at(link, self.settings)
+        loaded = await ask(link, [("SCRIPT", "LOAD", script.source) for script in _ALL])
+        await tolerate(link, loaded)
+        self.server = replace(server, can_load=not any(isinstance(reply, ServerError) for reply in loaded))
 
     async def call(self, *command: Argument) -> Any:
         """
@@ -77,7 +80,15 @@ class Client:
 
     async def load_scripts(self) -> None:
         """Tell a server that has forgotten them (SCRIPT FLUSH) all scripts again. Nobody waits for the replies."""
+        if not self.server.can_load:
+            return  # EVAL, which follows, teaches it the one that is needed
         await self.mux.start([("SCRIPT", "LOAD", script.source) for script in _ALL])
+
+    def unwatched(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Command:
+        """A script's call whose reply nobody looks at, so that nobody would tell the server the script again."""
+        if self.server.can_load:
+            return evalsha(script, keys, args)
+        return ("EVAL", script.source, len(keys), *keys, *args)
 
     @contextmanager
     def reading(self, reply: Any) -> Generator[None, None, None]:

@@ -128,7 +128,7 @@ class Taking:
         return float("inf") if self._client.server.can_unblock else _SHORT_BLOCK
 
     async def _unblock(self, client_id: int) -> bool:
-        if not self._client.server.can_unblock:
+        if not (client_id and self._client.server.can_unblock):
             return True  # it ends by its own time, soon
         return bool(await self._client.call("CLIENT", "UNBLOCK", client_id))
 
@@ -299,12 +299,15 @@ class Taking:
         if now - self._kept_at.get(key, float("-inf")) >= _FLOOR_INTERVAL:
             self._kept_at[key] = now
             keys = (stream, meta(stream), retry_stream, meta(retry_stream))
-            await self._client.mux.start((evalsha(scripts.FLOOR, keys, (group,)),))
+            await self._client.mux.start((self._client.unwatched(scripts.FLOOR, keys, (group,)),))
         if now - self._reaped_at.setdefault(key, now) >= max(min_idle, 1.0):
             self._reaped_at[key] = now
             silent = int(max(2 * min_idle, 5.0) * 1000)
             await self._client.mux.start(
-                [evalsha(scripts.REAP, (name,), (group, consumer, silent)) for name in (stream, retry_stream)]
+                [
+                    self._client.unwatched(scripts.REAP, (name,), (group, consumer, silent))
+                    for name in (stream, retry_stream)
+                ]
             )
 
     async def _take_by_script(
