@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import pytest
 import redis
+import redis.exceptions
 from anyio import to_thread
 from conftest import SERVER
 from harness import SOON, Recorder, quick, until

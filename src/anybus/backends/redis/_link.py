@@ -9,7 +9,9 @@ from typing import Any
 
 import anyio
 from anyio.abc import ByteStream, SocketAttribute
+from anyio.streams.tls import TLSStream
 
+from ._diagnosis import Stage, why
 from ._errors import broken, is_about_credentials, is_permanent, translate
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack
 from ._settings import Settings
@@ -82,9 +84,14 @@ async def open_link(settings: Settings, *, entering: bool = False) -> Link:
     :param entering: whether the bus is just being entered: wrong credentials are permanent then.
     :raises BackendError: if any of it fails; ``can_pass`` tells whether trying again may help.
     """
+    stage: Stage = "connecting"
     try:
         with anyio.fail_after(settings.connect_timeout):
             stream = await _open_stream(settings)
+            if settings.tls is not None and settings.path is None:
+                stage = "securing"
+                stream = await _secured(stream, settings)
+            stage = "greeting"
             link = Link(stream, settings)
             try:
                 await _introduce(link, settings)
@@ -94,23 +101,29 @@ async def open_link(settings: Settings, *, entering: bool = False) -> Link:
     except ServerError as error:
         raise translate(error, entering=entering) from error
     except BROKEN as error:
-        text = str(error) or type(error).__name__
-        raise broken(f"no connection to {settings.place}: {text}", may_have_happened=False) from error
+        text = f"no connection to {settings.place}: {why(error, settings, stage)}"
+        raise broken(text, may_have_happened=False) from error
     return link
 
 
 async def _open_stream(settings: Settings) -> ByteStream:
     if settings.path is not None:
         return await anyio.connect_unix(settings.path)
-    if settings.tls is not None:
-        return await anyio.connect_tcp(
-            settings.host,
-            settings.port,
-            ssl_context=settings.tls,
-            tls_hostname=settings.tls_hostname,
-            tls_standard_compatible=False,
-        )
     return await anyio.connect_tcp(settings.host, settings.port)
+
+
+async def _secured(stream: ByteStream, settings: Settings) -> ByteStream:
+    try:
+        return await TLSStream.wrap(
+            stream,
+            server_side=False,
+            hostname=settings.tls_hostname or settings.host,
+            ssl_context=settings.tls,
+            standard_compatible=False,
+        )
+    except BaseException:
+        await anyio.aclose_forcefully(stream)  # noqa: ASYNC102, ASYNC120 - it closes without waiting
+        raise
 
 
 async def _introduce(link: Link, settings: Settings) -> None:
