@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ import anyio
 from ..._errors import BackendError, GroupLostError
 from . import _dead_letter_scripts, _scripts
 from ._decoding import predecessor
+from ._durability import QUESTIONS, SAVE_POINTS, evicts, fields, keeps_no_log, keeps_nothing
 from ._errors import SENSELESS, has_code, leads_elsewhere, senseless, translate
 from ._keys import meta
 from ._link import Link, ask, tolerate
@@ -20,6 +22,8 @@ from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
 from ._server import Server, look_at
 from ._settings import Settings
+
+_logger: Final = logging.getLogger("anybus")
 
 _ALL: Final = (*_scripts.ALL, *_dead_letter_scripts.ALL)
 
@@ -38,6 +42,17 @@ class Client:
         loaded = await ask(link, [("SCRIPT", "LOAD", script.source) for script in _ALL])
         await tolerate(link, loaded)
         self.server = replace(server, can_load=not any(isinstance(reply, ServerError) for reply in loaded))
+
+    async def warn(self) -> None:
+        """Log what the server's settings may lose. For information: what is refused is not known, and not required."""
+        with suppress(BackendError), anyio.move_on_after(self.settings.command_timeout):
+            memory, persistence = await self.mux.pipeline(QUESTIONS)
+            warnings = [evicts(fields(memory))]
+            if keeps_no_log(fields(persistence)):
+                [save_points] = await self.mux.pipeline((SAVE_POINTS,))
+                warnings.append(keeps_nothing(save_points))
+            for warning in filter(None, warnings):
+                _logger.warning("the server at %s %s", self.settings.place, warning)
 
     async def call(self, *command: Argument) -> Any:
         """
