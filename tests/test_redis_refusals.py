@@ -22,7 +22,18 @@ from proxy import Answer, name_of, proxied
 from redis.credentials import CredentialProvider
 from servers import RunningServer
 
-from anybus import BackendError, Delivery, Message, StreamBus, Subscription, SubscriptionConfig, connect
+from anybus import (
+    BackendError,
+    BatchOutcome,
+    Delivery,
+    EventBusError,
+    Message,
+    StreamBus,
+    Subscription,
+    SubscriptionConfig,
+    ValidationError,
+    connect,
+)
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._errors import translate
 from anybus.backends.redis._protocol import ServerError
@@ -150,6 +161,22 @@ async def test_permanent_errors_inside_scripts_are_known_on_this_server(own_serv
 
     error = translate(ServerError(await to_thread.run_sync(ask)))
     assert not error.can_pass, error
+
+
+@pytest.mark.parametrize(
+    ("errors", "can_pass"),
+    [
+        ((BackendError("OOM", can_pass=True), BackendError("LOADING", can_pass=True)), True),
+        ((BackendError("OOM", can_pass=True), BackendError("WRONGTYPE", can_pass=False)), False),
+        ((BackendError("OOM", can_pass=True), ValidationError("too large")), False),
+    ],
+)
+def test_the_error_of_a_batch_is_transient_if_all_its_errors_are(
+    errors: tuple[EventBusError, ...], can_pass: bool
+) -> None:
+    with pytest.raises(BackendError) as caught:
+        BatchOutcome(errors).raise_for_errors()
+    assert caught.value.can_pass == can_pass
 
 
 # --- a subscription that runs

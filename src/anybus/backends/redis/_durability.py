@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._protocol import Command, ServerError
+from ._protocol import Command
 
 QUESTIONS: tuple[Command, ...] = (("INFO", "memory"), ("INFO", "persistence"))
 SAVE_POINTS: Command = ("CONFIG", "GET", "save")
@@ -37,7 +37,6 @@ def keeps_no_log(info: dict[str, str]) -> bool:
 
 def keeps_nothing(save_points: Any) -> str | None:
     """A warning, where a server without an append-only file takes no snapshots either."""
-    known = isinstance(save_points, list) and len(save_points) == 2 and not isinstance(save_points[1], ServerError)
-    if not known or save_points[1]:
-        return None
+    if save_points != [b"save", b""]:
+        return None  # there are some, or CONFIG is refused
     return "keeps nothing on disk (no appendonly, no save): when it stops, all messages are lost. Set appendonly yes"
