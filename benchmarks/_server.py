@@ -39,8 +39,9 @@ def own_server() -> Generator[int, None, None]:
         "127.0.0.1",
         "--dir",
         folder,
-        "--save",
-        "",
+        "--save",  # snapshots that never come: a server without any is warned of
+        "31536000",
+        "1000000000",
         "--appendonly",
         "no",
     ]

@@ -28,6 +28,10 @@ def greeting(command: Command) -> bytes | None:
         return b":7\r\n"
     if name == b"INFO SERVER":
         return bulk(b"# Server\r\nredis_version:7.0.15\r\nredis_mode:standalone\r\n")
+    if name == b"INFO MEMORY":
+        return bulk(b"# Memory\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n")
+    if name == b"INFO PERSISTENCE":
+        return bulk(b"# Persistence\r\naof_enabled:1\r\n")
     if name == b"COMMAND INFO":
         return b"*1\r\n*1\r\n" + bulk(b"xautoclaim")
     if name == b"CLIENT UNBLOCK":

@@ -93,6 +93,10 @@ class Proxy:
         self.rule = rule
         return met
 
+    def switch_to(self, server_port: int) -> None:
+        """New connections go to another server, as after a failover behind a virtual IP. Those that are open stay."""
+        self._server_port = server_port
+
     async def cut_all(self) -> None:
         """Break every connection that is open now."""
         for stream in list(self._streams):

@@ -15,7 +15,7 @@ import anyio
 import pytest
 from harness import QUICK, SOON, Harness, Recorder, nothing_pending, quick, until
 
-from anybus import BackendError, Delivery, Message, StreamBus, SubscriptionConfig
+from anybus import BackendError, Delivery, MemoryBackend, Message, StreamBus, SubscriptionConfig, UnsupportedError
 from anybus._copies import retry_stream
 from anybus.abc import PassSource, StreamBackend
 
@@ -38,7 +38,28 @@ def fail(backend: StreamBackend, method: str, error: Exception, times: int) -> C
     return lambda: failures
 
 
-PASSING = [BackendError("LOADING", can_pass=True), ConnectionResetError("reset"), TimeoutError("slow")]
+class DriverError(Exception):
+    """What the client library of some backend raises."""
+
+
+PASSING = [
+    BackendError("LOADING", can_pass=True),
+    BackendError("it says no more"),
+    ConnectionResetError("reset"),
+    TimeoutError("slow"),
+    anyio.BrokenResourceError(),
+    DriverError("database is locked"),
+    RuntimeError("connection pool exhausted"),
+]
+
+BUGS = [
+    TypeError("read_new() takes 1 positional argument"),
+    AttributeError("no such attribute"),
+    KeyError("id"),
+    ZeroDivisionError("division by zero"),
+    NotImplementedError("later"),
+    UnsupportedError("not with this backend"),
+]
 
 
 @pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)
@@ -82,6 +103,21 @@ async def test_what_cannot_pass_fails_loudly_at_once(harness: Harness, topic: st
                 with anyio.fail_after(SOON):
                     await subscription.wait_closed()
                     await until(lambda: False)
+        assert caught.value is error
+    assert failures() == 1
+
+
+@pytest.mark.parametrize("error", BUGS, ids=lambda error: type(error).__name__)
+async def test_a_mistake_in_the_backends_code_fails_loudly_at_once(topic: str, error: Exception) -> None:
+    backend = MemoryBackend()
+
+    async def handler(delivery: Delivery) -> None: ...
+
+    async with StreamBus(backend, quick(Recorder())) as bus:
+        failures = fail(backend, "read_new", error, 1)
+        with anyio.fail_after(SOON), pytest.raises(type(error)) as caught:
+            async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
+                await anyio.sleep_forever()
         assert caught.value is error
     assert failures() == 1
 

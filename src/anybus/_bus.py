@@ -21,7 +21,7 @@ from ._clock import loop_clock
 from ._copies import retry_stream
 from ._dead_letter import LetterFilter
 from ._dead_letters import DeadLetters, open_dead_letters
-from ._errors import BackendError, ClosedError, EventBusError, ValidationError
+from ._errors import BackendError, ClosedError, EventBusError, ValidationError, can_pass
 from ._message import Message, check_outgoing
 from ._options import (
     DEFAULT_MAX_DELIVERIES,
@@ -75,7 +75,8 @@ class BatchOutcome:
             raise errors[0]
         may_have_happened = any(isinstance(error, BackendError) and error.may_have_happened for error in errors)
         text = f"{len(errors)} of {len(self.results)} messages were not published; the first error: {errors[0]}"
-        raise BackendError(text, may_have_happened=may_have_happened) from errors[0]
+        passing = all(can_pass(error) for error in errors)
+        raise BackendError(text, may_have_happened=may_have_happened, can_pass=passing) from errors[0]
 
 
 class StreamBus(anyio.AsyncContextManagerMixin):

@@ -39,11 +39,12 @@ class BackendError(EventBusError):
     """The backend failed.
 
     :ivar may_have_happened: true if the server may have carried the command out all the same; false = surely not.
-    :ivar can_pass: true if trying again later may succeed (a broken connection, a server that is loading);
-        false if it will not until somebody changes something (a wrong type, no permission).
+    :ivar can_pass: true for a transient error: trying again later may succeed (a broken connection, a server that is
+        loading). False only if it is known that it will not, until somebody changes something (a wrong type, no
+        permission). A subscription waits out transient errors; any other ends it.
     """
 
-    def __init__(self, message: str, *, may_have_happened: bool = True, can_pass: bool = False) -> None:
+    def __init__(self, message: str, *, may_have_happened: bool = True, can_pass: bool = True) -> None:
         super().__init__(message)
         self.may_have_happened = may_have_happened
         self.can_pass = can_pass
@@ -73,11 +74,28 @@ def words(error: BaseException) -> str:
         return type(error).__name__
 
 
+_BUGS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What a mistake in a program raises."""
+
+
 def can_pass(error: BaseException) -> bool:
-    """Whether trying again may help: what a backend says of its own errors, and what the operating system raises."""
+    """Whether trying again may help. Permanent is only what is known to be: a backend's own word, the bus's other
+    errors, and mistakes in the backend's code. All else (the operating system's errors, a driver's) is transient.
+    """
     if isinstance(error, BackendError):
         return error.can_pass
-    return isinstance(error, OSError)
+    return isinstance(error, Exception) and not isinstance(error, (EventBusError, *_BUGS))
 
 
 def may_have_happened(error: BaseException) -> bool:

@@ -342,7 +342,8 @@ class Intake:
         for held, entry in refused:
             scope: ErrorScope = "reclaim" if held.by_reclaim else "read"
             if isinstance(entry, MissingEntry):
-                error: Exception = BackendError("the entry is pending, but its body is gone: somebody has trimmed it")
+                text = "the entry is pending, but its body is gone: somebody has trimmed it"
+                error: Exception = BackendError(text, can_pass=False)
                 reporter.error(scope, error, detail="acknowledged unhandled", message_id=held.id)
             else:
                 error = SerializationError(entry.error)

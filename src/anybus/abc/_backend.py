@@ -46,6 +46,8 @@ class StreamBackend(abc.ABC):
     Durations are float seconds. A method that is cancelled while it takes entries hands back what it took, uncounted,
     within a shielded second, before the cancellation comes out. A cancelled publish may or may not have happened.
     Errors are :class:`~anybus.BackendError`, saying whether they can pass and whether the work may have been done.
+    Only errors that are known to be permanent end a subscription; a driver's own exceptions count as transient, what a
+    mistake in a program raises (``TypeError``, ``AttributeError``...) as permanent.
     """
 
     features: frozenset[Feature] = frozenset()

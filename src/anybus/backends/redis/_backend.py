@@ -128,6 +128,7 @@ class RedisBackend(
                 try:
                     link = await self._client.mux.connect()
                     tasks.start_soon(self._client.mux.run, link, alarm)
+                    await self._client.warn()
                     yield self
                 except anyio.get_cancelled_exc_class():
                     cancelled = True

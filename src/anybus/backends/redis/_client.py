@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, Final
 
 import anyio
@@ -11,14 +13,17 @@ import anyio
 from ..._errors import BackendError, GroupLostError
 from . import _dead_letter_scripts, _lease_scripts, _rights, _scripts, _taking_scripts
 from ._decoding import predecessor
-from ._errors import SENSELESS, has_code, may_be_partly_done, senseless, translate
+from ._durability import QUESTIONS, SAVE_POINTS, evicts, fields, keeps_no_log, keeps_nothing
+from ._errors import SENSELESS, has_code, leads_elsewhere, may_be_partly_done, senseless, translate
 from ._keys import meta
-from ._link import Link, exchange
+from ._link import Link, ask, tolerate
 from ._multiplexer import Call, Multiplexer
-from ._protocol import Argument, Command, Protocol, ServerError
+from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
 from ._server import Server, look_at
 from ._settings import Settings
+
+_logger: Final = logging.getLogger("anybus")
 
 _ALL: Final = (*_scripts.ALL, *_taking_scripts.ALL, *_lease_scripts.ALL, *_rights.ALL, *_dead_letter_scripts.ALL)
 
@@ -33,8 +38,21 @@ class Client:
 
     async def _greet(self, link: Link) -> None:
         """On every new connection: is this a server that we can work with? Load the scripts."""
-        self.server = await look_at(link, self.settings)
-        await exchange(link, Protocol(), [("SCRIPT", "LOAD", script.source) for script in _ALL])
+        server = await look_at(link, self.settings)
+        loaded = await ask(link, [("SCRIPT", "LOAD", script.source) for script in _ALL])
+        await tolerate(link, loaded)
+        self.server = replace(server, can_load=not any(isinstance(reply, ServerError) for reply in loaded))
+
+    async def warn(self) -> None:
+        """Log what the server's settings may lose. For information: what is refused is not known, and not required."""
+        with suppress(BackendError), anyio.move_on_after(self.settings.command_timeout):
+            memory, persistence = await self.mux.pipeline(QUESTIONS)
+            warnings = [evicts(fields(memory))]
+            if keeps_no_log(fields(persistence)):
+                [save_points] = await self.mux.pipeline((SAVE_POINTS,))
+                warnings.append(keeps_nothing(save_points))
+            for warning in filter(None, warnings):
+                _logger.warning("the server at %s %s", self.settings.place, warning)
 
     async def call(self, *command: Argument) -> Any:
         """
@@ -78,7 +96,15 @@ class Client:
 
     async def load_scripts(self) -> None:
         """Tell a server that has forgotten them (SCRIPT FLUSH) all scripts again. Nobody waits for the replies."""
+        if not self.server.can_load:
+            return  # EVAL, which follows, teaches it the one that is needed
         await self.mux.start([("SCRIPT", "LOAD", script.source) for script in _ALL])
+
+    def unwatched(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Command:
+        """A script's call whose reply nobody looks at, so that nobody would tell the server the script again."""
+        if self.server.can_load:
+            return evalsha(script, keys, args)
+        return ("EVAL", script.source, len(keys), *keys, *args)
 
     @contextmanager
     def reading(self, reply: Any) -> Generator[None, None, None]:
@@ -98,8 +124,9 @@ class Client:
             return str(reply.decode())
 
     def refused(self, error: ServerError, *, may_have_happened: bool = False) -> BackendError:
-        if has_code(error, "READONLY"):
-            self.mux.reset()  # a replica now: whoever is the master answers under another address, perhaps
+        """What the shared connection was answered."""
+        if leads_elsewhere(error):
+            self.mux.reset()
         return translate(error, may_have_happened=may_have_happened)
 
     async def refused_in(

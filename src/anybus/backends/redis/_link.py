@@ -9,8 +9,10 @@ from typing import Any
 
 import anyio
 from anyio.abc import ByteStream, SocketAttribute
+from anyio.streams.tls import TLSStream
 
-from ._errors import broken, translate
+from ._diagnosis import Stage, why
+from ._errors import broken, is_about_credentials, is_permanent, translate
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack
 from ._settings import Settings
 
@@ -76,14 +78,20 @@ class Link:
             await anyio.aclose_forcefully(self._stream)
 
 
-async def open_link(settings: Settings) -> Link:
+async def open_link(settings: Settings, *, entering: bool = False) -> Link:
     """Connect, authenticate, choose the database, set the name.
 
+    :param entering: whether the bus is just being entered: wrong credentials are permanent then.
     :raises BackendError: if any of it fails; ``can_pass`` tells whether trying again may help.
     """
+    stage: Stage = "connecting"
     try:
         with anyio.fail_after(settings.connect_timeout):
             stream = await _open_stream(settings)
+            if settings.tls is not None and settings.path is None:
+                stage = "securing"
+                stream = await _secured(stream, settings)
+            stage = "greeting"
             link = Link(stream, settings)
             try:
                 await _introduce(link, settings)
@@ -91,52 +99,79 @@ async def open_link(settings: Settings) -> Link:
                 await link.aclose()
                 raise
     except ServerError as error:
-        raise translate(error) from error
+        raise translate(error, entering=entering) from error
     except BROKEN as error:
-        text = str(error) or type(error).__name__
-        raise broken(f"no connection to {settings.place}: {text}", may_have_happened=False) from error
+        text = f"no connection to {settings.place}: {why(error, settings, stage)}"
+        raise broken(text, may_have_happened=False) from error
     return link
 
 
 async def _open_stream(settings: Settings) -> ByteStream:
     if settings.path is not None:
         return await anyio.connect_unix(settings.path)
-    if settings.tls is not None:
-        return await anyio.connect_tcp(
-            settings.host,
-            settings.port,
-            ssl_context=settings.tls,
-            tls_hostname=settings.tls_hostname,
-            tls_standard_compatible=False,
-        )
     return await anyio.connect_tcp(settings.host, settings.port)
 
 
+async def _secured(stream: ByteStream, settings: Settings) -> ByteStream:
+    try:
+        return await TLSStream.wrap(
+            stream,
+            server_side=False,
+            hostname=settings.tls_hostname or settings.host,
+            ssl_context=settings.tls,
+            standard_compatible=False,
+        )
+    except BaseException:
+        await anyio.aclose_forcefully(stream)  # noqa: ASYNC102, ASYNC120 - it closes without waiting
+        raise
+
+
 async def _introduce(link: Link, settings: Settings) -> None:
-    commands: list[Command] = []
+    required: list[Command] = []
     if settings.credentials is not None:
         try:
             credentials = await settings.credentials.get_credentials_async()
         except Exception as error:
             # The application's own code: whatever it raises, it may have credentials again next time.
             raise broken(f"no credentials for {settings.place}: {error!r}", may_have_happened=False) from error
-        commands.append(("AUTH", *credentials))
+        required.append(("AUTH", *credentials))
     if settings.db:
-        commands.append(("SELECT", settings.db))
-    if settings.client_name:
-        commands.append(("CLIENT", "SETNAME", settings.client_name))
-    commands.append(("CLIENT", "ID"))
-    replies = await exchange(link, Protocol(), commands)
-    if not isinstance(replies[-1], int):
-        raise BrokenProtocolError(f"CLIENT ID was answered with {replies[-1]!r:.80}")
-    link.client_id = replies[-1]
+        required.append(("SELECT", settings.db))
+    optional: list[Command] = [("CLIENT", "SETNAME", settings.client_name)] if settings.client_name else []
+    optional.append(("CLIENT", "ID"))
+    replies = await ask(link, [*required, *optional])
+    for reply in replies[: len(required)]:
+        if isinstance(reply, ServerError):
+            raise reply
+    await tolerate(link, replies[len(required) :])
+    client_id = replies[-1]
+    if not isinstance(client_id, (int, ServerError)):
+        raise BrokenProtocolError(f"CLIENT ID was answered with {client_id!r:.80}")
+    link.client_id = client_id if isinstance(client_id, int) else 0
 
 
-async def exchange(link: Link, protocol: Protocol, commands: list[Command]) -> list[Any]:
-    """Send commands on a link that nobody else uses, and wait for all replies.
+async def tolerate(link: Link, replies: list[Any]) -> None:
+    """Let pass that the server refuses what was asked for information only, in whatever words.
 
-    :raises ServerError: the first error reply, after all replies have arrived.
+    :raises ServerError: if it refuses everything now: it wants credentials, is full, is loading...
     """
+    refusals = [reply for reply in replies if isinstance(reply, ServerError) and not is_permanent(reply)]
+    if not refusals:
+        return
+    if not is_about_credentials(refusals[0]):
+        with suppress(*BROKEN):
+            [reply] = await ask(link, [("ECHO", "anybus")])
+            if not isinstance(reply, ServerError) or is_permanent(reply):
+                return
+    raise refusals[0]
+
+
+async def ask(link: Link, commands: list[Command]) -> list[Any]:
+    """Send commands on a link that nobody else uses; all replies, error replies included.
+
+    :raises ServerError: if the connection breaks after the server has said why.
+    """
+    protocol = Protocol()
     finished = False
 
     def done() -> None:
@@ -146,9 +181,13 @@ async def exchange(link: Link, protocol: Protocol, commands: list[Command]) -> l
     replies = Replies(len(commands), done)
     protocol.expect(replies)
     await link.send(pack(commands))
-    while not finished:
-        protocol.feed(await link.receive())
-    for reply in replies.replies:
-        if isinstance(reply, ServerError):
-            raise reply
+    try:
+        while not finished:
+            protocol.feed(await link.receive())
+    except BROKEN:
+        # A server that is full says so, once, and closes the connection.
+        for reply in replies.replies:
+            if isinstance(reply, ServerError):
+                raise reply from None
+        raise
     return replies.replies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -12,11 +13,13 @@ from ..._backoff import recovery_delay
 from ..._cancellation import is_stray, sole
 from ..._clock import loop_clock
 from ..._errors import BackendError, EventBusError
-from ._errors import SENSELESS, broken, translate
+from ._errors import SENSELESS, broken, is_about_credentials, translate
 from ._link import BROKEN, Link, open_link
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack, pack_one
 from ._settings import Settings
 from ._waves import Single, Waves
+
+_logger = logging.getLogger("anybus")
 
 _WORTH_A_WRITE = 32768
 
@@ -80,7 +83,7 @@ class Multiplexer:
         self._scope = anyio.CancelScope(shield=True)
         self._clock = loop_clock()
         self._closed = False
-        return await self._connect()
+        return await self._connect(entering=True)
 
     async def run(self, link: Link, alarm: Callable[[BaseException], None]) -> None:
         """Serve until closed, on the first connection and then on others.
@@ -105,14 +108,14 @@ class Multiplexer:
                         # back what it holds: this goes on until then.
                         alarm(sole(error))
 
-    async def _connect(self) -> Link:
-        link = await open_link(self._settings)
+    async def _connect(self, *, entering: bool = False) -> Link:
+        link = await open_link(self._settings, entering=entering)
         try:
             with anyio.fail_after(self._settings.connect_timeout):
                 await self._on_connect(link)
         except ServerError as error:
             await link.aclose()
-            raise translate(error) from error
+            raise translate(error, entering=entering) from error
         except BROKEN as error:
             await link.aclose()
             raise broken(f"the connection to {self._settings.place} broke", may_have_happened=False) from error
@@ -127,15 +130,23 @@ class Multiplexer:
 
     async def _reconnect(self) -> Link:
         failures = 0
+        said = False
         while True:
             await self._demand.wait()
             try:
                 link = await self._connect()
             except EventBusError as error:
-                if not isinstance(error, BackendError):  # not a server for us any more
-                    error = BackendError(str(error), may_have_happened=False)
+                if not isinstance(error, BackendError):  # known to be no server for us: too old, or a cluster
+                    error = BackendError(str(error), may_have_happened=False, can_pass=False)
                 self._last_error = error
                 failures += 1
+                if not said and isinstance(error.__cause__, ServerError) and is_about_credentials(error.__cause__):
+                    said = True
+                    _logger.error(
+                        "%s does not take the credentials (%s): no connection until it does; tried again and again",
+                        self._settings.place,
+                        error,
+                    )
                 if not error.can_pass:
                     # Nobody waits for what will not come; the next use tries again.
                     self._wake_waiters()
@@ -298,6 +309,7 @@ class Multiplexer:
 
     def reset(self) -> None:
         """Give this connection up: the server says that it is not the one we want (a replica, now)."""
+        self._link = None  # at once: who comes next waits for another connection, and does not die with this one
         if self._serving is not None:
             self._serving.cancel()
 

@@ -17,7 +17,7 @@ from . import _scripts as scripts
 from . import _taking_scripts as taking
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
-from ._errors import SENSELESS, has_code, may_be_partly_done, senseless
+from ._errors import SENSELESS, has_code, leads_elsewhere, may_be_partly_done, senseless, translate
 from ._keys import delayed, meta
 from ._parts import PER_SCRIPT
 from ._protocol import Argument, Command, ServerError
@@ -129,7 +129,7 @@ class Taking:
         return float("inf") if self._client.server.can_unblock else _SHORT_BLOCK
 
     async def _unblock(self, client_id: int) -> bool:
-        if not self._client.server.can_unblock:
+        if not (client_id and self._client.server.can_unblock):
             return True  # it ends by its own time, soon
         return bool(await self._client.call("CLIENT", "UNBLOCK", client_id))
 
@@ -147,6 +147,10 @@ class Taking:
 
     async def _read(self, reader: BlockingReader, reply: Any, stream: str, group: str) -> list[FetchedEntry]:
         if isinstance(reply, ServerError):
+            if leads_elsewhere(reply):
+                # This connection's server said so. The shared one may be with the right server by now.
+                await reader.aclose()  # noqa: ASYNC120 - shielded in there
+                raise translate(reply)
             error = await self._client.refused_in(stream, group, reply)
             if isinstance(error, GroupLostError):
                 reader.last_id = "0-0"  # made again, the group may hand over lower ids than these
@@ -304,12 +308,15 @@ class Taking:
         if now - self._kept_at.get(key, float("-inf")) >= _FLOOR_INTERVAL:
             self._kept_at[key] = now
             keys = (stream, meta(stream), retry_stream, meta(retry_stream))
-            await self._client.mux.start((evalsha(scripts.FLOOR, keys, (group,)),))
+            await self._client.mux.start((self._client.unwatched(scripts.FLOOR, keys, (group,)),))
         if now - self._reaped_at.setdefault(key, now) >= max(min_idle, 1.0):
             self._reaped_at[key] = now
             silent = int(max(2 * min_idle, 5.0) * 1000)
             await self._client.mux.start(
-                [evalsha(scripts.REAP, (name,), (group, consumer, silent)) for name in (stream, retry_stream)]
+                [
+                    self._client.unwatched(scripts.REAP, (name,), (group, consumer, silent))
+                    for name in (stream, retry_stream)
+                ]
             )
 
     async def _take_by_script(
