@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -120,6 +121,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             raise ClosedError("a bus is entered once; make another one")
         async with self._backend:
             self._state = "open"
+            self._reporter.log(logging.INFO, "opened", "bus opened on %s", type(self._backend).__name__)
             try:
                 yield self
             except BaseException:
@@ -129,6 +131,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
                 await self._end_subscriptions(gracefully=True)
             finally:
                 self._state = "closed"
+                self._reporter.log(logging.INFO, "closed", "bus closed")
 
     async def _end_subscriptions(self, *, gracefully: bool) -> None:
         self._state = "closing"
@@ -181,8 +184,12 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             else:
                 entry_id = await self._publish_by_deadline(message)
         except Exception as error:
-            self._reporter.error("publish", error, detail=f"message {message.uid}", topic=message.topic)
+            self._reporter.error(
+                "publish", error, detail=f"message {message.uid}", topic=message.topic, message=message, part="publish"
+            )
             raise
+        if self._reporter.failing:
+            self._reporter.works("publish")
         if self._reporter.hears_published:
             self._reporter.tell("on_published", "published", topic=message.topic, message_id=entry_id)
         return entry_id
@@ -226,16 +233,19 @@ class StreamBus(anyio.AsyncContextManagerMixin):
                 with anyio.move_on_after(self._options.publish_timeout):
                     outcomes = await self._backend.publish_many(items)
             except Exception as error:
-                self._reporter.error("publish", error, detail=f"a batch of {len(items)} messages")
+                self._reporter.error("publish", error, detail=f"a batch of {len(items)} messages", part="publish")
                 raise
         if len(outcomes) < len(items):
             outcomes = [self._timed_out() for _ in items]
-        for index, (topic, _, _), outcome in zip(accepted, items, outcomes, strict=True):
+        for index, (topic, message, _), outcome in zip(accepted, items, outcomes, strict=True):
             results[index] = outcome
             if isinstance(outcome, EventBusError):
-                self._reporter.error("publish", outcome, detail="a message of a batch", topic=topic)
+                detail = "a message of a batch"
+                self._reporter.error("publish", outcome, detail=detail, topic=topic, message=message, part="publish")
             elif self._reporter.hears_published:
                 self._reporter.tell("on_published", "published", topic=topic, message_id=outcome)
+        if self._reporter.failing and not isinstance(outcomes[-1] if outcomes else None, EventBusError):
+            self._reporter.works("publish")
         return BatchOutcome(tuple(results))
 
     def dead_letters(
@@ -382,18 +392,19 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             self._dead_letter_topics.add(dead_letter_topic)
         max_pending_acks = config.max_pending_acks or 2 * config.max_in_flight
         streams = (config.topic, retry_stream(config.topic, config.group))
+        policy = Policy(
+            ack_mode="manual" if pulled else ack_mode_of(config),
+            max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
+            max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
+            backoff=backoff_table(config.retry_backoff),
+            counts_crashes=counts,
+        )
         return Context(
             backend=self._backend,
             topic=config.topic,
             group=config.group,
             consumer=consumer,
-            policy=Policy(
-                ack_mode="manual" if pulled else ack_mode_of(config),
-                max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
-                max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
-                backoff=backoff_table(config.retry_backoff),
-                counts_crashes=counts,
-            ),
+            policy=policy,
             failure_policy=FailurePolicy(
                 retry_on=check_rules("retry_on", config.retry_on),
                 give_up_on=check_rules("give_up_on", config.give_up_on),
@@ -407,7 +418,13 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             dead_letter_topic=dead_letter_topic,
             handler_timeout=config.handler_timeout,
             on_lease_lost=config.on_lease_lost,
-            reporter=Reporter(options.observer, topic=config.topic, group=config.group, consumer=consumer),
+            reporter=Reporter(
+                options.observer,
+                topic=config.topic,
+                group=config.group,
+                consumer=consumer,
+                max_attempts=policy.max_attempts if policy.ack_mode != "auto-on-receive" else 1,
+            ),
             notices=self._notices,
             suspects=self._suspects,
             ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),

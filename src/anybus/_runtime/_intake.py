@@ -15,7 +15,7 @@ from .._settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
 from ._context import Context
-from ._dispatch import RELEASED
+from ._fate import RELEASED, tell_suspect
 from ._leases import Leases
 from ._ledger import Held, Stage
 from ._recovery import Recovery
@@ -381,6 +381,7 @@ class Intake:
         elif context.clock() >= self._no_suspect_before and context.suspects.take(held):
             held.suspect = True
             held.gone = anyio.Event()
+            tell_suspect(context, held)
             self.shut(SUSPECT)
             return True
         else:

@@ -11,6 +11,7 @@ from .._backoff import recovery_delay
 from .._cancellation import as_failure
 from .._errors import LeaseLostError, UnsupportedError, can_pass
 from ._context import Context
+from ._fate import tell_let_go, tell_lost
 from ._ledger import Held, Stage
 from ._settler import Settler
 
@@ -74,10 +75,12 @@ class Leases:
                 raise TimeoutError(f"no answer within a third of the lease ({context.lease / 3:.3g} s)")
         except BaseException as raised:  # noqa: ASYNC103 - raised again in there
             error = as_failure(raised)
-            context.reporter.error("renew", error, detail=f"renewing {len(held)} leases of {stream!r}")
+            context.reporter.error("renew", error, detail=f"renewing {len(held)} leases of {stream!r}", part="renew")
             if not can_pass(error):
                 raise error from None  # noqa: ASYNC104
             return False  # noqa: ASYNC104
+        if context.reporter.failing:
+            context.reporter.works("renew")
         for entry in held:
             if entry.id in owned:
                 entry.lease_until = started + context.lease
@@ -92,7 +95,7 @@ class Leases:
         if not entry.lost:
             entry.lost = True
             context.counters.leases_lost += 1
-            context.reporter.tell("on_lease_lost", "renew", message_id=entry.id, attempt=entry.attempt, detail=why)
+            tell_lost(context, entry, "renew", why)
         if entry.stage is Stage.WAITING:
             context.ledger.remove(entry)
         elif entry.scope is not None and context.on_lease_lost == "cancel":
@@ -106,6 +109,7 @@ class Leases:
             if entry.stage is Stage.RETURNED:
                 # Nobody settled it in time: let go without an outcome, and the server's count says so.
                 entry.lost = True
+                tell_let_go(self._context, entry)
                 self._context.ledger.remove(entry)
             elif entry.stage is Stage.WAITING and (self._can_renew or not entry.parked):
                 self._settler.release(entry)

@@ -10,6 +10,7 @@ shielded, notices a cancellation from outside and turns it into an abort.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from anyio.abc import TaskGroup
 from .._backoff import recovery_delay
 from .._cancellation import as_failure, is_stray, leaves, persist
 from .._errors import ClosedError, EventBusError, can_pass
+from .._reporting import said
 from .._statistics import SubscriptionStatistics
 from ..abc import StreamInspector
 from ._circuit import Circuit, WatchedSettler
@@ -186,6 +188,7 @@ class Subscription:
     async def _running(self) -> AsyncGenerator[None, None]:
         body_error: BaseException | None = None
         failed_first = False
+        self._context.reporter.log(logging.INFO, "started", "subscription started")
         self._context.reporter.tell("on_started", "started")
         try:
             async with anyio.create_task_group() as tasks:
@@ -203,7 +206,7 @@ class Subscription:
                     self._leave()
         finally:
             # Whatever else happened meanwhile, a cancellation from outside included: these come out, as themselves.
-            self._context.reporter.tell("on_ended", "ended", error=self._failure)
+            self._tell_ended()
             failure = self._failure
             if body_error is not None and failure is not None:
                 second = body_error if failed_first or not isinstance(failure, Exception) else failure
@@ -213,6 +216,17 @@ class Subscription:
                 raise body_error
             if failure is not None:
                 raise failure
+
+    def _tell_ended(self) -> None:
+        reporter, counters = self._context.reporter, self._context.counters
+        text = "subscription ended: %d handled, %d retried, %d dead-lettered, %d released"
+        counts = (counters.handled, counters.retried, counters.dead_lettered, counters.released)
+        if self._failure is None:
+            reporter.log(logging.INFO, "ended", text, *counts)
+        else:
+            # Without a traceback: it comes out of the body.
+            reporter.log(logging.ERROR, "ended", f"{text}; it failed: %s", *counts, said(self._failure))
+        reporter.tell("on_ended", "ended", error=self._failure)
 
     def _start_parts(self, tasks: TaskGroup) -> None:
         tasks.start_soon(self._watch)
@@ -242,8 +256,9 @@ class Subscription:
                 except Exception as error:
                     if not can_pass(error):
                         raise
-                    context.reporter.error("read", error, detail=f"the group of {stream!r} is not made yet")
                     failures += 1
+                    detail = f"the group of {stream!r} is not made yet"
+                    context.reporter.error("read", error, detail=detail, times=failures)
                     await anyio.sleep(recovery_delay(failures, random.random()))
 
     async def _mention_backlog(self) -> None:
@@ -337,7 +352,7 @@ class Subscription:
             # A handler in a thread, say. Its message stays leased; everybody else's has been released by now.
             for held in taker.running:
                 late = TimeoutError("the handler goes on although it was cancelled")
-                context.reporter.error("close", late, detail="waiting for it", message_id=held.id, attempt=held.attempt)
+                context.reporter.error("close", late, detail="waiting for it", about=held)
             await taker.ended.wait()
 
     async def _forget(self, stream: str) -> None:
