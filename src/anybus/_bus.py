@@ -23,6 +23,7 @@ from ._copies import retry_stream
 from ._dead_letter import LetterFilter
 from ._dead_letters import DeadLetters, open_dead_letters
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError
+from ._home import Home
 from ._message import Message, check_outgoing
 from ._options import (
     DEFAULT_MAX_DELIVERIES,
@@ -83,7 +84,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
     """An event bus over a backend. An async context manager; it enters and leaves the backend.
 
     Leaving it ends its subscriptions first; afterwards every call raises :class:`ClosedError`. It belongs to the event
-    loop in which it was entered.
+    loop in which it was entered: used anywhere else, it (and what it gave out) raises ``RuntimeError``.
 
     :param backend: where the streams are.
     :param options: durations, sizes and the observer.
@@ -103,6 +104,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         self._subscriptions: set[Subscription] = set()
         self._dead_letter_topics: set[str] = set()
         self._state = "not entered"
+        self._home: Home | None = None
 
     def __repr__(self) -> str:
         return f"<StreamBus {self._state} backend={self._backend!r} subscriptions={len(self._subscriptions)}>"
@@ -120,6 +122,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         if self._state != "not entered":
             raise ClosedError("a bus is entered once; make another one")
         async with self._backend:
+            self._home = Home()
             self._state = "open"
             self._reporter.log(logging.INFO, "opened", "bus opened on %s", type(self._backend).__name__)
             try:
@@ -130,6 +133,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             else:
                 await self._end_subscriptions(gracefully=True)
             finally:
+                self._home = None
                 self._state = "closed"
                 self._reporter.log(logging.INFO, "closed", "bus closed")
 
@@ -137,7 +141,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         self._state = "closing"
         live = list(self._subscriptions)
         for subscription in live:
-            subscription.close() if gracefully else subscription.abort()
+            subscription._begin_end() if gracefully else subscription._abort()
 
         async def wait() -> None:
             # In a child of its own, since asyncio's own cancellation pierces a shield. Each end is bounded by its own
@@ -153,9 +157,11 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             finally:
                 for subscription in live:
                     if not subscription._ended.is_set():
-                        subscription.abort()
+                        subscription._abort()
 
     def _check_open(self, *also: str) -> None:
+        if self._home is not None:
+            self._home.check("the bus")
         if self._state != "open" and self._state not in also:
             raise ClosedError(f"the bus is {self._state}: use it inside its 'async with' block")
 
@@ -308,6 +314,8 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         """``subscribe`` as one call, for ``await tg.start(bus.consume, config, handler)``, which gives the
         :class:`Subscription`. Returns when that is closed. Raises as ``subscribe`` does.
         """
+        if self._home is not None:
+            self._home.check("the bus")
         await checkpoint()  # cancelled before it began, it says nothing of a bus that is closed by now
         if self._state == "closing":
             return  # it would be closed a moment later: no reason for an error
@@ -348,7 +356,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
     async def _delivery_stream(self, config: SubscriptionConfig) -> AsyncGenerator[DeliveryStream, None]:
         async with self._subscription(config, None) as subscription:
             taker = cast("PullTaker", subscription._taker)
-            yield DeliveryStream(taker, subscription.close)
+            yield DeliveryStream(taker, subscription.close, subscription._context.home)
 
     @asynccontextmanager
     async def _subscription(
@@ -399,6 +407,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             backoff=backoff_table(config.retry_backoff),
             counts_crashes=counts,
         )
+        assert self._home is not None
         return Context(
             backend=self._backend,
             topic=config.topic,
@@ -430,6 +439,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
             counters=Counters(),
             clock=loop_clock(),
+            home=self._home,
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .._copies import retry_stream
+from .._home import Home
 from .._options import OnLeaseLost, StreamBusOptions
 from .._policies import CircuitBreaker, FailurePolicy
 from .._reporting import Notices, Reporter
@@ -78,6 +79,7 @@ class Context:
     ledger: Ledger
     counters: Counters
     clock: Callable[[], float]
+    home: Home
 
     @property
     def retry_stream(self) -> str:

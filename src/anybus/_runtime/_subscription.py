@@ -94,6 +94,7 @@ class Subscription:
 
     def statistics(self) -> SubscriptionStatistics:
         """Counts and gauges as of now, as an immutable value."""
+        self._is_at_work()
         counters = self._context.counters
         held = self._context.ledger.all()
         return SubscriptionStatistics(
@@ -114,24 +115,26 @@ class Subscription:
 
     def pause(self) -> None:
         """Take nothing more, and hand back what waits. What is in flight goes on. Pausing twice is fine."""
-        self._intake.shut(PAUSED)
+        if self._is_at_work():
+            self._intake.shut(PAUSED)
 
     def resume(self) -> None:
         """Take messages again."""
-        self._intake.open(PAUSED)
+        if self._is_at_work():
+            self._intake.open(PAUSED)
 
     def close(self) -> None:
         """Begin a graceful end: take nothing more, release what waits, wait up to ``close_timeout`` for handlers.
 
         Allowed in handlers. The body of ``subscribe`` goes on. Closing twice is fine.
         """
-        self._begin_end()
+        if self._is_at_work():
+            self._begin_end()
 
     def abort(self) -> None:
         """Begin to end at once: handlers are cancelled, and what they had is released. Allowed in handlers."""
-        self._aborted = True
-        self._begin_end()
-        self._grace.cancel()
+        if self._is_at_work():
+            self._abort()
 
     async def wait_closed(self) -> None:
         """Wait until the end is over: everything settled or released, the consumer forgotten.
@@ -139,20 +142,37 @@ class Subscription:
         :raises RuntimeError: in one of the subscription's own handlers, which would wait for itself (and in a task that
             a handler has left behind, while its worker is in the next handler).
         """
+        self._is_at_work()
         self._refuse_in_handlers()
         await self._ended.wait()
 
     async def aclose(self) -> None:
         """``close()`` and ``wait_closed()``. Raises as the latter does."""
+        self._is_at_work()
         self._refuse_in_handlers()
         self.close()
         await self.wait_closed()
+
+    def _is_at_work(self) -> bool:
+        """Whether there is anything left to do for whoever calls.
+
+        :raises RuntimeError: if there is, and it is not the bus's event loop in which we run.
+        """
+        if self._ended.is_set():
+            return False
+        self._context.home.check("the subscription")
+        return True
 
     def _refuse_in_handlers(self) -> None:
         if any(place.pool is self._taker and place.busy for place in handled_by.get()):
             raise RuntimeError(
                 "a handler cannot wait for the end of its own subscription: call close() or abort() and return"
             )
+
+    def _abort(self) -> None:
+        self._aborted = True
+        self._begin_end()
+        self._grace.cancel()
 
     def _begin_end(self) -> None:
         if not self._ending.is_set():
@@ -169,7 +189,7 @@ class Subscription:
             self._failure = error
         else:
             self._context.reporter.error("close", error, detail="a second failure while the subscription ends")
-        self.abort()
+        self._abort()
         self._body.cancel()
 
     @asynccontextmanager
@@ -198,7 +218,7 @@ class Subscription:
                         yield
                 except BaseException as error:  # noqa: ASYNC103 - raised below, when the parts have ended
                     failed_first = self._failure is not None
-                    self.abort()
+                    self._abort()
                     if isinstance(error, anyio.get_cancelled_exc_class()):
                         raise
                     body_error = error  # noqa: ASYNC104
@@ -239,9 +259,9 @@ class Subscription:
     def _leave(self) -> None:
         """The body has ended. Deliveries that were pulled end with their block; handlers get their time."""
         if isinstance(self._taker, PullTaker):
-            self.abort()
+            self._abort()
         else:
-            self.close()
+            self._begin_end()
 
     async def _make_groups(self) -> None:
         context = self._context
@@ -297,7 +317,7 @@ class Subscription:
             await self._ended.wait()
         finally:
             if not self._ended.is_set():
-                self.abort()
+                self._abort()
 
     async def _supervise(self) -> None:
         """End the parts in order. Hit by a stray cancellation it goes on where it was: every step can be repeated."""
