@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 from anyio.abc import TaskStatus
@@ -23,7 +24,7 @@ from ._copies import retry_stream
 from ._dead_letter import LetterFilter
 from ._dead_letters import DeadLetters, open_dead_letters
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError
-from ._home import Home
+from ._home import Entered, Home
 from ._message import Message, check_outgoing
 from ._options import (
     DEFAULT_MAX_DELIVERIES,
@@ -43,6 +44,9 @@ from ._runtime._pull import DeliveryStream, PullTaker
 from ._runtime._subscription import ClosedWhileEnteredError, Subscription
 from ._settlement import Policy
 from .abc import StreamBackend, TimedPublisher
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class BatchOutcome:
         raise BackendError(text, may_have_happened=may_have_happened) from errors[0]
 
 
-class StreamBus(anyio.AsyncContextManagerMixin):
+class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
     """An event bus over a backend. An async context manager; it enters and leaves the backend.
 
     Leaving it ends its subscriptions first; afterwards every call raises :class:`ClosedError`. It belongs to the event
@@ -105,6 +109,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         self._dead_letter_topics: set[str] = set()
         self._state = "not entered"
         self._home: Home | None = None
+        self._entered: Entered[None] | None = None
 
     def __repr__(self) -> str:
         return f"<StreamBus {self._state} backend={self._backend!r} subscriptions={len(self._subscriptions)}>"
@@ -117,16 +122,43 @@ class StreamBus(anyio.AsyncContextManagerMixin):
     def options(self) -> StreamBusOptions:
         return self._options
 
-    @asynccontextmanager
-    async def __asynccontextmanager__(self) -> AsyncGenerator[StreamBus, None]:
+    async def __aenter__(self) -> Self:
+        """
+        :raises ClosedError: if it has been entered before, however that went.
+        :raises EventBusError: if the backend cannot be entered.
+        """
         if self._state != "not entered":
-            raise ClosedError("a bus is entered once; make another one")
+            raise ClosedError("this bus has already been entered, and a bus is entered once: make another one")
+        self._state = "being entered"
+        self._entered = Entered("the bus", self._opened())
+        try:
+            await self._entered.__aenter__()
+        except BaseException:
+            self._state = "closed"
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        """
+        :raises RuntimeError: in another task or event loop than the one in which it was entered.
+        """
+        if self._home is None or self._entered is None:
+            raise ClosedError(f"the bus is {self._state}: only a bus that has been entered can be left")
+        return await self._entered.__aexit__(exc_type, exc_value, traceback)
+
+    @asynccontextmanager
+    async def _opened(self) -> AsyncGenerator[None, None]:
         async with self._backend:
             self._home = Home()
             self._state = "open"
             self._reporter.log(logging.INFO, "opened", "bus opened on %s", type(self._backend).__name__)
             try:
-                yield self
+                yield
             except BaseException:
                 await self._end_subscriptions(gracefully=False)  # noqa: ASYNC102 - shielded in there
                 raise
@@ -302,7 +334,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         :raises ClosedError: if the bus is not open.
         """
         _check_handler(handler)
-        return self._subscription(self._checked(config), handler)
+        return Entered("the subscription", self._subscription(self._checked(config), handler))
 
     async def consume(
         self,
@@ -350,7 +382,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
                 refuse(field, getattr(config, field), "unset for deliveries(), which have no handler that raises")
         if config.on_lease_lost != "continue":
             refuse("on_lease_lost", config.on_lease_lost, "'continue' for deliveries(), which have no handler")
-        return self._delivery_stream(config)
+        return Entered("the stream of deliveries", self._delivery_stream(config))
 
     @asynccontextmanager
     async def _delivery_stream(self, config: SubscriptionConfig) -> AsyncGenerator[DeliveryStream, None]:

@@ -1,11 +1,16 @@
-"""The event loop that a bus belongs to, and the refusal of calls from anywhere else."""
+"""The event loop that a bus belongs to, the task that entered it, and the refusal of calls from anywhere else."""
 
 from __future__ import annotations
 
 import threading
-from typing import NoReturn
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import NoReturn, TypeVar
 
+from anyio import get_current_task
 from anyio.lowlevel import current_token
+
+T = TypeVar("T")
 
 _THREAD = (
     "call it in its own loop, for example by anyio.from_thread.run(bus.publish, message), or from_thread.run_sync for "
@@ -13,6 +18,11 @@ _THREAD = (
     "portal.call(bus.publish, message) of an anyio.from_thread.BlockingPortal that was opened in that loop"
 )
 _LOOP = "make a bus for each event loop, and enter, use and leave it there (in tests: enter it inside the test)"
+_TASK = (
+    "use it with 'async with' in one task. In tests: an async fixture of pytest-asyncio is entered in one task and left"
+    " in another; use AnyIO's pytest plugin (its fixtures and the test share a task), or enter it inside the test, or in"
+    " a task that the fixture starts (docs/testing.md shows all three)"
+)
 
 
 class Home:
@@ -46,3 +56,37 @@ class Home:
                 f"{here.name!r}: {_THREAD}"
             )
         raise RuntimeError(f"{what} was used outside the event loop in which the bus was entered: {_LOOP}")
+
+
+class Entered(AbstractAsyncContextManager[T, "bool | None"]):
+    """An async context manager with task groups inside, that says so when it is left in the wrong task or loop."""
+
+    def __init__(self, what: str, inner: AbstractAsyncContextManager[T, bool | None]) -> None:
+        self._what = what
+        self._inner = inner
+        self._home: Home | None = None
+        self._task = 0
+
+    async def __aenter__(self) -> T:
+        self._home = Home()
+        self._task = get_current_task().id
+        return await self._inner.__aenter__()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        """
+        :raises RuntimeError: in another event loop, where nothing happens; in another task, after everything has ended
+            as if the body had raised.
+        """
+        if self._home is not None:
+            self._home.check(self._what)
+        try:
+            return await self._inner.__aexit__(exc_type, exc_value, traceback)
+        except RuntimeError as error:
+            if get_current_task().id == self._task or "cancel scope" not in str(error).lower():
+                raise
+            raise RuntimeError(f"{self._what} was entered in one task and left in another: {_TASK}") from error

@@ -88,6 +88,7 @@ class RedisBackend(
         return backend
 
     def _configure(self, settings: Settings, codec: Codec | None) -> None:
+        self._is_entered = False
         self._codec = codec or JsonCodec()
         self._client = Client(settings)
         self._decoder = EntryDecoder(self._codec)
@@ -99,6 +100,17 @@ class RedisBackend(
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
+        if self._is_entered:
+            raise RuntimeError("this RedisBackend has already been entered: make one for each bus")
+        self._is_entered = True
+        try:
+            async with self._connected():
+                yield self
+        finally:
+            self._is_entered = False
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncGenerator[RedisBackend, None]:
         failure: BaseException | None = None
         alarmed: BaseException | None = None
         cancelled = False
