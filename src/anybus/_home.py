@@ -19,9 +19,9 @@ _THREAD = (
 )
 _LOOP = "make a bus for each event loop, and enter, use and leave it there (in tests: enter it inside the test)"
 _TASK = (
-    "use it with 'async with' in one task. In tests: an async fixture of pytest-asyncio is entered in one task and left"
-    " in another; use AnyIO's pytest plugin (its fixtures and the test share a task), or enter it inside the test, or in"
-    " a task that the fixture starts (docs/testing.md shows all three)"
+    "use it with 'async with' in one task. In tests: an async fixture of pytest-asyncio is entered in one task "
+    "and left in another; use AnyIO's pytest plugin (its fixtures and the test share a task), enter it inside the "
+    "test, or enter it in a task that the fixture starts (docs/testing.md shows all three)"
 )
 
 
