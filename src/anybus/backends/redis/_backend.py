@@ -103,14 +103,6 @@ class RedisBackend(
         if self._is_entered:
             raise RuntimeError("this RedisBackend has already been entered: make one for each bus")
         self._is_entered = True
-        try:
-            async with self._connected():
-                yield self
-        finally:
-            self._is_entered = False
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncGenerator[RedisBackend, None]:
         failure: BaseException | None = None
         alarmed: BaseException | None = None
         cancelled = False
@@ -140,6 +132,7 @@ class RedisBackend(
                         # Whatever hit us there: without this the group would wait for ever, shielded.
                         self._client.mux.close()
         finally:
+            self._is_entered = False
             if alarmed is not None:
                 raise alarmed from failure
         if failure is not None:
