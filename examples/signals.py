@@ -2,37 +2,55 @@
 
 Run it, and press Ctrl-C once or twice (or send SIGTERM):
 
-    python examples/signals.py [asyncio|trio]
+    python examples/signals.py [asyncio|trio] [memory://|redis://localhost]
 
-Which scope a signal cancels decides how the bus ends. The first cancels a scope *inside* the body of ``subscribe``: the
-body then ends as if it were done, and handlers may finish. The second cancels everything: handlers are cancelled, and
-what they had is handed back.
+The first signal closes the subscription: handlers may finish. The second aborts it: handlers are cancelled, and what
+they had is handed back. Whatever fails, the program's own work included, comes out as itself and not in a group.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import anyio
-from anyio.abc import TaskStatus
 
 import anybus
-from anybus import Delivery, Message, SubscriptionConfig
+from anybus import Delivery, Message, StreamBus, Subscription, SubscriptionConfig
 
 
-async def cancel_on_signals(*scopes: anyio.CancelScope, task_status: TaskStatus[None]) -> None:
-    """Cancel one scope per signal, in order."""
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        for scope in scopes:
-            number = await anext(signals)
-            print(f"received {signal.Signals(number).name}", flush=True)
-            scope.cancel()
+async def work_until_signalled(
+    signals: AsyncIterator[signal.Signals], subscription: Subscription, work: Callable[[], Awaitable[None]]
+) -> None:
+    """Do the program's own work. The first signal ends it, and the subscription gracefully; the second ends at once."""
+    failure: Exception | None = None
+    working = anyio.CancelScope()
+
+    async def listen() -> None:
+        print(f"received {(await anext(signals)).name}", flush=True)
+        working.cancel()
+        subscription.close()
+        print(f"received {(await anext(signals)).name}", flush=True)
+        subscription.abort()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(listen)
+        try:
+            with working:
+                await work()
+            subscription.close()
+            await subscription.wait_closed()
+        except Exception as error:
+            failure = error  # raised below: the task group would wrap it
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
-async def work(delivery: Delivery) -> None:
+async def handle(delivery: Delivery) -> None:
     number = delivery.message.json(int)
+    print(f"{number} begins", flush=True)
     try:
         await anyio.sleep(1)
     except anyio.get_cancelled_exc_class():
@@ -41,20 +59,21 @@ async def work(delivery: Delivery) -> None:
     print(f"{number} handled", flush=True)
 
 
-async def main() -> None:
-    body = anyio.CancelScope()
-    async with anyio.create_task_group() as tasks:
-        await tasks.start(cancel_on_signals, body, tasks.cancel_scope)
-        config = SubscriptionConfig("numbers", "workers", max_in_flight=4)
-        async with anybus.connect("memory://") as bus, bus.subscribe(config, work):
-            with body:
-                for number in range(1_000_000):
-                    await bus.publish(Message.from_json("numbers", number))
-                    await anyio.sleep(0.2)
-        print("the bus has ended", flush=True)
-        # Nothing is left to interrupt: stop listening.
-        tasks.cancel_scope.cancel()
+async def publish_numbers(bus: StreamBus) -> None:
+    for number in range(1_000_000):
+        await bus.publish(Message.from_json("numbers", number))
+        await anyio.sleep(0.2)
+
+
+async def main(url: str) -> None:
+    config = SubscriptionConfig("numbers", "workers", max_in_flight=4)
+    async with anybus.connect(url) as bus:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with bus.subscribe(config, handle) as subscription:
+                await work_until_signalled(signals, subscription, lambda: publish_numbers(bus))
+    print("the bus has ended", flush=True)
 
 
 if __name__ == "__main__":
-    anyio.run(main, backend=sys.argv[1] if len(sys.argv) > 1 else "asyncio")
+    backend = sys.argv[1] if len(sys.argv) > 1 else "asyncio"
+    anyio.run(main, sys.argv[2] if len(sys.argv) > 2 else "memory://", backend=backend)

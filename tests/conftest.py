@@ -45,6 +45,7 @@ REAL_SERVER_MODULES = {
     "test_redis_connection.py",
     "test_redis_crashes.py",
     "test_redis_entering.py",
+    "test_redis_log.py",
     "test_redis_reads.py",
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 from anyio.abc import TaskStatus
@@ -22,6 +24,7 @@ from ._copies import retry_stream
 from ._dead_letter import LetterFilter
 from ._dead_letters import DeadLetters, open_dead_letters
 from ._errors import BackendError, ClosedError, EventBusError, ValidationError, can_pass
+from ._home import Entered, Home
 from ._message import Message, check_outgoing
 from ._options import (
     DEFAULT_MAX_DELIVERIES,
@@ -41,6 +44,9 @@ from ._runtime._pull import DeliveryStream, PullTaker
 from ._runtime._subscription import ClosedWhileEnteredError, Subscription
 from ._settlement import Policy
 from .abc import StreamBackend, TimedPublisher
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,11 @@ class BatchOutcome:
         raise BackendError(text, may_have_happened=may_have_happened, can_pass=passing) from errors[0]
 
 
-class StreamBus(anyio.AsyncContextManagerMixin):
+class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
     """An event bus over a backend. An async context manager; it enters and leaves the backend.
 
     Leaving it ends its subscriptions first; afterwards every call raises :class:`ClosedError`. It belongs to the event
-    loop in which it was entered.
+    loop in which it was entered: used anywhere else, it (and what it gave out) raises ``RuntimeError``.
 
     :param backend: where the streams are.
     :param options: durations, sizes and the observer.
@@ -103,6 +109,8 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         self._subscriptions: set[Subscription] = set()
         self._dead_letter_topics: set[str] = set()
         self._state = "not entered"
+        self._home: Home | None = None
+        self._entered: Entered[None] | None = None
 
     def __repr__(self) -> str:
         return f"<StreamBus {self._state} backend={self._backend!r} subscriptions={len(self._subscriptions)}>"
@@ -115,27 +123,58 @@ class StreamBus(anyio.AsyncContextManagerMixin):
     def options(self) -> StreamBusOptions:
         return self._options
 
-    @asynccontextmanager
-    async def __asynccontextmanager__(self) -> AsyncGenerator[StreamBus, None]:
+    async def __aenter__(self) -> Self:
+        """
+        :raises ClosedError: if it has been entered before, however that went.
+        :raises EventBusError: if the backend cannot be entered.
+        """
         if self._state != "not entered":
-            raise ClosedError("a bus is entered once; make another one")
+            raise ClosedError("this bus has already been entered, and a bus is entered once: make another one")
+        self._state = "being entered"
+        self._entered = Entered("the bus", self._opened())
+        try:
+            await self._entered.__aenter__()
+        except BaseException:
+            self._state = "closed"
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        """
+        :raises RuntimeError: in another task or event loop than the one in which it was entered.
+        """
+        if self._home is None or self._entered is None:
+            raise ClosedError(f"the bus is {self._state}: only a bus that has been entered can be left")
+        return await self._entered.__aexit__(exc_type, exc_value, traceback)
+
+    @asynccontextmanager
+    async def _opened(self) -> AsyncGenerator[None, None]:
         async with self._backend:
+            self._home = Home()
             self._state = "open"
+            self._reporter.log(logging.INFO, "opened", "bus opened on %s", type(self._backend).__name__)
             try:
-                yield self
+                yield
             except BaseException:
                 await self._end_subscriptions(gracefully=False)  # noqa: ASYNC102 - shielded in there
                 raise
             else:
                 await self._end_subscriptions(gracefully=True)
             finally:
+                self._home = None
                 self._state = "closed"
+                self._reporter.log(logging.INFO, "closed", "bus closed")
 
     async def _end_subscriptions(self, *, gracefully: bool) -> None:
         self._state = "closing"
         live = list(self._subscriptions)
         for subscription in live:
-            subscription.close() if gracefully else subscription.abort()
+            subscription._begin_end() if gracefully else subscription._abort()
 
         async def wait() -> None:
             # In a child of its own, since asyncio's own cancellation pierces a shield. Each end is bounded by its own
@@ -151,9 +190,11 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             finally:
                 for subscription in live:
                     if not subscription._ended.is_set():
-                        subscription.abort()
+                        subscription._abort()
 
     def _check_open(self, *also: str) -> None:
+        if self._home is not None:
+            self._home.check("the bus")
         if self._state != "open" and self._state not in also:
             raise ClosedError(f"the bus is {self._state}: use it inside its 'async with' block")
 
@@ -182,8 +223,12 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             else:
                 entry_id = await self._publish_by_deadline(message)
         except Exception as error:
-            self._reporter.error("publish", error, detail=f"message {message.uid}", topic=message.topic)
+            self._reporter.error(
+                "publish", error, detail=f"message {message.uid}", topic=message.topic, message=message, part="publish"
+            )
             raise
+        if self._reporter.failing:
+            self._reporter.works("publish")
         if self._reporter.hears_published:
             self._reporter.tell("on_published", "published", topic=message.topic, message_id=entry_id)
         return entry_id
@@ -227,16 +272,19 @@ class StreamBus(anyio.AsyncContextManagerMixin):
                 with anyio.move_on_after(self._options.publish_timeout):
                     outcomes = await self._backend.publish_many(items)
             except Exception as error:
-                self._reporter.error("publish", error, detail=f"a batch of {len(items)} messages")
+                self._reporter.error("publish", error, detail=f"a batch of {len(items)} messages", part="publish")
                 raise
         if len(outcomes) < len(items):
             outcomes = [self._timed_out() for _ in items]
-        for index, (topic, _, _), outcome in zip(accepted, items, outcomes, strict=True):
+        for index, (topic, message, _), outcome in zip(accepted, items, outcomes, strict=True):
             results[index] = outcome
             if isinstance(outcome, EventBusError):
-                self._reporter.error("publish", outcome, detail="a message of a batch", topic=topic)
+                detail = "a message of a batch"
+                self._reporter.error("publish", outcome, detail=detail, topic=topic, message=message, part="publish")
             elif self._reporter.hears_published:
                 self._reporter.tell("on_published", "published", topic=topic, message_id=outcome)
+        if self._reporter.failing and not isinstance(outcomes[-1] if outcomes else None, EventBusError):
+            self._reporter.works("publish")
         return BatchOutcome(tuple(results))
 
     def dead_letters(
@@ -287,7 +335,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         :raises ClosedError: if the bus is not open.
         """
         _check_handler(handler)
-        return self._subscription(self._checked(config), handler)
+        return Entered("the subscription", self._subscription(self._checked(config), handler))
 
     async def consume(
         self,
@@ -299,6 +347,8 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         """``subscribe`` as one call, for ``await tg.start(bus.consume, config, handler)``, which gives the
         :class:`Subscription`. Returns when that is closed. Raises as ``subscribe`` does.
         """
+        if self._home is not None:
+            self._home.check("the bus")
         await checkpoint()  # cancelled before it began, it says nothing of a bus that is closed by now
         if self._state == "closing":
             return  # it would be closed a moment later: no reason for an error
@@ -333,13 +383,13 @@ class StreamBus(anyio.AsyncContextManagerMixin):
                 refuse(field, getattr(config, field), "unset for deliveries(), which have no handler that raises")
         if config.on_lease_lost != "continue":
             refuse("on_lease_lost", config.on_lease_lost, "'continue' for deliveries(), which have no handler")
-        return self._delivery_stream(config)
+        return Entered("the stream of deliveries", self._delivery_stream(config))
 
     @asynccontextmanager
     async def _delivery_stream(self, config: SubscriptionConfig) -> AsyncGenerator[DeliveryStream, None]:
         async with self._subscription(config, None) as subscription:
             taker = cast("PullTaker", subscription._taker)
-            yield DeliveryStream(taker, subscription.close)
+            yield DeliveryStream(taker, subscription.close, subscription._context.home)
 
     @asynccontextmanager
     async def _subscription(
@@ -383,18 +433,20 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             self._dead_letter_topics.add(dead_letter_topic)
         max_pending_acks = config.max_pending_acks or 2 * config.max_in_flight
         streams = (config.topic, retry_stream(config.topic, config.group))
+        policy = Policy(
+            ack_mode="manual" if pulled else ack_mode_of(config),
+            max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
+            max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
+            backoff=backoff_table(config.retry_backoff),
+            counts_crashes=counts,
+        )
+        assert self._home is not None
         return Context(
             backend=self._backend,
             topic=config.topic,
             group=config.group,
             consumer=consumer,
-            policy=Policy(
-                ack_mode="manual" if pulled else ack_mode_of(config),
-                max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
-                max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
-                backoff=backoff_table(config.retry_backoff),
-                counts_crashes=counts,
-            ),
+            policy=policy,
             failure_policy=FailurePolicy(
                 retry_on=check_rules("retry_on", config.retry_on),
                 give_up_on=check_rules("give_up_on", config.give_up_on),
@@ -408,13 +460,20 @@ class StreamBus(anyio.AsyncContextManagerMixin):
             dead_letter_topic=dead_letter_topic,
             handler_timeout=config.handler_timeout,
             on_lease_lost=config.on_lease_lost,
-            reporter=Reporter(options.observer, topic=config.topic, group=config.group, consumer=consumer),
+            reporter=Reporter(
+                options.observer,
+                topic=config.topic,
+                group=config.group,
+                consumer=consumer,
+                max_attempts=policy.max_attempts if policy.ack_mode != "auto-on-receive" else 1,
+            ),
             notices=self._notices,
             suspects=self._suspects,
             ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
             counters=Counters(),
             clock=loop_clock(),
             term=LeaseTerm(options.claim_idle_timeout),
+            home=self._home,
         )
 
 

@@ -61,7 +61,8 @@ class StreamBusOptions:
     :param max_payload_bytes: larger payloads are refused; 0 = no limit.
     :param close_timeout: how long a graceful end waits for handlers before it cancels them.
     :param cleanup_timeout: how long the settling of what is left may take at the end.
-    :param observer: told of everything that happens; None = errors go to the ``anybus`` logger.
+    :param observer: told of everything that happens. Errors go to the ``anybus`` logger unless it overrides
+        ``on_error``.
     :raises ValidationError: if a value is refused.
     """
 

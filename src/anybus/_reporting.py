@@ -1,19 +1,38 @@
-"""Telling the observer; errors that no hook hears go to the log. Nothing that a hook does can harm the bus."""
+"""Telling the observer and the log. Nothing that a hook or a log handler does can harm the bus."""
 
 from __future__ import annotations
 
 import logging
-from typing import Final
+from typing import Protocol
 
 from ._errors import words
+from ._log import say
+from ._message import Message
 from .abc import BusEvent, Observer
 from .abc._observer import ErrorScope
 
-logger: Final = logging.getLogger("anybus")
+_TEXTS = 8
+"""So many different errors of one part are each logged when they come first."""
+
+
+class Subject(Protocol):
+    """The message, or the entry, that a line is about."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def message(self) -> Message: ...
+
+    @property
+    def attempt(self) -> int: ...
 
 
 class Reporter:
-    """Speaks for one subscription, or for the bus itself."""
+    """Speaks for one subscription, or for the bus itself.
+
+    :param max_attempts: of a message of this subscription.
+    """
 
     def __init__(
         self,
@@ -22,12 +41,18 @@ class Reporter:
         topic: str | None = None,
         group: str | None = None,
         consumer: str | None = None,
+        max_attempts: int | None = None,
     ) -> None:
         self._observer = observer
         self._topic = topic
         self._group = group
         self._consumer = consumer
-        self._hears_errors = self._overridden("on_error")
+        self.max_attempts = max_attempts
+        self._streaks: dict[str, tuple[int, frozenset[str]]] = {}
+        self.failing = False
+        """Whether something failed when it was tried last, so that its next success is worth a line."""
+        self.hears_errors = self._overridden("on_error")
+        self.hears_dead_letters = self._overridden("on_dead_lettered")
         self.hears_received = self._overridden("on_received")
         self.hears_settled = self._overridden("on_settled")
         self.hears_published = self._overridden("on_published")
@@ -47,32 +72,85 @@ class Reporter:
         topic: str | None = None,
         message_id: str | None = None,
         attempt: int | None = None,
+        message: Message | None = None,
+        about: Subject | None = None,
+        times: int = 1,
+        part: str | None = None,
+        is_logged_later: bool = False,
     ) -> None:
-        if self._hears_errors:
+        """Something failed: told to the observer if it overrides ``on_error``, else to the log.
+
+        :param message: what was to be published.
+        :param about: the delivery concerned, instead of its id and attempt.
+        :param times: how often it has failed in a row. The log hears of the first time, the second, the fourth...
+        :param part: instead of ``times``: what may fail again and again, until :meth:`works` says otherwise.
+        :param is_logged_later: with what becomes of the message.
+        """
+        is_new = False
+        if part is not None:
+            times, is_new = self._failed_again(part, words(error))
+        if about is not None:
+            message, message_id, attempt = about.message, about.id, about.attempt
+        if self.hears_errors:
             self.tell(
                 "on_error", scope, error=error, detail=detail, topic=topic, message_id=message_id, attempt=attempt
             )
             return
-        place = " ".join(
-            f"{name}={value!r}"
-            for name, value in (
-                ("topic", topic or self._topic),
-                ("group", self._group),
-                ("consumer", self._consumer),
-                ("id", message_id),
-                ("attempt", attempt),
-            )
-            if value is not None
-        )
-        trace = error if scope == "handler" else None
-        logger.error("%s: %s: %s: %s [%s]", scope, detail, type(error).__name__, words(error), place, exc_info=trace)
+        if is_logged_later or (times & (times - 1) and not is_new):
+            return
+        fields = self._place(scope, topic=topic, entry_id=message_id, attempt=attempt) | _identity(message)
+        text = f"{scope}: %s: %s" if times == 1 else f"{scope}: %s: %s (failed {times} times in a row)"
+        say(logging.ERROR, text, detail, said(error), fields=fields, error=error if scope == "handler" else None)
+
+    def _failed_again(self, part: str, text: str) -> tuple[int, bool]:
+        """How often the part has failed in a row, and whether these words are new."""
+        times, texts = self._streaks.get(part, (0, frozenset[str]()))
+        is_new = text not in texts and len(texts) < _TEXTS
+        self._streaks[part] = times + 1, texts | {text} if is_new else texts
+        self.failing = True
+        return times + 1, is_new
+
+    def works(self, part: str) -> None:
+        """What may have failed the last time has worked."""
+        if self._streaks.pop(part, None) is not None:
+            self.failing = bool(self._streaks)
+            say(logging.INFO, f"{part}: works again", fields=self._place(part))
+
+    def log(
+        self,
+        level: int,
+        scope: str,
+        text: str,
+        *args: object,
+        about: Subject | None = None,
+        error: BaseException | None = None,
+        **known: object,
+    ) -> None:
+        """One line in the log, whatever the observer hears.
+
+        :param error: whose traceback follows.
+        :param known: more fields of the record.
+        """
+        if about is not None:
+            known = {"entry_id": about.id, "attempt": about.attempt, **_identity(about.message), **known}
+        say(level, text, *args, fields=self._place(scope, **known), error=error)
+
+    def _place(self, scope: str, *, topic: object = None, **known: object) -> dict[str, object]:
+        max_attempts = None if known.get("attempt") is None else self.max_attempts
+        return {
+            "scope": scope,
+            "topic": topic or self._topic,
+            "group": self._group,
+            "consumer": self._consumer,
+            "max_attempts": max_attempts,
+            **known,
+        }
 
     def notice(self, hook: str, scope: str, detail: str) -> None:
-        """What an operator should hear of: told to the observer's hook, or else to the log."""
-        if self._overridden(hook):
-            self.tell(hook, scope, detail=detail)
-        else:
-            logger.warning("%s: %s [topic=%r group=%r]", scope, detail, self._topic, self._group)
+        """What an operator should hear of, whether or not an observer counts it."""
+        fields = {"topic": self._topic, "group": self._group}
+        say(logging.WARNING, f"{scope}: %s", detail, fields=fields, hidden=self._place(scope))
+        self.tell(hook, scope, detail=detail)
 
     def tell(
         self,
@@ -90,8 +168,23 @@ class Reporter:
         event = BusEvent(scope, topic or self._topic, self._group, self._consumer, message_id, attempt, error, detail)
         try:
             getattr(self._observer, hook)(event)
-        except Exception:
-            logger.exception("the observer's %s raised; the bus goes on", hook)
+        except Exception as raised:
+            say(
+                logging.ERROR,
+                f"the observer's {hook} raised; the bus goes on",
+                hidden=self._place(scope, topic=event.topic),
+                error=raised,
+            )
+
+
+def _identity(message: Message | None) -> dict[str, object]:
+    return {} if message is None else {"uid": message.uid, "key": message.key}
+
+
+def said(error: BaseException) -> str:
+    """An exception's type and words, for a line of the log."""
+    name, text = type(error).__name__, words(error)
+    return name if text == name else f"{name}: {text}"
 
 
 class Notices:
@@ -103,4 +196,4 @@ class Notices:
     def once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            logger.warning(text)
+            say(logging.WARNING, "%s", text)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import anyio
 
 from .._copies import retry_stream
+from .._home import Home
 from .._options import OnLeaseLost, StreamBusOptions
 from .._policies import CircuitBreaker, FailurePolicy
 from .._reporting import Notices, Reporter
@@ -107,6 +108,7 @@ class Context:
     counters: Counters
     clock: Callable[[], float]
     term: LeaseTerm
+    home: Home
 
     @property
     def retry_stream(self) -> str:

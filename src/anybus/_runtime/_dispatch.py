@@ -13,22 +13,25 @@ from .._settlement import Outcome, Result
 from ..abc import Output
 from ..abc._observer import ErrorScope
 from ._context import Context
+from ._fate import (
+    ACCEPTED,
+    ACKED,
+    ACKED_WITH,
+    DEAD_LETTERED,
+    DROPPED,
+    MISSING,
+    RELEASED,
+    RETRIED,
+    tell_fate,
+    tell_lost,
+    tell_unsettled,
+)
 from ._lane import Lane
 from ._ledger import SETTLED_BEFORE, Held, Stage
 
 _AT_ONCE = 128
 """So many settlements make a part of a batch."""
 
-ACKED, ACKED_WITH, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
-    "acked",
-    "acked with what it publishes",
-    "accepted",
-    "retried",
-    "dead-lettered",
-    "dropped",
-    "released",
-    "missing",
-)
 _HANDLED = (ACKED, ACKED_WITH)
 
 
@@ -79,7 +82,9 @@ class Dispatch:
         left = self._context.ledger.all()
         for held in left:
             self._answer(held, ClosedError("the subscription ended before the server answered"))
+            ending = held.ending
             self._context.ledger.remove(held)
+            tell_unsettled(self._context, held, ending)
         return len(left)
 
     def ack(self, held: Held, intent: str = ACKED) -> None:
@@ -180,14 +185,22 @@ class Dispatch:
             await send(stream, entries)
         except BaseException as error:  # noqa: ASYNC103 - raised again in there
             self._all_failed(entries, as_failure(error), lane)
+        else:
+            if self._context.reporter.failing:
+                self._context.reporter.works(self._part(lane))
 
     def _all_failed(self, entries: Sequence[Held], error: Exception, lane: Lane) -> None:
         if isinstance(error, GroupLostError):
             self._context.ledger.group_was_lost(entries[0].stream)
-        self._context.reporter.error("ack-flush", error, detail=f"settling {len(entries)} entries")
+        detail = f"settling {len(entries)} entries"
+        self._context.reporter.error("ack-flush", error, detail=detail, part=self._part(lane))
         for held in entries:
             if held.stage is Stage.SETTLING:
                 self._failed(held, error, lane, reported=True)
+
+    def _part(self, lane: Lane) -> str:
+        """A lane's name in the log."""
+        return f"ack-flush of {('acks', 'transfers', 'releases')[self.lanes.index(lane)]}"
 
     def _all_done(self, stream: str, entries: Sequence[Held]) -> None:
         """``_done`` for each; with what is nearly every message (handled, acked, nobody waits) kept short."""
@@ -231,8 +244,11 @@ class Dispatch:
             context.ledger.note_settled(held.stream, (held.id,))
         elif not sure:
             context.ledger.note_doubt(held.stream, (held.id,))
+        ending = held.ending
         context.ledger.remove(held)
         self._answer(held, None)
+        if ending is not None:
+            tell_fate(context, held, ending)
         if context.reporter.hears_settled:
             detail = ACKED if intent in (ACKED_WITH, ACCEPTED, MISSING, SETTLED_BEFORE) else intent
             context.reporter.tell("on_settled", "settled", message_id=held.id, attempt=held.attempt, detail=detail)
@@ -275,21 +291,21 @@ class Dispatch:
         if held.intent == ACKED:
             context.ledger.remember_handled(held, ACKED)
         context.ledger.note_doubt(held.stream, (held.id,))
+        ending = held.ending
         context.ledger.remove(held)
         error = LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
         if held.uncertain:
             # At most once: either it was acked by that try, or somebody else has it, and may have handled it.
             self.report("ack-flush", error, held, "the reply to its acknowledgement was lost: it is not handled")
         self._answer(held, error)
-        self._tell_lost(held, f"not ours when it was to be {held.intent}")
+        self._tell_lost(held, f"not ours when it was to be {held.intent}", ending)
 
-    def _tell_lost(self, held: Held, why: str) -> None:
+    def _tell_lost(self, held: Held, why: str, ending: Result | None) -> None:
         if not held.lost:
             held.lost = True
             self._context.counters.leases_lost += 1
-            self._context.reporter.tell(
-                "on_lease_lost", "settled", message_id=held.id, attempt=held.attempt, detail=why
-            )
+            tell_lost(self._context, held, "settled", why)
+        tell_unsettled(self._context, held, ending)
 
     def _failed(self, held: Held, error: Exception, lane: Lane, *, reported: bool = False) -> None:
         context = self._context
@@ -304,7 +320,7 @@ class Dispatch:
                 self._on_unsettled(held, held.result)
             return
         if not reported:
-            self.report("ack-flush", error, held, f"the entry could not be {held.intent}")
+            self.report("ack-flush", error, held, f"the entry could not be {held.intent}", times=held.tries + 1)
         if held.intent == ACKED_WITH and not can_pass(error):
             # Whoever asked for it was cancelled, and hears nothing of it; again it would be refused again.
             error_type = f"{type(error).__module__}.{type(error).__qualname__}"
@@ -316,9 +332,10 @@ class Dispatch:
         if held.intent in (ACKED, SETTLED_BEFORE):
             context.ledger.remember_handled(held, held.intent)
         context.ledger.note_doubt(held.stream, (held.id,))
+        ending = held.ending
         context.ledger.remove(held)
         self.report("ack-flush", error, held, f"given up: the lease ended before the entry could be {held.intent}")
-        self._tell_lost(held, f"the lease ended before it could be {held.intent}")
+        self._tell_lost(held, f"the lease ended before it could be {held.intent}", ending)
 
     def _answer(self, held: Held, error: Exception | None) -> None:
         waiter, held.waiter = held.waiter, None
@@ -326,5 +343,5 @@ class Dispatch:
             waiter.error = error
             waiter.done.set()
 
-    def report(self, scope: ErrorScope, error: BaseException, held: Held, detail: str) -> None:
-        self._context.reporter.error(scope, error, detail=detail, message_id=held.id, attempt=held.attempt)
+    def report(self, scope: ErrorScope, error: BaseException, held: Held, detail: str, *, times: int = 1) -> None:
+        self._context.reporter.error(scope, error, detail=detail, about=held, times=times)

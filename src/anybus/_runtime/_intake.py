@@ -15,6 +15,7 @@ from .._settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
 from ._context import Context
+from ._fate import tell_suspect
 from ._ledger import Held, Stage, Taking
 from ._recovery import Recovery
 from ._settler import Settler
@@ -372,6 +373,7 @@ class Intake:
         elif context.clock() >= self._no_suspect_before and context.suspects.take(held):
             held.suspect = True
             held.gone = anyio.Event()
+            tell_suspect(context, held)
             self.shut(SUSPECT)
             return True
         else:

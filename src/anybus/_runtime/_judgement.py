@@ -76,7 +76,7 @@ class Judgement:
             return None
 
     def _report(self, held: Held, error: Exception, detail: str) -> None:
-        self._context.reporter.error("handler", error, detail=detail, message_id=held.id, attempt=held.attempt)
+        self._context.reporter.error("handler", error, detail=detail, about=held)
 
     def published_at(self, held: Held) -> datetime | None:
         """When the topic's entry was stored, by the server's clock."""

@@ -40,10 +40,12 @@ class EntryKeeper:
         return entry.lost or self._context.clock() >= entry.lease_until
 
     async def settle(self, entry: Held, result: Result | None, /) -> None:
+        self._context.home.check("the delivery")
         await self._settler.settle(entry, result)
 
     async def ack_with(self, entry: Held, publish: Iterable[Message], /) -> None:
         context = self._context
+        context.home.check("the delivery")
         if isinstance(publish, Message) or not isinstance(publish, Iterable):
             refuse("publish", publish, "an iterable of anybus.Message")
         limit = context.options.max_payload_bytes
@@ -56,6 +58,7 @@ class EntryKeeper:
         await self._settler.settle(entry, None, outputs)
 
     async def extend(self, entry: Held, /) -> None:
+        self._context.home.check("the delivery")
         if entry.stage not in (Stage.OPEN, Stage.RETURNED):
             if entry.lost:
                 raise LeaseLostError(f"entry {entry.id} of {entry.stream!r} is no longer ours")

@@ -14,6 +14,7 @@ from .._backoff import recovery_delay
 from .._cancellation import as_failure
 from .._errors import GroupLostError, LeaseLostError, UnsupportedError, can_pass
 from ._context import Context
+from ._fate import tell_let_go, tell_lost
 from ._ledger import Held, Stage
 from ._settler import Settler
 
@@ -73,10 +74,12 @@ class Leases:
             error = as_failure(raised)
             if isinstance(error, GroupLostError):
                 context.ledger.group_was_lost(stream)
-            context.reporter.error("renew", error, detail=f"renewing {len(held)} leases of {stream!r}")
+            context.reporter.error("renew", error, detail=f"renewing {len(held)} leases of {stream!r}", part="renew")
             if not can_pass(error):
                 raise error from None  # noqa: ASYNC104
             return False  # noqa: ASYNC104
+        if context.reporter.failing:
+            context.reporter.works("renew")
         for entry in held:
             if entry.id in owned:
                 entry.lease_until = started + context.lease
@@ -91,7 +94,7 @@ class Leases:
         if not entry.lost:
             entry.lost = True
             context.counters.leases_lost += 1
-            context.reporter.tell("on_lease_lost", "renew", message_id=entry.id, attempt=entry.attempt, detail=why)
+            tell_lost(context, entry, "renew", why)
         if entry.stage is Stage.WAITING:
             context.ledger.note_doubt(entry.stream, (entry.id,))
             context.ledger.remove(entry)
@@ -106,6 +109,7 @@ class Leases:
             if entry.stage is Stage.RETURNED:
                 # Nobody settled it in time: let go without an outcome, and the server's count says so.
                 entry.lost = True
+                tell_let_go(self._context, entry)
                 self._context.ledger.remove(entry)
             elif entry.stage is Stage.WAITING and (self._can_renew or not entry.parked):
                 self._settler.release(entry)

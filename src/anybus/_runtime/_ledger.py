@@ -83,6 +83,9 @@ class Held(msgspec.Struct, eq=False):
     scope: anyio.CancelScope | None = None
     gone: anyio.Event | None = None
     unsettled: Stage = Stage.OPEN
+    ending: Result | None = None
+    """What it is retried or given up for, until the server has that. (An exception keeps its frames alive.)"""
+    delay: float = 0.0
 
     def again(self, attempt: int) -> Held:
         """The record of the next handling of the same entry, which waits here."""
@@ -228,6 +231,7 @@ class Ledger:
         if held.stage is _GONE:
             return
         held.stage = _GONE
+        held.ending = None
         if held.local_attempt:
             _remember(self._attempts, (held.stream, held.id), held.attempt)
         del self.tables[held.stream][held.id]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import contextvars
+import logging
 from collections.abc import Awaitable, Callable
 
 import anyio
@@ -19,9 +20,11 @@ from anyio.lowlevel import checkpoint
 from .._cancellation import cancellation_in, is_cancelled, is_stray, persist, sole
 from .._delivery import Delivery
 from .._errors import HandlerTimeoutError, words
+from .._log import logger
 from .._settlement import CANCELLED, RETURNED, Outcome, Result
 from .._verdicts import Reject, Retry
 from ._context import Context
+from ._fate import tell_handled
 from ._keeper import EntryKeeper
 from ._ledger import Held, Ledger, Stage
 from ._settler import Settler
@@ -210,6 +213,7 @@ class HandlerPool(Taker):
     async def _work_off(self, place: Place, clean: contextvars.Context) -> bool:
         """Handle what is ready. False: this worker must not go on."""
         streak = 0
+        debug = logger.isEnabledFor(logging.DEBUG)
         ledger, handler, keeper, conclude = self._ledger, self._handler, self._keeper, self._settler.conclude
         while (held := self.next_entry()) is not None:
             if not self._spares and ledger.waiting and self._workers < self._limit:
@@ -228,6 +232,8 @@ class HandlerPool(Taker):
                     await self._handle_acked(held)
                 else:
                     await self._handle(held)
+                if debug:
+                    tell_handled(self._context, held)
             except anyio.get_cancelled_exc_class():
                 raise
             except BaseException as error:
@@ -243,6 +249,7 @@ class HandlerPool(Taker):
             streak += 1
             if streak == _STREAK:
                 streak = 0
+                debug = logger.isEnabledFor(logging.DEBUG)
                 await checkpoint()
         return True
 
@@ -301,7 +308,7 @@ class HandlerPool(Taker):
         if held.lost and self._context.on_lease_lost == "cancel":
             return CANCELLED
         late = HandlerTimeoutError(f"the handler was cancelled after handler_timeout ({timeout} s)")
-        self._report(held, late, "timed out")
+        self._report(held, late, "timed out", is_retried=not self._on_receive)
         return Result(Outcome.TIMED_OUT, str(late), "HandlerTimeout", error=late)
 
     def _judge(self, held: Held, error: BaseException) -> Result:
@@ -319,15 +326,21 @@ class HandlerPool(Taker):
         if isinstance(verdict, Retry) and not settled and not self._on_receive:
             return Result(Outcome.RETRY, words(verdict), "Retry", verdict.delay, verdict)
         if isinstance(verdict, Reject) and not settled:
-            return Result(Outcome.REJECTED, words(verdict), "Reject")
-        self._report(held, error, "raised after it had settled its delivery" if settled else "failed")
-        if is_cancelled():
+            return Result(Outcome.REJECTED, words(verdict), "Reject", error=verdict)
+        what = "raised after it had settled its delivery" if settled else "failed"
+        cut_off = is_cancelled()
+        self._report(held, error, what, is_retried=not (settled or self._on_receive or cut_off))
+        if cut_off:
             return CANCELLED  # its cleanup failed; whatever it would have come to, it was cut off
         error_type = f"{type(verdict).__module__}.{type(verdict).__qualname__}"
         judged = verdict if isinstance(verdict, Exception) else None
         return Result(Outcome.FAILED, words(verdict), error_type, error=judged)
 
-    def _report(self, held: Held, error: BaseException, what: str) -> None:
-        self._context.reporter.error(
-            "handler", error, detail=f"the handler {what}", message_id=held.id, attempt=held.attempt
-        )
+    def _report(self, held: Held, error: BaseException, what: str, *, is_retried: bool = False) -> None:
+        """
+        :param is_retried: or given up on. Then the log hears of it when that is so, in one line.
+        """
+        detail = f"the handler {what}"
+        if self._on_receive:
+            detail += "; its message was acknowledged before, and is not handled again"
+        self._context.reporter.error("handler", error, detail=detail, about=held, is_logged_later=is_retried)

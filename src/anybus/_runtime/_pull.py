@@ -10,6 +10,7 @@ from anyio.lowlevel import checkpoint
 
 from .._cancellation import persist
 from .._delivery import Delivery
+from .._home import Home
 from ._context import Context
 from ._keeper import EntryKeeper
 from ._ledger import Stage
@@ -78,8 +79,9 @@ class DeliveryStream(ObjectReceiveStream[Delivery]):
     Each delivery is settled by hand; it is renewed until then, or until the block is left, which releases it.
     """
 
-    def __init__(self, taker: PullTaker, close: Callable[[], None]) -> None:
+    def __init__(self, taker: PullTaker, close: Callable[[], None], home: Home) -> None:
         self._taker = taker
+        self._home = home
         self._close = close
         self._closed = False
 
@@ -91,6 +93,7 @@ class DeliveryStream(ObjectReceiveStream[Delivery]):
         """
         if self._closed:
             raise anyio.ClosedResourceError
+        self._home.check("the stream of deliveries")
         delivery = await self._taker.take()
         if delivery is None:
             raise anyio.EndOfStream
@@ -98,6 +101,8 @@ class DeliveryStream(ObjectReceiveStream[Delivery]):
 
     async def aclose(self) -> None:
         """End the stream: nothing more is taken."""
+        if not self._closed:
+            self._home.check("the stream of deliveries")
         self._closed = True
         self._close()
         await checkpoint()

@@ -33,7 +33,9 @@ class Recovery:
         except BaseException as error:  # noqa: ASYNC103 - raised again in there
             await self._recover(as_failure(error))  # noqa: ASYNC102 - no cancellation comes this far
             return False  # noqa: ASYNC104
-        self._failures = 0
+        if self._failures:
+            self._failures = 0
+            self._context.reporter.works(self._scope)
         return result
 
     async def _recover(self, error: Exception) -> None:
@@ -45,7 +47,7 @@ class Recovery:
             if made and self._failures == 1:
                 return
         else:
-            self._context.reporter.error(self._scope, error, detail="tried again soon")
+            self._context.reporter.error(self._scope, error, detail="tried again soon", part=self._scope)
         await anyio.sleep(recovery_delay(self._failures, random.random()))
 
     async def _make_again(self, lost: GroupLostError) -> bool:
@@ -62,9 +64,8 @@ class Recovery:
         except Exception as error:
             if not can_pass(error):
                 raise
-            context.reporter.error(
-                self._scope, error, detail=f"the lost group of {lost.stream!r} is not made again yet"
-            )
+            detail = f"the lost group of {lost.stream!r} is not made again yet"
+            context.reporter.error(self._scope, error, detail=detail, part=self._scope)
             return False
         if made:
             detail = f"made again at {position}"

@@ -28,7 +28,19 @@ from .._settlement import (
 )
 from ..abc import Output
 from ._context import Context
-from ._dispatch import ACCEPTED, ACKED, ACKED_WITH, DEAD_LETTERED, DROPPED, MISSING, RELEASED, RETRIED, Dispatch
+from ._dispatch import Dispatch
+from ._fate import (
+    ACCEPTED,
+    ACKED,
+    ACKED_WITH,
+    DEAD_LETTERED,
+    DROPPED,
+    MISSING,
+    RELEASED,
+    RETRIED,
+    tell_fate,
+    tell_unsettled,
+)
 from ._judgement import Judgement
 from ._ledger import Held, Stage, Waiter
 
@@ -176,9 +188,10 @@ class Settler:
         assert isinstance(decision, DeadLetter)
         held.reason = f"{decision.code}: {decision.reason}"
         if context.dead_letter_topic is None:
-            context.counters.dead_lettered += 1
-            self.dispatch.tell_dead_lettered(held)
+            held.intent = DROPPED
+            self._rejected_is_kept(held, result)
             return
+        held.intent = DEAD_LETTERED
         output = self._dead_letter(held, decision, context.dead_letter_topic)
         try:
             # Shielded: of what was acknowledged before, this is all that is left.
@@ -186,8 +199,13 @@ class Settler:
                 await context.backend.publish(output.stream, output.message)
         except Exception as error:
             self.dispatch.report("publish", error, held, "the dead letter of a message acknowledged on receipt is lost")
+            tell_unsettled(context, held, result)
             return
-        context.counters.dead_lettered += 1
+        self._rejected_is_kept(held, result)
+
+    def _rejected_is_kept(self, held: Held, result: Result) -> None:
+        self._context.counters.dead_lettered += 1
+        tell_fate(self._context, held, result)
         self.dispatch.tell_dead_lettered(held)
 
     def _decide(self, held: Held, result: Result) -> Decision:
@@ -209,13 +227,17 @@ class Settler:
         result = self.judgement.weigh(held, result)
         decision = self._decide(held, result)
         held.failed = result.outcome in _FAILURES
+        held.ending = None
         if isinstance(decision, Ack):
             self.ack(held, MISSING if result.outcome is Outcome.MISSING else ACKED)
         elif isinstance(decision, Release):
             self.release(held)
         elif isinstance(decision, DeadLetter):
+            held.ending = result
             self._give_up(held, decision, raw)
         elif isinstance(decision, RetryAt):
+            held.ending = result
+            held.delay = decision.delay
             self._retry(held, decision, counted=result.outcome is not Outcome.RELEASED)
         elif isinstance(decision, Leave):
             held.stage = Stage.RETURNED

@@ -10,6 +10,7 @@ shielded, notices a cancellation from outside and turns it into an abort.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from anyio.abc import TaskGroup
 from .._backoff import recovery_delay
 from .._cancellation import as_failure, is_stray, leaves, persist
 from .._errors import ClosedError, EventBusError, can_pass
+from .._reporting import said
 from .._statistics import SubscriptionStatistics
 from ..abc import RightsChecker, StreamInspector
 from ._circuit import Circuit, WatchedSettler
@@ -98,6 +100,7 @@ class Subscription:
 
     def statistics(self) -> SubscriptionStatistics:
         """Counts and gauges as of now, as an immutable value."""
+        self._is_at_work()
         counters = self._context.counters
         held = self._context.ledger.all()
         return SubscriptionStatistics(
@@ -118,24 +121,26 @@ class Subscription:
 
     def pause(self) -> None:
         """Take nothing more, and hand back what waits. What is in flight goes on. Pausing twice is fine."""
-        self._intake.shut(PAUSED)
+        if self._is_at_work():
+            self._intake.shut(PAUSED)
 
     def resume(self) -> None:
         """Take messages again."""
-        self._intake.open(PAUSED)
+        if self._is_at_work():
+            self._intake.open(PAUSED)
 
     def close(self) -> None:
         """Begin a graceful end: take nothing more, release what waits, wait up to ``close_timeout`` for handlers.
 
         Allowed in handlers. The body of ``subscribe`` goes on. Closing twice is fine.
         """
-        self._begin_end()
+        if self._is_at_work():
+            self._begin_end()
 
     def abort(self) -> None:
         """Begin to end at once: handlers are cancelled, and what they had is released. Allowed in handlers."""
-        self._aborted = True
-        self._begin_end()
-        self._grace.cancel()
+        if self._is_at_work():
+            self._abort()
 
     async def wait_closed(self) -> None:
         """Wait until the end is over: everything settled or released, the consumer forgotten.
@@ -143,20 +148,37 @@ class Subscription:
         :raises RuntimeError: in one of the subscription's own handlers, which would wait for itself (and in a task that
             a handler has left behind, while its worker is in the next handler).
         """
+        self._is_at_work()
         self._refuse_in_handlers()
         await self._ended.wait()
 
     async def aclose(self) -> None:
         """``close()`` and ``wait_closed()``. Raises as the latter does."""
+        self._is_at_work()
         self._refuse_in_handlers()
         self.close()
         await self.wait_closed()
+
+    def _is_at_work(self) -> bool:
+        """Whether there is anything left to do for whoever calls.
+
+        :raises RuntimeError: if there is, and it is not the bus's event loop in which we run.
+        """
+        if self._ended.is_set():
+            return False
+        self._context.home.check("the subscription")
+        return True
 
     def _refuse_in_handlers(self) -> None:
         if any(place.pool is self._taker and place.busy for place in handled_by.get()):
             raise RuntimeError(
                 "a handler cannot wait for the end of its own subscription: call close() or abort() and return"
             )
+
+    def _abort(self) -> None:
+        self._aborted = True
+        self._begin_end()
+        self._grace.cancel()
 
     def _begin_end(self) -> None:
         if not self._ending.is_set():
@@ -173,7 +195,7 @@ class Subscription:
             self._failure = error
         else:
             self._context.reporter.error("close", error, detail="a second failure while the subscription ends")
-        self.abort()
+        self._abort()
         self._body.cancel()
 
     @asynccontextmanager
@@ -192,6 +214,7 @@ class Subscription:
     async def _running(self) -> AsyncGenerator[None, None]:
         body_error: BaseException | None = None
         failed_first = False
+        self._context.reporter.log(logging.INFO, "started", "subscription started")
         self._context.reporter.tell("on_started", "started")
         try:
             async with anyio.create_task_group() as tasks:
@@ -201,7 +224,7 @@ class Subscription:
                         yield
                 except BaseException as error:  # noqa: ASYNC103 - raised below, when the parts have ended
                     failed_first = self._failure is not None
-                    self.abort()
+                    self._abort()
                     if isinstance(error, anyio.get_cancelled_exc_class()):
                         raise
                     body_error = error  # noqa: ASYNC104
@@ -209,7 +232,7 @@ class Subscription:
                     self._leave()
         finally:
             # Whatever else happened meanwhile, a cancellation from outside included: these come out, as themselves.
-            self._context.reporter.tell("on_ended", "ended", error=self._failure)
+            self._tell_ended()
             failure = self._failure
             if body_error is not None and failure is not None:
                 second = body_error if failed_first or not isinstance(failure, Exception) else failure
@@ -219,6 +242,17 @@ class Subscription:
                 raise body_error
             if failure is not None:
                 raise failure
+
+    def _tell_ended(self) -> None:
+        reporter, counters = self._context.reporter, self._context.counters
+        text = "subscription ended: %d handled, %d retried, %d dead-lettered, %d released"
+        counts = (counters.handled, counters.retried, counters.dead_lettered, counters.released)
+        if self._failure is None:
+            reporter.log(logging.INFO, "ended", text, *counts)
+        else:
+            # Without a traceback: it comes out of the body.
+            reporter.log(logging.ERROR, "ended", f"{text}; it failed: %s", *counts, said(self._failure))
+        reporter.tell("on_ended", "ended", error=self._failure)
 
     def _start_parts(self, tasks: TaskGroup) -> None:
         tasks.start_soon(self._watch)
@@ -231,9 +265,9 @@ class Subscription:
     def _leave(self) -> None:
         """The body has ended. Deliveries that were pulled end with their block; handlers get their time."""
         if isinstance(self._taker, PullTaker):
-            self.abort()
+            self._abort()
         else:
-            self.close()
+            self._begin_end()
 
     async def _make_groups(self) -> None:
         context = self._context
@@ -263,8 +297,8 @@ class Subscription:
             except Exception as error:
                 if not can_pass(error):
                     raise
-                self._context.reporter.error("read", error, detail=not_yet)
                 failures += 1
+                self._context.reporter.error("read", error, detail=not_yet, times=failures)
                 await anyio.sleep(recovery_delay(failures, random.random()))
 
     async def _mention_backlog(self) -> None:
@@ -303,7 +337,7 @@ class Subscription:
             await self._ended.wait()
         finally:
             if not self._ended.is_set():
-                self.abort()
+                self._abort()
 
     async def _supervise(self) -> None:
         """End the parts in order. Hit by a stray cancellation it goes on where it was: every step can be repeated."""
@@ -358,7 +392,7 @@ class Subscription:
             # A handler in a thread, say. Its message stays leased; everybody else's has been released by now.
             for held in taker.running:
                 late = TimeoutError("the handler goes on although it was cancelled")
-                context.reporter.error("close", late, detail="waiting for it", message_id=held.id, attempt=held.attempt)
+                context.reporter.error("close", late, detail="waiting for it", about=held)
             await taker.ended.wait()
 
     async def _forget(self, stream: str) -> None:

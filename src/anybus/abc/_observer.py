@@ -38,7 +38,8 @@ class Observer:
     def on_error(self, event: BusEvent) -> None:
         """Something failed: a read, a handler, an acknowledgement... ``event.error`` is the exception.
 
-        Not overridden, errors go to the ``anybus`` logger, as they do without an observer.
+        Overridden, it takes the log's place for what it is told of. Not overridden, errors go to the ``anybus`` logger,
+        as they do without an observer. No other hook keeps anything out of the log.
         """
 
     def on_started(self, event: BusEvent) -> None:
@@ -65,11 +66,11 @@ class Observer:
 
     def on_circuit_opened(self, event: BusEvent) -> None:
         """A handler has only failed for a while, and its subscription is paused; ``event.detail`` is how often and for
-        how long. Not overridden, this goes to the ``anybus`` logger.
+        how long. The log says it, too.
         """
 
     def on_circuit_closed(self, event: BusEvent) -> None:
-        """A handling has succeeded, and the subscription works as before. Not overridden, this goes to the logger."""
+        """A handling has succeeded, and the subscription works as before. The log says it, too."""
 
     def on_group_made_again(self, event: BusEvent) -> None:
         """A group had vanished and was made again; ``event.detail`` is the position."""

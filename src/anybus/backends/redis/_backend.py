@@ -101,6 +101,7 @@ class RedisBackend(
         return backend
 
     def _configure(self, settings: Settings, codec: Codec | None) -> None:
+        self._is_entered = False
         self._codec = codec or JsonCodec()
         self._client = Client(settings)
         self._decoder = EntryDecoder(self._codec)
@@ -113,6 +114,9 @@ class RedisBackend(
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
+        if self._is_entered:
+            raise RuntimeError("this RedisBackend has already been entered: make one for each bus")
+        self._is_entered = True
         failure: BaseException | None = None
         alarmed: BaseException | None = None
         cancelled = False
@@ -143,6 +147,7 @@ class RedisBackend(
                         # Whatever hit us there: without this the group would wait for ever, shielded.
                         self._client.mux.close()
         finally:
+            self._is_entered = False
             if alarmed is not None:
                 raise alarmed from failure
         if failure is not None:

@@ -13,15 +13,16 @@ from ..._backoff import recovery_delay
 from ..._cancellation import is_stray, sole
 from ..._clock import loop_clock
 from ..._errors import BackendError, EventBusError
+from ..._log import say
 from ._errors import SENSELESS, broken, is_about_credentials, translate
 from ._link import BROKEN, Link, open_link
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack, pack_one
 from ._settings import Settings
 from ._waves import Single, Waves
 
-_logger = logging.getLogger("anybus")
-
 _WORTH_A_WRITE = 32768
+
+_SCOPE = {"scope": "connection"}
 
 _LOOKS = 4
 """So often within ``command_timeout`` somebody looks whether the server still answers."""
@@ -142,11 +143,8 @@ class Multiplexer:
                 failures += 1
                 if not said and isinstance(error.__cause__, ServerError) and is_about_credentials(error.__cause__):
                     said = True
-                    _logger.error(
-                        "%s does not take the credentials (%s): no connection until it does; tried again and again",
-                        self._settings.place,
-                        error,
-                    )
+                    text = "%s does not take the credentials (%s): no connection until it does; tried again and again"
+                    say(logging.ERROR, text, self._settings.place, error, hidden=_SCOPE)
                 if not error.can_pass:
                     # Nobody waits for what will not come; the next use tries again.
                     self._wake_waiters()
@@ -167,6 +165,8 @@ class Multiplexer:
         self._last_reply = self._clock()
         self.connections += 1
         self._wake_waiters()
+        again = " again" if self.connections > 1 else ""
+        say(logging.INFO, f"connected{again} to %s", self._settings.place, hidden=_SCOPE)
         reason: BaseException | None = None
         try:
             async with anyio.create_task_group() as tasks:
@@ -200,15 +200,22 @@ class Multiplexer:
         finally:
             self._link = None
             self._rest = b""
+            if not self._closed:
+                say(logging.WARNING, "%s; it is opened again when it is needed", self._broke(reason), hidden=_SCOPE)
             self._abandon(protocol, reason)
             await link.aclose()
 
-    def _abandon(self, protocol: Protocol, reason: BaseException | None) -> None:
-        text = f"the connection to {self._settings.place} broke"
-        if reason is not None:
-            text += f": {str(reason) or type(reason).__name__}"
+    def _broke(self, reason: BaseException | None) -> str:
+        text = f"the connection to {self._settings.place}"
+        if reason is None:
+            return f"{text} was given up"
+        text += f" broke: {str(reason) or type(reason).__name__}"
         if isinstance(reason, BrokenProtocolError):
             text += " (what arrived was not the protocol)"
+        return text
+
+    def _abandon(self, protocol: Protocol, reason: BaseException | None) -> None:
+        text = self._broke(reason)
         protocol.fail(broken(text, may_have_happened=True))
         unsent, self._unsent = self._unsent, []
         self._unsent_size = 0
@@ -330,8 +337,9 @@ class Multiplexer:
                 if error is not None and not error.can_pass:
                     raise error
         if scope.cancelled_caught:
-            why = f": {self._last_error}" if self._last_error is not None else ""
-            raise broken(f"not connected to {self._settings.place}{why}", may_have_happened=False)
+            # The last error says where, and why.
+            text = f"not connected to {self._settings.place}" if self._last_error is None else str(self._last_error)
+            raise broken(text, may_have_happened=False)
 
     async def start(self, commands: Sequence[Command]) -> Call:
         """Put commands in the line; they leave with the next write. Waits only while there is no connection."""

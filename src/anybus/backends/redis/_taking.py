@@ -12,6 +12,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ..._errors import BackendError, GroupLostError
+from ..._log import say
 from ...abc import FetchedEntry, MissingEntry, Redelivered
 from . import _scripts as scripts
 from . import _taking_scripts as taking
@@ -23,8 +24,6 @@ from ._parts import PER_SCRIPT
 from ._protocol import Argument, Command, ServerError
 from ._reader import BlockingReader
 from ._scripts import Script
-
-_logger = logging.getLogger("anybus")
 
 _SHIELDED = 1.0
 _SHORT_BLOCK = 0.4
@@ -417,7 +416,9 @@ class Taking:
             missing = [entry.id for entry in entries if isinstance(entry, MissingEntry)]
             if missing:
                 # From 7.0 on the server has forgotten them by now: nobody else will hear of them.
-                _logger.warning("pending in group %r, but gone from %r: %s", group, stream, ", ".join(missing))
+                text = "pending in group %r, but gone from %r: %s"
+                hidden = {"scope": "missing", "topic": stream, "group": group, "consumer": consumer}
+                say(logging.WARNING, text, group, stream, ", ".join(missing), hidden=hidden)
             if entries:
                 with suppress(BackendError):
                     await self.release(stream, group, consumer, [entry.id for entry in entries])
