@@ -97,16 +97,11 @@ class LetterFilter:
     key: str | None = None
 
     def __post_init__(self) -> None:
-        check_topic("topic", self.topic)
-        if self.group is not None:
-            check_name("group", self.group)
-        if self.code is not None:
-            check_name("code", self.code)
-        if self.key is not None:
-            check_text("key", self.key)
-        for name in ("since", "until"):
+        object.__setattr__(self, "topic", check_topic("topic", self.topic))
+        checks = {"group": check_name, "code": check_name, "key": check_text, "since": check_time, "until": check_time}
+        for name, check in checks.items():
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, check_time(name, getattr(self, name)))
+                object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.since is not None and self.until is not None and self.until <= self.since:
             refuse("until", self.until, f"later than since ({self.since})")
 

@@ -68,7 +68,8 @@ class GroupLostError(BackendError):
 def words(error: BaseException) -> str:
     """What an exception says; its type's name if it says nothing, or cannot."""
     try:
-        return str(error) or type(error).__name__
+        # Plain: what str() returns may be of a subclass of str.
+        return str.__str__(str(error)) or type(error).__name__
     except Exception:
         return type(error).__name__
 

@@ -58,8 +58,8 @@ class CircuitBreaker:
     pause: float = 30.0
 
     def __post_init__(self) -> None:
-        check_int("failures", self.failures, least=1)
-        check_delay("pause", self.pause, positive=True)
+        object.__setattr__(self, "failures", check_int("failures", self.failures, least=1))
+        object.__setattr__(self, "pause", check_delay("pause", self.pause, positive=True))
 
 
 @dataclass(frozen=True)

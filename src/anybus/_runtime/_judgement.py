@@ -104,7 +104,8 @@ class Judgement:
             return None
         published_at = self.published_at(held)
         assert published_at is not None
-        reason = f"older than max_age ({self._policy.max_age} s) when it was taken: stored at {wire_time(published_at)}"
+        max_age = f"{self._policy.max_age:.15g} s"
+        reason = f"older than max_age ({max_age}) when it was taken: stored at {wire_time(published_at)}"
         return Result(Outcome.EXPIRED, reason)
 
 

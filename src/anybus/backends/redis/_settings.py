@@ -69,8 +69,8 @@ class Settings:
     command_timeout: float = 5.0
 
     def __post_init__(self) -> None:
-        check_delay("connect_timeout", self.connect_timeout, positive=True)
-        check_delay("command_timeout", self.command_timeout, positive=True)
+        for name in ("connect_timeout", "command_timeout"):
+            object.__setattr__(self, name, check_delay(name, getattr(self, name), positive=True))
 
     @property
     def place(self) -> str:
