@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import secrets
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, cast
+from typing import cast
 
 import anyio
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
+from ._callables import check_async_function
 from ._cancellation import persist
 from ._checks import refuse
 from ._clock import loop_clock
@@ -285,7 +284,7 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         :raises ValidationError: if the configuration, or the handler, is refused.
         :raises ClosedError: if the bus is not open.
         """
-        _check_handler(handler)
+        check_async_function("handler", handler, "an async function of one Delivery")
         return self._subscription(self._checked(config), handler)
 
     async def consume(
@@ -419,15 +418,3 @@ class StreamBus(anyio.AsyncContextManagerMixin):
 async def _all_ended(subscriptions: Iterable[Subscription]) -> None:
     for subscription in subscriptions:
         await subscription._ended.wait()
-
-
-def _check_handler(handler: Any) -> None:
-    function = handler
-    while isinstance(function, functools.partial):
-        function = function.func
-    if inspect.isclass(function):
-        refuse("handler", handler, "an async function of one Delivery, not a class")
-    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is async is a fine handler
-    ):
-        refuse("handler", handler, "an async function of one Delivery")

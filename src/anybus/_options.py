@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ._backoff import ExponentialBackoff
+from ._callables import check_function
 from ._checks import check_choice, check_delay, check_int, check_name, check_topic, refuse
 from ._message import Headers
 from ._policies import Backoff, CircuitBreaker, Rules, check_backoff, check_no_contradiction, check_rules
@@ -42,6 +43,14 @@ DROP: Final = Drop.DROP
 def _keep(options: StreamBusOptions | SubscriptionConfig, name: str, value: object) -> None:
     """Keep what a check returned in the place of what was given."""
     object.__setattr__(options, name, value)
+
+
+def _check_observer(observer: object) -> None:
+    if not isinstance(observer, Observer):
+        refuse("observer", observer, "an instance of anybus.Observer, or None")
+    for name in vars(Observer):
+        if name.startswith("on_"):
+            check_function(f"observer.{name}", getattr(observer, name), "a plain function of one BusEvent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +94,8 @@ class StreamBusOptions:
         for name, least in (("claim_scan_batch_size", 1), ("ack_batch_size", 1), ("max_payload_bytes", 0)):
             _keep(self, name, check_int(name, getattr(self, name), least=least))
         _keep(self, "group_start_id", check_name("group_start_id", self.group_start_id))
-        if self.observer is not None and not isinstance(self.observer, Observer):
-            refuse("observer", self.observer, "an instance of anybus.Observer, or None")
+        if self.observer is not None:
+            _check_observer(self.observer)
 
 
 @dataclass(frozen=True)

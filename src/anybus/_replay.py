@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any, Final, Literal
 
 import anyio
 
+from ._callables import check_function
 from ._checks import check_number, refuse
 from ._copies import restored, retry_stream
 from ._dead_letter import DeadLetter
@@ -68,11 +68,8 @@ class ReplayProgress:
 
 
 def check_progress(function: Any) -> None:
-    if function is None:
-        return
-    called = getattr(function, "__call__", None)  # noqa: B004 - an object may be called, too
-    if called is None or inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called):
-        refuse("on_progress", function, "a plain function of one ReplayProgress, or None")
+    if function is not None:
+        check_function("on_progress", function, "a plain function of one ReplayProgress", otherwise=", or None")
 
 
 class Pace:
