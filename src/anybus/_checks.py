@@ -81,6 +81,21 @@ def check_topic(field: str, value: Any) -> str:
     return _checked_topic(field, value if type(value) is str else check_text(field, value))
 
 
+def is_entry_id(text: str) -> bool:
+    """Whether an entry can have this id: a number, or two joined by a dash, of 64 bits each."""
+    first, dash, second = text.partition("-")
+    parts = (first, second) if dash else (first,)
+    return all(part.isascii() and part.isdigit() and len(part) <= 20 and int(part) < 2**64 for part in parts)
+
+
+def check_start_id(field: str, value: Any) -> str:
+    """Where a group begins."""
+    text = check_name(field, value)
+    if text != "$" and not is_entry_id(text):
+        refuse(field, value, "'$', '0' or an entry's id ('1714982400000-0')")
+    return text
+
+
 def check_choice(field: str, value: Any, choices: Sequence[ChoiceT], *, allowed: str | None = None) -> ChoiceT:
     """One of a few words.
 
@@ -93,12 +108,15 @@ def check_choice(field: str, value: Any, choices: Sequence[ChoiceT], *, allowed:
 
 
 def check_url(value: Any, allowed: str) -> str:
-    """A URL as text. It may hold a password, so no error shows any of it."""
+    """A URL as text. It may hold a password, so errors do not show it."""
     try:
         text = str.__str__(value)
         text.encode()
     except TypeError:
-        raise ValidationError(f"url must be {allowed}, as a str, not of type {type(value).__name__}") from None
+        shown = repr(value)
+        if "@" in shown or "?" in shown:  # a URL of another type, with a password perhaps
+            shown = f"of type {type(value).__name__}"
+        raise ValidationError(f"url must be {allowed}, as a str, not {shown:.80}") from None
     except UnicodeEncodeError:
         raise ValidationError("url must be text that can be encoded as UTF-8, which the given one is not") from None
     return text

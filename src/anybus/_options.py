@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from ._backoff import ExponentialBackoff
 from ._callables import check_function
-from ._checks import check_choice, check_delay, check_int, check_name, check_topic, refuse
+from ._checks import check_choice, check_delay, check_int, check_name, check_start_id, check_topic, refuse
 from ._message import Headers
 from ._policies import Backoff, CircuitBreaker, Rules, check_backoff, check_no_contradiction, check_rules
 from .abc._observer import Observer
@@ -62,7 +62,8 @@ class StreamBusOptions:
         members of a group must use the same value, since whoever reclaims enforces it.
     :param claim_scan_batch_size: how many entries one reclaim takes at most.
     :param reclaim_interval: the pause between passes over idle entries and retries that are due.
-    :param group_start_id: where a group that is made begins: ``"$"`` = only what comes after, ``"0"`` = from the start.
+    :param group_start_id: where a group that is made begins: ``"$"`` = only what comes after, ``"0"`` = from the start,
+        an entry's id = after that entry.
     :param publish_timeout: bounds a publish, waiting for a connection included.
     :param ack_batch_size: so many acknowledgements waiting are sent at once.
     :param ack_flush_interval: at the latest after this long they are sent anyway.
@@ -93,7 +94,7 @@ class StreamBusOptions:
             _keep(self, name, check_delay(name, getattr(self, name)))
         for name, least in (("claim_scan_batch_size", 1), ("ack_batch_size", 1), ("max_payload_bytes", 0)):
             _keep(self, name, check_int(name, getattr(self, name), least=least))
-        _keep(self, "group_start_id", check_name("group_start_id", self.group_start_id))
+        _keep(self, "group_start_id", check_start_id("group_start_id", self.group_start_id))
         if self.observer is not None:
             _check_observer(self.observer)
 
@@ -170,7 +171,7 @@ class SubscriptionConfig:
         if self.handler_timeout is not None:
             _keep(self, "handler_timeout", check_delay("handler_timeout", self.handler_timeout, positive=True))
         if self.group_start_id is not None:
-            _keep(self, "group_start_id", check_name("group_start_id", self.group_start_id))
+            _keep(self, "group_start_id", check_start_id("group_start_id", self.group_start_id))
         on_lease_lost = check_choice("on_lease_lost", self.on_lease_lost, LEASE_LOST, allowed="'continue' or 'cancel'")
         _keep(self, "on_lease_lost", on_lease_lost)
         self._check_guarantee()

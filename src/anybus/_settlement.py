@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Final, Literal, Union, get_args
 
 from ._backoff import DelayList, ExponentialBackoff
 from ._options import AckMode
 
 SUSPECT_AFTER = 3
 """So many hand-overs without an outcome make an entry a suspect."""
+
+
+DeadLetterCode = Literal["rejected", "retries", "gave-up", "expired", "deliveries", "malformed"]
+CODES: Final[tuple[DeadLetterCode, ...]] = get_args(DeadLetterCode)
+"""Why a message was given up: all that this version writes."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,9 @@ class RetryAt:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """Give it up. ``code`` is ``rejected``, ``retries``, ``gave-up``, ``expired``, ``deliveries`` or ``malformed``."""
+    """Give it up."""
 
-    code: str
+    code: DeadLetterCode
     reason: str
     error_type: str = ""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
-from .._checks import check_delay, check_name, check_time, plain_text
+from .._checks import check_delay, check_name, check_start_id, check_time, plain_text
 from .._errors import EventBusError, GroupLostError, UnsupportedError, ValidationError
 from .._message import Message, lift_headers
 from ..abc import (
@@ -68,14 +68,12 @@ class MemoryBackend(StreamBackend, StreamInspector, MemoryDeadLetters):
         return f"<MemoryBackend streams={len(self._streams)}>"
 
     async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
+        start_id = check_start_id("start_id", start_id)
         await checkpoint()
         store, group = self._stream(stream), plain_text(group)
         if group in store.groups:
             return False
-        position = store.last if start_id == "$" else _sequence(start_id)
-        if position is None:
-            raise ValidationError(f"start_id must be '$', '0' or an entry's id, not {start_id!r}")
-        store.groups[group] = Group(position)
+        store.groups[group] = Group(store.last if start_id == "$" else _sequence(start_id))
         return True
 
     async def publish(self, stream: str, message: Message) -> str:
@@ -341,6 +339,5 @@ def _position(pending: Pending) -> int:
     return pending.entry.sequence
 
 
-def _sequence(entry_id: str) -> int | None:
-    digits = entry_id.partition("-")[0]
-    return int(digits) if digits.isascii() and digits.isdigit() else None
+def _sequence(entry_id: str) -> int:
+    return int(entry_id.partition("-")[0])
