@@ -256,8 +256,8 @@ class StreamBus(anyio.AsyncContextManagerMixin):
         :param topic: the application's topic, from which they came, and to which they go back.
         :param dead_letter_topic: where they are; None = ``<topic>.dead``.
         :param group: the group that gave them up.
-        :param code: why: ``rejected``, ``retries``, ``gave-up``, ``expired``, ``deliveries`` or ``malformed``. Letters of
-            another implementation may have other codes: list them without this filter.
+        :param code: why: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``, ``deliveries`` or
+            ``malformed``. Letters of another implementation may have other codes: list them without this filter.
         :param since: given up at this time or later.
         :param until: given up before this time.
         :param key: the message's key.

@@ -28,8 +28,8 @@ class DeadLetter:
     :ivar raw: the fields of a malformed entry; empty if they are too large to be listed.
     :ivar raw_sizes: bytes of each of those fields, listed or not.
     :ivar reason: why, in words.
-    :ivar code: why: ``rejected``, ``retries``, ``gave-up``, ``expired``, ``deliveries``, ``malformed``; another one if
-        another implementation or a later version wrote it.
+    :ivar code: why: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``, ``deliveries``, ``malformed``;
+        another one if another implementation or a later version wrote it.
     :ivar error_type: the exception's type.
     :ivar topic: the first entry's topic.
     :ivar first_id: the first entry's id.

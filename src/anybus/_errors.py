@@ -32,7 +32,15 @@ class HandlerTimeoutError(EventBusError, TimeoutError):
 
 
 class SerializationError(EventBusError):
-    """A payload could not be turned into bytes, or bytes not into what was asked for."""
+    """A payload could not be turned into bytes, or bytes not into what was asked for.
+
+    :ivar payload_of: the uid of the message whose payload could not be read by :meth:`Message.json`; None = the error
+        is about something else. Raised by the handler of that very message, it is not retried.
+    """
+
+    def __init__(self, message: str = "", *, payload_of: str | None = None) -> None:
+        super().__init__(message)
+        self.payload_of = payload_of
 
 
 class BackendError(EventBusError):

@@ -10,8 +10,9 @@ from typing import Any, TypeVar, overload
 
 import msgspec
 
+from . import _json
 from ._checks import PLAIN_TIMES, check_bytes, check_name, check_text, check_time, check_topic, refuse
-from ._errors import SerializationError, ValidationError
+from ._errors import ValidationError
 from ._schema import Schema
 from ._trace import TraceContext
 
@@ -174,14 +175,12 @@ class Message(_Envelope, frozen=True, gc=False):
     def from_json(cls, topic: str, obj: Any, **fields: Any) -> Message:
         """A message whose payload is ``obj`` as JSON, its content type ``application/json`` unless given.
 
-        :param obj: anything msgspec can encode: builtins, dataclasses, Structs, datetimes, UUIDs...
+        :param obj: anything msgspec can encode (builtins, dataclasses, Structs, datetimes, UUIDs...), or a model with
+            ``model_dump_json``, as Pydantic's; models may also stand inside the others.
         :param fields: further fields, as of the class itself.
-        :raises SerializationError: if ``obj`` cannot be written as JSON.
+        :raises SerializationError: if ``obj`` cannot be written as JSON, which has no NaN and no infinity.
         """
-        try:
-            payload = msgspec.json.encode(obj)
-        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            raise SerializationError(f"{type(obj).__name__} cannot be written as JSON: {error}") from error
+        payload = _json.write(obj)
         fields.setdefault("content_type", "application/json")
         return cls(topic, payload, **fields)
 
@@ -194,12 +193,13 @@ class Message(_Envelope, frozen=True, gc=False):
     def json(self, type: Any = None) -> Any:
         """The payload, read as JSON; with ``type`` (a dataclass, a Struct, ``list[int]``...) checked against it.
 
-        :raises SerializationError: if the payload is not JSON, or not of that type.
+        :param type: what msgspec can check against, or a class with ``model_validate_json``, as Pydantic's models;
+            models may also stand inside the others (``list[Order]``).
+        :raises SerializationError: if the payload is not JSON, or not of that type, or the type cannot be used. A
+            handler that lets this out for its own message gives it up at once, with the code ``invalid``: trying again
+            would not help.
         """
-        try:
-            return msgspec.json.decode(self.payload, type=Any if type is None else type)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise SerializationError(f"the payload of message {self.uid} could not be read: {error}") from error
+        return _json.read(self.payload, type, self.uid)
 
     def replace(self, **changes: Any) -> Message:
         """A copy with some fields changed.

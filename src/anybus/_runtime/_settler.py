@@ -32,7 +32,9 @@ from ._dispatch import ACCEPTED, ACKED, ACKED_WITH, DEAD_LETTERED, DROPPED, MISS
 from ._judgement import Judgement
 from ._ledger import Held, Stage, Waiter
 
-_FAILURES = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.REJECTED})
+_FAILURES = frozenset(
+    {Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.INVALID, Outcome.REJECTED}
+)
 _OPEN, _SETTLING = Stage.OPEN, Stage.SETTLING  # read for every message
 
 
