@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EventBusError(Exception):
     """Base of every error that the library raises."""
@@ -60,6 +62,8 @@ class BackendError(EventBusError):
 class GroupLostError(BackendError):
     """The consumer group (or its whole stream) has vanished from the backend. The bus makes it again.
 
+    :ivar stream: the stream whose group it was.
+    :ivar group: the group.
     :ivar safe_id: the id up to which every member of the group had settled everything, if the backend knows;
         the group is made again there, else at ``"0"``.
     """
@@ -71,6 +75,10 @@ class GroupLostError(BackendError):
         self.stream = stream
         self.group = group
         self.safe_id = safe_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is copied and pickled by calling its type with what it says, unless it tells otherwise.
+        return type(self), (self.stream, self.group, self.safe_id), self.__dict__
 
 
 def words(error: BaseException) -> str:
