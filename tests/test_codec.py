@@ -303,3 +303,42 @@ def test_a_message_that_cannot_be_written_is_a_serialization_error() -> None:
     for codec in CODECS:
         with pytest.raises(SerializationError, match=message.uid):
             codec.encode(message)
+
+
+# --- digits beyond the microsecond
+
+LEAP_SECOND = "2026-12-31T23:59:60Z"
+"""As the time at which a message expires, it makes the codec read the whole message leniently."""
+
+
+def occurred_at(time: str, *, leniently: bool) -> datetime:
+    given = {"uid": "u", "topic": "t", "key": "", "kind": "", "source": "", "headers": {}, "payload": ""}
+    body = {**given, "occurred_at": time, "expires_at": LEAP_SECOND if leniently else None}
+    return JsonCodec().decode(json.dumps({"message": body}).encode()).occurred_at
+
+
+@pytest.mark.parametrize("leniently", [False, True])
+@pytest.mark.parametrize(
+    ("time", "rounded"),
+    [
+        ("2026-05-06T07:08:09.1234564Z", "2026-05-06T07:08:09.123456"),
+        ("2026-05-06T07:08:09.1234565Z", "2026-05-06T07:08:09.123457"),
+        ("2026-05-06T07:08:09.123456499999999999Z", "2026-05-06T07:08:09.123456"),
+        ("2026-05-06T07:08:09.9999995Z", "2026-05-06T07:08:10.000000"),
+        ("2026-12-31T23:59:59.9999999Z", "2027-01-01T00:00:00.000000"),
+        ("2026-12-31T23:59:59.999999999+00:00", "2027-01-01T00:00:00.000000"),
+        ("2026-12-31T23:59:60.5Z", "2026-12-31T23:59:59.999999"),
+        ("9999-12-31T23:59:59.9999999Z", "9999-12-31T23:59:59.999999"),
+        ("0001-01-01T00:00:00.0000005Z", "0001-01-01T00:00:00.000001"),
+    ],
+)
+def test_a_time_is_rounded_to_the_microsecond_however_it_is_spelled(time: str, rounded: str, leniently: bool) -> None:
+    for spelling in (time, time.replace("T", "t"), time.replace("T", " "), time.replace("Z", "z")):
+        at = occurred_at(spelling, leniently=leniently)
+        assert at.isoformat(timespec="microseconds") == f"{rounded}+00:00"
+
+
+@given(st.text("0123456789", min_size=1, max_size=12), st.sampled_from(["Z", "+00:00", "-05:30", "+14:00"]))
+def test_quick_and_lenient_reading_round_alike(digits: str, zone: str) -> None:
+    time = f"2026-12-31T23:59:59.{digits}{zone}"
+    assert occurred_at(time, leniently=False) == occurred_at(time, leniently=True)

@@ -18,7 +18,7 @@ from unittest import mock
 
 import anyio
 import pytest
-from harness import QUICK, SOON, Harness, Recorder, nothing_pending, quick, until
+from harness import QUICK, SOON, Harness, Recorder, StepByStep, nothing_pending, quick, until
 
 from anybus import (
     DROP,
@@ -253,12 +253,19 @@ async def test_an_end_by_a_failure_tells_the_failure(topic: str, recorder: Recor
     assert event.error is caught.value
 
 
+class WithoutGroups(StepByStep):
+    """Makes no group."""
+
+    async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
+        raise BackendError("no right to make groups", may_have_happened=False, can_pass=False)
+
+
 async def test_a_subscription_that_never_began_tells_neither_start_nor_end(
     harness: Harness, topic: str, recorder: Recorder
 ) -> None:
-    async with StreamBus(harness.make_backend(), quick(recorder)) as bus:
-        with pytest.raises(ValidationError):
-            async with bus.subscribe(SubscriptionConfig(topic, "g", group_start_id="nonsense"), succeed):
+    async with StreamBus(WithoutGroups(harness.make_backend()), quick(recorder)) as bus:
+        with pytest.raises(BackendError, match="no right to make groups"):
+            async with bus.subscribe(SubscriptionConfig(topic, "g"), succeed):
                 raise AssertionError("the body must not run")
     assert recorder.of("on_started") == recorder.of("on_ended") == []
 

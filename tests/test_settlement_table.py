@@ -82,6 +82,8 @@ def expected(outcome: Outcome, mode: AckMode, attempt: int, deliveries: int | No
         return Report()
     if outcome is Outcome.GAVE_UP:
         return DeadLetter("gave-up", "why", "E")
+    if outcome is Outcome.INVALID:
+        return DeadLetter("invalid", "why", "E")
     if outcome in FAILURES:
         if attempt > MAX_RETRY:
             return DeadLetter("retries", "why", "E")
@@ -406,6 +408,6 @@ def test_a_retry_with_a_delay_that_is_no_duration_is_refused(value: Any) -> None
 def test_every_combination_of_outcome_and_mode_is_in_the_table_above() -> None:
     modes: tuple[AckMode, ...] = (AUTO, MANUAL, ON_RECEIVE)
     pairs = set(itertools.product(Outcome, modes))
-    assert len(pairs) == len(Outcome) * 3 == 36
+    assert len(pairs) == len(Outcome) * 3 == 39
     for outcome, mode in pairs:
         assert expected(outcome, mode, 1, 1) is not None

@@ -27,11 +27,10 @@ class ExponentialBackoff:
     jitter: bool = True
 
     def __post_init__(self) -> None:
-        check_delay("initial", self.initial)
-        check_delay("maximum", self.maximum)
+        for name in ("initial", "maximum", "factor"):
+            object.__setattr__(self, name, check_delay(name, getattr(self, name)))
         if not isinstance(self.jitter, bool):
             refuse("jitter", self.jitter, "a bool")
-        check_delay("factor", self.factor)
         if not 1 <= self.factor <= 1e6:
             refuse("factor", self.factor, "a number from 1 to 1,000,000")
         if self.maximum < self.initial:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Iterable
@@ -11,12 +9,13 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import anyio
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
+from ._callables import check_async_function
 from ._cancellation import persist
 from ._checks import refuse
 from ._clock import loop_clock
@@ -306,7 +305,8 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         :param topic: the application's topic, from which they came, and to which they go back.
         :param dead_letter_topic: where they are; None = ``<topic>.dead``.
         :param group: the group that gave them up.
-        :param code: why: ``rejected``, ``retries``, ``deliveries``, ``malformed``...
+        :param code: why: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``, ``deliveries`` or
+            ``malformed``. Letters of another implementation may have other codes: list them without this filter.
         :param since: given up at this time or later.
         :param until: given up before this time.
         :param key: the message's key.
@@ -334,7 +334,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         :raises ValidationError: if the configuration, or the handler, is refused.
         :raises ClosedError: if the bus is not open.
         """
-        _check_handler(handler)
+        check_async_function("handler", handler, "an async function of one Delivery")
         return Entered("the subscription", self._subscription(self._checked(config), handler))
 
     async def consume(
@@ -480,15 +480,3 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
 async def _all_ended(subscriptions: Iterable[Subscription]) -> None:
     for subscription in subscriptions:
         await subscription._ended.wait()
-
-
-def _check_handler(handler: Any) -> None:
-    function = handler
-    while isinstance(function, functools.partial):
-        function = function.func
-    if inspect.isclass(function):
-        refuse("handler", handler, "an async function of one Delivery, not a class")
-    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is async is a fine handler
-    ):
-        refuse("handler", handler, "an async function of one Delivery")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Annotated, Any
 
 import msgspec
@@ -63,6 +63,8 @@ class _LenientEnvelope(msgspec.Struct):
     message: _LenientBody
 
 
+_LAST = datetime.max.replace(tzinfo=timezone.utc)
+
 _TIME = re.compile(
     r"(?P<date>\d{4}-\d\d-\d\d)[Tt ](?P<time>\d\d:\d\d):(?P<second>\d\d)(?:\.(?P<fraction>\d+))?"
     r"(?P<zone>[Zz]|[+-]\d\d:[0-5]\d)",
@@ -110,19 +112,21 @@ def _message(body: _Body) -> Message:
 
 
 def _time(text: str) -> datetime:
-    """RFC 3339 in any spelling that the wire allows; digits beyond the microsecond are cut."""
+    """RFC 3339 in any spelling that the wire allows, rounded half up to the microsecond, as msgspec does it."""
     match = _TIME.fullmatch(text)
     if match is None:
         raise ValueError(f"{text[:40]!r} is not a time with a zone")
     second = match["second"]
     zone = "+00:00" if match["zone"] in "Zz" else match["zone"]
-    fraction = (match["fraction"] or "")[:6].ljust(6, "0")
-    leap = second == "60"
-    if leap:
+    digits = match["fraction"] or ""
+    if second == "60":
         # Read as the last microsecond before: Python has no leap seconds.
-        second, fraction = "59", "999999"
-    time = datetime.fromisoformat(f"{match['date']}T{match['time']}:{second}.{fraction}{zone}")
-    return time.astimezone(timezone.utc)
+        second, digits = "59", "999999"
+    time = datetime.fromisoformat(f"{match['date']}T{match['time']}:{second}.{digits[:6].ljust(6, '0')}{zone}")
+    time = time.astimezone(timezone.utc)
+    if digits[6:7] >= "5" and time != _LAST:
+        time += timedelta(microseconds=1)
+    return time
 
 
 def _base64(text: str) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from ._checks import plain_text
 from ._message import Headers, Message
 
 MAX_REASON_BYTES: Final = 1024
@@ -30,6 +31,7 @@ def stream_base(topic: str) -> str:
 
     Of a topic with braces in its name the base tells its length, so that no two topics share one.
     """
+    topic = plain_text(topic)
     if "{" not in topic and "}" not in topic:
         return f"anybus:{{{topic}}}"
     rest = topic.partition("{")[2]
@@ -39,7 +41,7 @@ def stream_base(topic: str) -> str:
 
 def retry_stream(topic: str, group: str) -> str:
     """The name of a group's own retry stream, the same on every backend."""
-    return f"{stream_base(topic)}:retry:{group}"
+    return f"{stream_base(topic)}:retry:{plain_text(group)}"
 
 
 def failed_attempts(headers: Mapping[str, str]) -> int:

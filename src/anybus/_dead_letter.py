@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TypeVar
 
-from ._checks import check_name, check_text, check_time, check_topic, refuse
+from ._checks import check_choice, check_name, check_text, check_time, check_topic, refuse
 from ._copies import restored
 from ._message import Message
+from ._settlement import CODES
 from .abc import StoredEntry
 from .abc._dead_letters import RAW_PREFIX
 
@@ -27,7 +28,8 @@ class DeadLetter:
     :ivar raw: the fields of a malformed entry; empty if they are too large to be listed.
     :ivar raw_sizes: bytes of each of those fields, listed or not.
     :ivar reason: why, in words.
-    :ivar code: why: ``rejected``, ``retries``, ``deliveries``, ``malformed``...
+    :ivar code: why: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``, ``deliveries``, ``malformed``;
+        another one if another implementation or a later version wrote it.
     :ivar error_type: the exception's type.
     :ivar topic: the first entry's topic.
     :ivar first_id: the first entry's id.
@@ -97,16 +99,11 @@ class LetterFilter:
     key: str | None = None
 
     def __post_init__(self) -> None:
-        check_topic("topic", self.topic)
-        if self.group is not None:
-            check_name("group", self.group)
-        if self.code is not None:
-            check_name("code", self.code)
-        if self.key is not None:
-            check_text("key", self.key)
-        for name in ("since", "until"):
+        object.__setattr__(self, "topic", check_topic("topic", self.topic))
+        checks = {"group": check_name, "code": _check_code, "key": check_text, "since": check_time, "until": check_time}
+        for name, check in checks.items():
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, check_time(name, getattr(self, name)))
+                object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.since is not None and self.until is not None and self.until <= self.since:
             refuse("until", self.until, f"later than since ({self.since})")
 
@@ -119,6 +116,12 @@ class LetterFilter:
             and (self.until is None or (letter.at is not None and letter.at < self.until))
             and (self.key is None or (letter.message is not None and letter.message.key == self.key))
         )
+
+
+def _check_code(field: str, value: object) -> str:
+    # Otherwise a code that is misspelt is an empty list of dead letters. Others than ours may have other codes: such
+    # letters are found without this filter.
+    return check_choice(field, value, CODES)
 
 
 def _raw(fields: Mapping[str, T]) -> dict[str, T]:

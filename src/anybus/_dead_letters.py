@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ._checks import check_int, check_name, check_topic, refuse
+from ._checks import check_choice, check_int, check_name, check_text, check_topic, refuse
 from ._dead_letter import DeadLetter, LetterFilter
 from ._dead_letter_pages import PAGE_BYTES, AllMatching, Chosen, LetterIterator
 from ._errors import UnsupportedError
-from ._replay import Pace, Replay, ReplayProgress, ReplayReport, ReplayTarget, check_progress
+from ._replay import REPLAY_TARGETS, Pace, Replay, ReplayProgress, ReplayReport, ReplayTarget, check_progress
 from ._reporting import Reporter
 from .abc import DeadLetterStore, StreamBackend
 
@@ -72,9 +72,9 @@ class DeadLetters:
         :param after: a dead letter's id: begin behind it; None = with the oldest.
         :raises ValidationError: if ``after`` is no entry's id, or ``limit`` is less than 1.
         """
-        check_int("limit", limit, least=1)
+        limit = check_int("limit", limit, least=1)
         if after is not None:
-            check_name("after", after)
+            after = check_name("after", after)
         source = AllMatching(self._store, self._stream, self._only, self._check_open, after=after, count=limit)
         letters: list[DeadLetter] = []
         left = PAGE_BYTES
@@ -110,8 +110,7 @@ class DeadLetters:
         :raises ValidationError: if a parameter is refused.
         """
         chosen = _chosen(letters)
-        if to not in ("topic", "group"):
-            refuse("to", to, "'topic' or 'group'")
+        to = check_choice("to", to, REPLAY_TARGETS, allowed="'topic' or 'group'")
         pace = Pace(rate)
         check_progress(on_progress)
         replay = Replay(self._store, self._stream, self._only.topic, to, dry_run, on_progress, self._reporter)
@@ -152,7 +151,7 @@ def _chosen(letters: Any) -> list[str] | None:
     for letter in cast("Iterable[object]", letters):
         if not isinstance(letter, (str, DeadLetter)):
             refuse("letters", letter, "an iterable of dead letters or their ids, or None")
-        ids[letter if isinstance(letter, str) else letter.id] = None
+        ids[check_text("letters", letter if isinstance(letter, str) else letter.id)] = None
     return list(ids)
 
 
@@ -167,7 +166,8 @@ def open_dead_letters(
     """For :meth:`anybus.StreamBus.dead_letters`, and with its errors."""
     if stream is None:
         stream = f"{only.topic}.dead"
-    if check_topic("dead_letter_topic", stream) == only.topic:
+    stream = check_topic("dead_letter_topic", stream)
+    if stream == only.topic:
         refuse("dead_letter_topic", stream, "another topic than the one that they come from")
     if not isinstance(backend, DeadLetterStore):
         raise UnsupportedError(

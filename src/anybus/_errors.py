@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EventBusError(Exception):
     """Base of every error that the library raises."""
@@ -32,7 +34,15 @@ class HandlerTimeoutError(EventBusError, TimeoutError):
 
 
 class SerializationError(EventBusError):
-    """A payload could not be turned into bytes, or bytes not into what was asked for."""
+    """A payload could not be turned into bytes, or bytes not into what was asked for.
+
+    :ivar payload_of: the uid of the message whose payload could not be read by :meth:`Message.json`; None = the error
+        is about something else. Raised by the handler of that very message, it is not retried.
+    """
+
+    def __init__(self, message: str = "", *, payload_of: str | None = None) -> None:
+        super().__init__(message)
+        self.payload_of = payload_of
 
 
 class BackendError(EventBusError):
@@ -53,6 +63,8 @@ class BackendError(EventBusError):
 class GroupLostError(BackendError):
     """The consumer group (or its whole stream) has vanished from the backend. The bus makes it again.
 
+    :ivar stream: the stream whose group it was.
+    :ivar group: the group.
     :ivar safe_id: the id up to which every member of the group had settled everything, if the backend knows;
         the group is made again there, else at ``"0"``.
     """
@@ -65,11 +77,16 @@ class GroupLostError(BackendError):
         self.group = group
         self.safe_id = safe_id
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is copied and pickled by calling its type with what it says, unless it tells otherwise.
+        return type(self), (self.stream, self.group, self.safe_id), self.__dict__
+
 
 def words(error: BaseException) -> str:
     """What an exception says; its type's name if it says nothing, or cannot."""
     try:
-        return str(error) or type(error).__name__
+        # Plain: what str() returns may be of a subclass of str.
+        return str.__str__(str(error)) or type(error).__name__
     except Exception:
         return type(error).__name__
 

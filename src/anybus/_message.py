@@ -10,8 +10,9 @@ from typing import Any, TypeVar, overload
 
 import msgspec
 
-from ._checks import check_name, check_text, check_time, check_topic, refuse
-from ._errors import SerializationError, ValidationError
+from . import _json
+from ._checks import PLAIN_TIMES, check_bytes, check_name, check_text, check_time, check_topic, refuse
+from ._errors import ValidationError
 from ._schema import Schema
 from ._trace import TraceContext
 
@@ -24,10 +25,7 @@ class Headers(Mapping[str, str]):
     __slots__ = ("_items",)
 
     def __init__(self, items: Mapping[str, str] | None = None) -> None:
-        self._items: dict[str, str] = dict(items) if items else {}
-        for name, value in self._items.items():
-            check_text("header name", name)
-            check_text(f"header {name!r}", value)
+        self._items: dict[str, str] = {} if items is None else _plain_headers(dict(items))
 
     @classmethod
     def trusted(cls, items: dict[str, str]) -> Headers:
@@ -62,22 +60,19 @@ class Headers(Mapping[str, str]):
         return Headers({**self._items, **other})
 
 
+def _plain_headers(given: dict[str, str]) -> dict[str, str]:
+    for name, value in given.items():
+        if not (type(name) is type(value) is str and name.isascii() and value.isascii()):
+            break
+    else:
+        return given
+    headers = {check_text("header name", name): check_text(f"header {name!r}", value) for name, value in given.items()}
+    if len(headers) != len(given):
+        refuse("headers", given, "a mapping that holds no name twice")
+    return headers
+
+
 NO_HEADERS = Headers()
-
-
-def _are_ascii(*values: str) -> bool:
-    # str's own method: whatever is no str fails here, and what is ASCII needs no further look.
-    try:
-        return all(map(str.isascii, values))
-    except TypeError:
-        return False
-
-
-def _check_texts(message: Message, *fields: str) -> None:
-    for field in fields:
-        value = getattr(message, field)
-        if value is not None:
-            check_text(field, value)
 
 
 def new_uid() -> str:
@@ -143,41 +138,49 @@ class Message(_Envelope, frozen=True, gc=False):
     payload: bytes = b""
 
     def __post_init__(self) -> None:
-        check_topic("topic", self.topic)
+        topic = check_topic("topic", self.topic)
+        if type(self.topic) is not str:
+            _set(self, "topic", topic)
         if type(self.payload) is not bytes:
-            if not isinstance(self.payload, (bytes, bytearray, memoryview)):
-                refuse("payload", self.payload, "bytes (for JSON use Message.from_json)")
-            _set(self, "payload", bytes(self.payload))
-        if not _are_ascii(self.uid, self.key, self.kind, self.source):
+            _set(self, "payload", check_bytes("payload", self.payload, "bytes (for JSON use Message.from_json)"))
+        uid, key, kind, source = self.uid, self.key, self.kind, self.source
+        # The way of nearly every message: plain, and what is ASCII needs no further look.
+        if not (
+            type(uid) is type(key) is type(kind) is type(source) is str
+            and uid.isascii()
+            and key.isascii()
+            and kind.isascii()
+            and source.isascii()
+        ):
             for field in ("uid", "key", "kind", "source"):
-                check_text(field, getattr(self, field))
+                _set(self, field, check_text(field, getattr(self, field)))
         if type(self.headers) is not Headers:
             if not isinstance(self.headers, Mapping):
                 refuse("headers", self.headers, "a mapping of str to str")
             _set(self, "headers", Headers(self.headers))
-        if self.occurred_at.__class__ is not datetime or self.occurred_at.tzinfo is not timezone.utc:
+        if type(self.occurred_at) not in PLAIN_TIMES or self.occurred_at.tzinfo is not timezone.utc:
             _set(self, "occurred_at", check_time("occurred_at", self.occurred_at))
         if self.expires_at is not None:
             _set(self, "expires_at", check_time("expires_at", self.expires_at))
         if not (self.content_type is self.event_version is self.trace_uid is self.correlation_uid is None):
-            _check_texts(self, "content_type", "event_version", "trace_uid", "correlation_uid")
-        if self.idempotency_key:
-            check_name("idempotency_key", self.idempotency_key)
-        elif self.idempotency_key is not None and self.idempotency_key != "":
-            refuse("idempotency_key", self.idempotency_key, "a str")
+            for field in ("content_type", "event_version", "trace_uid", "correlation_uid"):
+                value = getattr(self, field)
+                if value is not None and not (type(value) is str and value.isascii()):
+                    _set(self, field, check_text(field, value))
+        if self.idempotency_key is not None:
+            given = check_text("idempotency_key", self.idempotency_key)
+            _set(self, "idempotency_key", check_name("idempotency_key", given) if given else given)
 
     @classmethod
     def from_json(cls, topic: str, obj: Any, **fields: Any) -> Message:
         """A message whose payload is ``obj`` as JSON, its content type ``application/json`` unless given.
 
-        :param obj: anything msgspec can encode: builtins, dataclasses, Structs, datetimes, UUIDs...
+        :param obj: anything msgspec can encode (builtins, dataclasses, Structs, datetimes, UUIDs...), or a model with
+            ``model_dump_json``, as Pydantic's; models may also stand inside the others.
         :param fields: further fields, as of the class itself.
-        :raises SerializationError: if ``obj`` cannot be written as JSON.
+        :raises SerializationError: if ``obj`` cannot be written as JSON, which has no NaN and no infinity.
         """
-        try:
-            payload = msgspec.json.encode(obj)
-        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            raise SerializationError(f"{type(obj).__name__} cannot be written as JSON: {error}") from error
+        payload = _json.write(obj)
         fields.setdefault("content_type", "application/json")
         return cls(topic, payload, **fields)
 
@@ -190,12 +193,13 @@ class Message(_Envelope, frozen=True, gc=False):
     def json(self, type: Any = None) -> Any:
         """The payload, read as JSON; with ``type`` (a dataclass, a Struct, ``list[int]``...) checked against it.
 
-        :raises SerializationError: if the payload is not JSON, or not of that type.
+        :param type: what msgspec can check against, or a class with ``model_validate_json``, as Pydantic's models;
+            models may also stand inside the others (``list[Order]``).
+        :raises SerializationError: if the payload is not JSON, or not of that type, or the type cannot be used. A
+            handler that lets this out for its own message gives it up at once, with the code ``invalid``: trying again
+            would not help.
         """
-        try:
-            return msgspec.json.decode(self.payload, type=Any if type is None else type)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise SerializationError(f"the payload of message {self.uid} could not be read: {error}") from error
+        return _json.read(self.payload, type, self.uid)
 
     def replace(self, **changes: Any) -> Message:
         """A copy with some fields changed.

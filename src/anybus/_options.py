@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ._backoff import ExponentialBackoff
-from ._checks import check_delay, check_int, check_name, check_topic, refuse
+from ._callables import check_function
+from ._checks import check_choice, check_delay, check_int, check_name, check_start_id, check_topic, refuse
 from ._message import Headers
 from ._policies import Backoff, CircuitBreaker, Rules, check_backoff, check_no_contradiction, check_rules
 from .abc._observer import Observer
@@ -17,8 +18,9 @@ AckMode = Literal["auto-on-handler-success", "manual", "auto-on-receive"]
 Guarantee = Literal["at-least-once", "at-most-once"]
 OnLeaseLost = Literal["continue", "cancel"]
 
-GUARANTEES: Final = ("at-least-once", "at-most-once")
-ACK_MODES: Final = ("auto-on-handler-success", "manual", "auto-on-receive")
+GUARANTEES: Final[tuple[Guarantee, ...]] = ("at-least-once", "at-most-once")
+ACK_MODES: Final[tuple[AckMode, ...]] = ("auto-on-handler-success", "manual", "auto-on-receive")
+LEASE_LOST: Final[tuple[OnLeaseLost, ...]] = ("continue", "cancel")
 LABEL_SUFFIX_BYTES: Final = 17
 DEFAULT_BACKOFF: Final = ExponentialBackoff()
 DEFAULT_MAX_RETRY: Final = 3
@@ -38,8 +40,17 @@ DROP: Final = Drop.DROP
 """As ``dead_letter_topic``: what would become a dead letter is acknowledged and dropped instead."""
 
 
-def _check_start_id(value: object) -> None:
-    check_name("group_start_id", value)
+def _keep(options: StreamBusOptions | SubscriptionConfig, name: str, value: object) -> None:
+    """Keep what a check returned in the place of what was given."""
+    object.__setattr__(options, name, value)
+
+
+def _check_observer(observer: object) -> None:
+    if not isinstance(observer, Observer):
+        refuse("observer", observer, "an instance of anybus.Observer, or None")
+    for name in vars(Observer):
+        if name.startswith("on_"):
+            check_function(f"observer.{name}", getattr(observer, name), "a plain function of one BusEvent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +65,8 @@ class StreamBusOptions:
         seconds, and report it.
     :param claim_scan_batch_size: how many entries one reclaim takes at most.
     :param reclaim_interval: the pause between passes over idle entries and retries that are due.
-    :param group_start_id: where a group that is made begins: ``"$"`` = only what comes after, ``"0"`` = from the start.
+    :param group_start_id: where a group that is made begins: ``"$"`` = only what comes after, ``"0"`` = from the start,
+        an entry's id = after that entry.
     :param publish_timeout: bounds a publish, waiting for a connection included.
     :param ack_batch_size: so many acknowledgements waiting are sent at once.
     :param ack_flush_interval: at the latest after this long they are sent anyway.
@@ -82,17 +94,16 @@ class StreamBusOptions:
 
     def __post_init__(self) -> None:
         for name in ("block_timeout", "claim_idle_timeout", "reclaim_interval", "publish_timeout", "cleanup_timeout"):
-            check_delay(name, getattr(self, name), positive=True)
-        check_delay("ack_flush_interval", self.ack_flush_interval)
-        check_delay("close_timeout", self.close_timeout)
+            _keep(self, name, check_delay(name, getattr(self, name), positive=True))
+        for name in ("ack_flush_interval", "close_timeout"):
+            _keep(self, name, check_delay(name, getattr(self, name)))
+        for name, least in (("claim_scan_batch_size", 1), ("ack_batch_size", 1), ("max_payload_bytes", 0)):
+            _keep(self, name, check_int(name, getattr(self, name), least=least))
         if not isinstance(self.change_lease, bool):
             refuse("change_lease", self.change_lease, "True or False")
-        check_int("claim_scan_batch_size", self.claim_scan_batch_size, least=1)
-        check_int("ack_batch_size", self.ack_batch_size, least=1)
-        check_int("max_payload_bytes", self.max_payload_bytes, least=0)
-        _check_start_id(self.group_start_id)
-        if self.observer is not None and not isinstance(self.observer, Observer):
-            refuse("observer", self.observer, "an instance of anybus.Observer, or None")
+        _keep(self, "group_start_id", check_start_id("group_start_id", self.group_start_id))
+        if self.observer is not None:
+            _check_observer(self.observer)
 
 
 @dataclass(frozen=True)
@@ -143,33 +154,33 @@ class SubscriptionConfig:
     on_lease_lost: OnLeaseLost = field(default="continue", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_topic("topic", self.topic)
-        check_name("group", self.group)
-        check_name("consumer", self.consumer, max_bytes=256 - LABEL_SUFFIX_BYTES)
-        if self.guarantee is not None and self.guarantee not in GUARANTEES:
-            refuse("guarantee", self.guarantee, f"one of {', '.join(GUARANTEES)}, or None")
-        if self.ack_mode is not None and self.ack_mode not in ACK_MODES:
-            refuse("ack_mode", self.ack_mode, f"one of {', '.join(ACK_MODES)}, or None")
-        check_int("max_in_flight", self.max_in_flight, least=1)
-        if self.max_pending_acks is not None:
-            check_int("max_pending_acks", self.max_pending_acks, least=1)
-            if self.max_pending_acks < self.max_in_flight:
-                refuse("max_pending_acks", self.max_pending_acks, f"at least max_in_flight ({self.max_in_flight})")
-        if self.max_retry is not None:
-            check_int("max_retry", self.max_retry, least=0)
-        if self.max_deliveries is not None:
-            # Below four an entry would be given up on before it had once been handled alone, as a suspect.
-            check_int("max_deliveries", self.max_deliveries, least=4)
+        _keep(self, "topic", check_topic("topic", self.topic))
+        _keep(self, "group", check_name("group", self.group))
+        _keep(self, "consumer", check_name("consumer", self.consumer, max_bytes=256 - LABEL_SUFFIX_BYTES))
+        if self.guarantee is not None:
+            allowed = f"one of {', '.join(GUARANTEES)}, or None"
+            _keep(self, "guarantee", check_choice("guarantee", self.guarantee, GUARANTEES, allowed=allowed))
+        if self.ack_mode is not None:
+            allowed = f"one of {', '.join(ACK_MODES)}, or None"
+            _keep(self, "ack_mode", check_choice("ack_mode", self.ack_mode, ACK_MODES, allowed=allowed))
+        _keep(self, "max_in_flight", check_int("max_in_flight", self.max_in_flight, least=1))
+        # Fewer deliveries than four, and an entry would be given up on before it had once been handled alone, as a
+        # suspect.
+        for name, least in (("max_pending_acks", 1), ("max_retry", 0), ("max_deliveries", 4)):
+            if getattr(self, name) is not None:
+                _keep(self, name, check_int(name, getattr(self, name), least=least))
+        if self.max_pending_acks is not None and self.max_pending_acks < self.max_in_flight:
+            refuse("max_pending_acks", self.max_pending_acks, f"at least max_in_flight ({self.max_in_flight})")
         self._check_retry_policy()
         self._check_dead_letter_topic()
         if self.circuit is not None and not isinstance(self.circuit, CircuitBreaker):
             refuse("circuit", self.circuit, "an anybus.CircuitBreaker, or None")
         if self.handler_timeout is not None:
-            check_delay("handler_timeout", self.handler_timeout, positive=True)
+            _keep(self, "handler_timeout", check_delay("handler_timeout", self.handler_timeout, positive=True))
         if self.group_start_id is not None:
-            _check_start_id(self.group_start_id)
-        if self.on_lease_lost not in ("continue", "cancel"):
-            refuse("on_lease_lost", self.on_lease_lost, "'continue' or 'cancel'")
+            _keep(self, "group_start_id", check_start_id("group_start_id", self.group_start_id))
+        on_lease_lost = check_choice("on_lease_lost", self.on_lease_lost, LEASE_LOST, allowed="'continue' or 'cancel'")
+        _keep(self, "on_lease_lost", on_lease_lost)
         self._check_guarantee()
 
     def _check_guarantee(self) -> None:
@@ -198,14 +209,14 @@ class SubscriptionConfig:
         give_up_on = check_rules("give_up_on", self.give_up_on)
         check_no_contradiction(retry_on, give_up_on)
         if self.max_age is not None:
-            check_delay("max_age", self.max_age, positive=True)
-        object.__setattr__(self, "retry_backoff", check_backoff(self.retry_backoff))
-        object.__setattr__(self, "retry_on", retry_on)
-        object.__setattr__(self, "give_up_on", give_up_on)
+            _keep(self, "max_age", check_delay("max_age", self.max_age, positive=True))
+        _keep(self, "retry_backoff", check_backoff(self.retry_backoff))
+        _keep(self, "retry_on", retry_on)
+        _keep(self, "give_up_on", give_up_on)
 
     def _check_dead_letter_topic(self) -> None:
         if self.dead_letter_topic is not None and self.dead_letter_topic is not DROP:
-            check_topic("dead_letter_topic", self.dead_letter_topic)
+            _keep(self, "dead_letter_topic", check_topic("dead_letter_topic", self.dead_letter_topic))
             if self.dead_letter_topic == self.topic:
                 refuse("dead_letter_topic", self.dead_letter_topic, "another topic than the subscription's own")
         if self.dead_letter_topic is None:

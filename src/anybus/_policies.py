@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Union, cast
 
 from ._backoff import DelayList, ExponentialBackoff
+from ._callables import check_function
 from ._checks import check_delay, check_int, refuse
 from ._message import Message
 from ._verdicts import Reject, Retry
@@ -58,8 +59,8 @@ class CircuitBreaker:
     pause: float = 30.0
 
     def __post_init__(self) -> None:
-        check_int("failures", self.failures, least=1)
-        check_delay("pause", self.pause, positive=True)
+        object.__setattr__(self, "failures", check_int("failures", self.failures, least=1))
+        object.__setattr__(self, "pause", check_delay("pause", self.pause, positive=True))
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def check_backoff(value: Any) -> Backoff:
         return tuple(check_delay("retry_backoff", delay) for delay in listed)
     if not callable(value) or inspect.isclass(value):
         refuse("retry_backoff", value, _BACKOFFS)
-    _refuse_async("retry_backoff", value)
+    check_function("retry_backoff", value, "a plain function of an anybus.Failure")
     return cast("BackoffFunction", value)
 
 
@@ -118,7 +119,7 @@ def _check_rule(field: str, rule: Any) -> None:
         if issubclass(rule, (Retry, Reject)):
             refuse(field, rule, "another type than Retry and Reject, which always mean what they say")
     elif callable(rule):
-        _refuse_async(field, rule)
+        check_function(field, rule, "a plain function of an exception")
     else:
         refuse(field, rule, _RULES)
 
@@ -142,8 +143,3 @@ def check_no_contradiction(retry_on: tuple[Rule, ...] | None, give_up_on: tuple[
 
 def _covers(rule: Rule, other: Rule) -> bool:
     return isinstance(rule, type) and isinstance(other, type) and issubclass(other, rule)
-
-
-def _refuse_async(field: str, function: Any) -> None:
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
-        refuse(field, function, "a plain function, not an async one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,8 @@ from typing import Any, Final, Literal
 
 import anyio
 
-from ._checks import refuse
+from ._callables import check_function
+from ._checks import check_number, refuse
 from ._copies import restored, retry_stream
 from ._dead_letter import DeadLetter
 from ._dead_letter_pages import PAGE_COUNT, Found
@@ -25,6 +25,7 @@ STEPS_PER_SECOND: Final = 20
 _MOST: Final = sys.float_info.max
 
 ReplayTarget = Literal["topic", "group"]
+REPLAY_TARGETS: Final[tuple[ReplayTarget, ...]] = ("topic", "group")
 ReplayOutcome = Literal["replayed", "gone", "failed"]
 
 
@@ -67,11 +68,8 @@ class ReplayProgress:
 
 
 def check_progress(function: Any) -> None:
-    if function is None:
-        return
-    called = getattr(function, "__call__", None)  # noqa: B004 - an object may be called, too
-    if called is None or inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called):
-        refuse("on_progress", function, "a plain function of one ReplayProgress, or None")
+    if function is not None:
+        check_function("on_progress", function, "a plain function of one ReplayProgress", otherwise=", or None")
 
 
 class Pace:
@@ -84,7 +82,8 @@ class Pace:
         if rate is None:
             return
         allowed = "a positive, finite number of messages per second, or None"
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < _MOST:
+        rate = check_number("rate", rate, allowed)
+        if not 0 < rate < _MOST:
             refuse("rate", rate, allowed)
         self._interval = 1 / rate
         if math.isinf(self._interval):

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Final, Literal, Union, get_args
 
 from ._backoff import DelayList, ExponentialBackoff
 from ._options import AckMode
 
 SUSPECT_AFTER = 3
 """So many hand-overs without an outcome make an entry a suspect."""
+
+
+DeadLetterCode = Literal["rejected", "retries", "gave-up", "expired", "deliveries", "malformed", "invalid"]
+CODES: Final[tuple[DeadLetterCode, ...]] = get_args(DeadLetterCode)
+"""Why a message was given up: all that this version writes."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Outcome(enum.Enum):
     TIMED_OUT = "timed out"
     RETRY = "retry asked for"
     GAVE_UP = "not to be retried"
+    INVALID = "its payload cannot be read"
     REJECTED = "rejected"
     CANCELLED = "cancelled"
     RELEASED = "released"
@@ -86,9 +92,9 @@ class RetryAt:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """Give it up. ``code`` is ``rejected``, ``retries``, ``gave-up``, ``expired``, ``deliveries`` or ``malformed``."""
+    """Give it up."""
 
-    code: str
+    code: DeadLetterCode
     reason: str
     error_type: str = ""
 
@@ -170,6 +176,8 @@ def decide(
         return Release() if not result.delay else RetryAt(now + result.delay, result.delay, attempt, result.reason)
     if outcome is Outcome.GAVE_UP:
         return DeadLetter("gave-up", result.reason, result.error_type)
+    if outcome is Outcome.INVALID:
+        return DeadLetter("invalid", result.reason, result.error_type)
     if attempt >= policy.max_attempts:
         return DeadLetter("retries", result.reason, result.error_type)
     delay = policy.backoff.delay(attempt, draw) if result.delay is None else result.delay

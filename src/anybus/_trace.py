@@ -31,11 +31,11 @@ class TraceContext:
     baggage: str = ""
 
     def __post_init__(self) -> None:
-        match = _TRACEPARENT.fullmatch(check_text("traceparent", self.traceparent))
+        for field in ("traceparent", "tracestate", "baggage"):
+            object.__setattr__(self, field, check_text(field, getattr(self, field)))
+        match = _TRACEPARENT.fullmatch(self.traceparent)
         if match is None or (match["version"] == "00" and match["more"]):
             refuse("traceparent", self.traceparent, "00-<32 hex digits>-<16 hex digits>-<2 hex digits>, ids not zero")
-        check_text("tracestate", self.tracestate)
-        check_text("baggage", self.baggage)
 
     @property
     def trace_id(self) -> str:

@@ -16,7 +16,7 @@ class Retry(Exception):  # noqa: N818 - a word a handler raises, not an error of
     def __init__(self, reason: str = "", *, delay: float | None = None) -> None:
         self.reason = check_text("reason", reason)
         self.delay = None if delay is None else check_delay("delay", delay)
-        super().__init__(reason or "the handler asked for a retry")
+        super().__init__(self.reason or "the handler asked for a retry")
 
 
 class Reject(Exception):  # noqa: N818 - a word a handler raises, not an error of the library
@@ -27,4 +27,4 @@ class Reject(Exception):  # noqa: N818 - a word a handler raises, not an error o
 
     def __init__(self, reason: str = "") -> None:
         self.reason = check_text("reason", reason)
-        super().__init__(reason or "rejected by the handler")
+        super().__init__(self.reason or "rejected by the handler")

@@ -9,6 +9,7 @@ from typing import Any
 
 from .._checks import check_delay
 from .._copies import first_published, wire_time
+from .._errors import SerializationError
 from .._policies import Failure, Rule
 from .._settlement import Outcome, Result
 from ._context import Context
@@ -29,12 +30,24 @@ class Judgement:
         if result.outcome not in _WEIGHED:
             return result
         # What a handler asks for itself, a retry, it gets: rules are for what it raises.
-        if result.outcome is not Outcome.RETRY and result.error is not None and self._gives_up_on(held, result.error):
-            return replace(result, outcome=Outcome.GAVE_UP)
+        if result.outcome is not Outcome.RETRY and result.error is not None:
+            if isinstance(result.error, SerializationError) and result.error.payload_of == held.message.uid:
+                # The payload stays as it is: only a rule that names such errors makes another try worth while.
+                if not self._is_named(held, result.error):
+                    return replace(result, outcome=Outcome.INVALID)
+            elif self._gives_up_on(held, result.error):
+                return replace(result, outcome=Outcome.GAVE_UP)
         asks = self._policy.backoff is not None and result.delay is None
         if asks and held.attempt < self._context.policy.max_attempts:
             return replace(result, delay=self._ask_backoff(held, result))
         return result
+
+    def _is_named(self, held: Held, error: Exception) -> bool:
+        """Whether ``retry_on`` asks for a retry that ``give_up_on`` does not forbid. Rules that fail do not count."""
+        retry_on, give_up_on = self._policy.retry_on or (), self._policy.give_up_on or ()
+        return any(self._matches(held, "retry_on", rule, error, False) for rule in retry_on) and not any(
+            self._matches(held, "give_up_on", rule, error, False) for rule in give_up_on
+        )
 
     def _gives_up_on(self, held: Held, error: Exception) -> bool:
         retry_on, give_up_on = self._policy.retry_on, self._policy.give_up_on
@@ -53,7 +66,7 @@ class Judgement:
             _discard(answer)
             raise TypeError(f"a rule must return a bool, not {type(answer).__name__}")
         except Exception as failure:
-            self._report(held, failure, f"a rule of {field} failed: the message is retried, as if it were not there")
+            self._report(held, failure, f"a rule of {field} failed: what follows is as if it were not there")
             return otherwise
 
     def _ask_backoff(self, held: Held, result: Result) -> float | None:
@@ -104,7 +117,8 @@ class Judgement:
             return None
         published_at = self.published_at(held)
         assert published_at is not None
-        reason = f"older than max_age ({self._policy.max_age} s) when it was taken: stored at {wire_time(published_at)}"
+        max_age = f"{self._policy.max_age:.15g} s"
+        reason = f"older than max_age ({max_age}) when it was taken: stored at {wire_time(published_at)}"
         return Result(Outcome.EXPIRED, reason)
 
 

@@ -44,7 +44,9 @@ from ._fate import (
 from ._judgement import Judgement
 from ._ledger import Held, Stage, Waiter
 
-_FAILURES = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.REJECTED})
+_FAILURES = frozenset(
+    {Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.INVALID, Outcome.REJECTED}
+)
 _OPEN, _SETTLING = Stage.OPEN, Stage.SETTLING  # read for every message
 
 

@@ -66,6 +66,7 @@ class StreamBackend(abc.ABC):
         """Make the stream and the group.
 
         :param start_id: ``"$"`` = only what comes after, ``"0"`` = from the start, else the id after which it begins.
+            An id is a number, or two joined by a dash.
         :return: true if it was made now, false if it existed.
         """
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
-from .._checks import check_delay, check_time
+from .._checks import check_delay, check_name, check_start_id, check_time, plain_text
 from .._errors import EventBusError, GroupLostError, UnsupportedError, ValidationError
 from .._message import Message, lift_headers
 from ..abc import (
@@ -52,7 +52,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
     )
 
     def __init__(self, name: str | None = None) -> None:
-        self._name = name
+        self._name = None if name is None else check_name("name", name)
         self._streams: dict[str, Stream] = {}
 
     async def __aenter__(self) -> Self:
@@ -69,14 +69,12 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         return f"<MemoryBackend streams={len(self._streams)}>"
 
     async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
+        start_id = check_start_id("start_id", start_id)
         await checkpoint()
-        store = self._stream(stream)
+        store, group = self._stream(stream), plain_text(group)
         if group in store.groups:
             return False
-        position = store.last if start_id == "$" else _sequence(start_id)
-        if position is None:
-            raise ValidationError(f"start_id must be '$', '0' or an entry's id, not {start_id!r}")
-        store.groups[group] = Group(position)
+        store.groups[group] = Group(store.last if start_id == "$" else _sequence(start_id))
         return True
 
     async def publish(self, stream: str, message: Message) -> str:
@@ -156,7 +154,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
             entry = pending.get(message_id)
             if entry is not None and (consumer is None or entry.consumer == consumer):
                 del pending[message_id]
-                self._streams[stream].acked(stream, entry.entry)
+                self._stream(stream).acked(stream, entry.entry)
             elif consumer is not None:
                 refused.append(message_id)
         return refused
@@ -266,7 +264,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
 
     def entries(self, stream: str) -> list[tuple[str, Message | None, Mapping[str, bytes]]]:
         """What a stream holds: id, message (None if malformed) and raw fields of each entry. For tests."""
-        store = self._streams.get(stream)
+        store = self._streams.get(plain_text(stream))
         return [] if store is None else [(entry.id, entry.message, entry.raw) for entry in store.alive()]
 
     def delete_entry(self, stream: str, entry_id: str) -> None:
@@ -275,31 +273,33 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
 
     def delete_group(self, stream: str, group: str) -> None:
         """Destroy a group, as an operator's mistake does; its safe floor is kept. For tests."""
-        store = self._stream(stream)
+        store, group = self._stream(stream), plain_text(group)
         members = store.groups.pop(group)
         store.floors[group] = members.floor()
         members.wake_all()
 
     def delete_stream(self, stream: str) -> None:
         """Delete a stream with its entries, groups and floors, as FLUSHALL does. Ids go on. For tests."""
+        stream = plain_text(stream)
         old = self._streams.pop(stream)
         self._streams[stream] = Stream(old.last)
         for members in old.groups.values():
             members.wake_all()
 
     def _stream(self, name: str) -> Stream:
+        name = plain_text(name)
         store = self._streams.get(name)
         if store is None:
             store = self._streams[name] = Stream(0)
         return store
 
     def _group_or_none(self, stream: str, group: str) -> Group | None:
-        store = self._streams.get(stream)
-        return None if store is None else store.groups.get(group)
+        store = self._streams.get(plain_text(stream))
+        return None if store is None else store.groups.get(plain_text(group))
 
     def _find(self, stream: str, group: str) -> tuple[Stream, Group]:
-        store = self._streams.get(stream)
-        members = None if store is None else store.groups.get(group)
+        store = self._streams.get(plain_text(stream))
+        members = None if store is None else store.groups.get(plain_text(group))
         if store is None or members is None:
             floor = None if store is None else store.floors.get(group)
             raise GroupLostError(stream, group, None if floor is None else f"{floor}-0")
@@ -337,7 +337,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
             return None
         ids = [self._put(output) for output in outputs]
         del members.pending[message_id]
-        self._streams[stream].acked(stream, pending.entry)
+        self._stream(stream).acked(stream, pending.entry)
         return ids
 
     def _put(self, output: Output) -> str:
@@ -361,6 +361,5 @@ def _position(pending: Pending) -> int:
     return pending.entry.sequence
 
 
-def _sequence(entry_id: str) -> int | None:
-    digits = entry_id.partition("-")[0]
-    return int(digits) if digits.isascii() and digits.isdigit() else None
+def _sequence(entry_id: str) -> int:
+    return int(entry_id.partition("-")[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 
-from ..._checks import check_delay, check_time
+from ..._checks import check_delay, check_start_id, check_time, is_entry_id
 from ..._codec import JsonCodec
 from ..._errors import BackendError, EventBusError, UnsupportedError, ValidationError
 from ..._message import Message
@@ -34,7 +34,7 @@ from ...abc import (
 from . import _scripts as scripts
 from ._client import Client
 from ._dead_letters import RedisDeadLetters
-from ._decoding import MAX_ENCODED, EntryDecoder, is_entry_id, span
+from ._decoding import MAX_ENCODED, EntryDecoder, span
 from ._errors import has_code, is_out_of_reach
 from ._keys import RESERVED, delayed, leases
 from ._leases import RedisLeases
@@ -63,7 +63,7 @@ class RedisBackend(
     One multiplexed connection carries everything that does not block; each blocking read has one of its own.
 
     :param url: ``redis://``, ``rediss://`` (TLS, verified) or ``unix://``, with user, password, database and redis-py's
-        ``ssl_…`` options in its query.
+        ``ssl_…`` options in its query. ``valkey://`` means ``redis://``, ``valkeys://`` means ``rediss://``.
     :param codec: how messages are written; JSON, as the existing Rust and Go buses do, unless given.
     :param connect_timeout: seconds that opening a connection may take.
     :param command_timeout: seconds of silence, while something waits, after which a connection counts as dead.
@@ -249,8 +249,7 @@ class RedisBackend(
             raise missing
 
     async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
-        if start_id != "$" and not is_entry_id(start_id):
-            raise ValidationError(f"start_id must be '$', '0' or an entry's id, not {start_id!r}")
+        start_id = check_start_id("start_id", start_id)
         [reply] = await self._client.mux.pipeline((("XGROUP", "CREATE", stream, group, start_id, "MKSTREAM"),))
         if isinstance(reply, ServerError):
             if has_code(reply, "BUSYGROUP"):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from ..._checks import is_entry_id
 from ..._errors import BackendError, EventBusError, ValidationError
 from ...abc import ClaimedMessage, Codec, DeadLetterStore, MalformedEntry, Move, StoredEntry
 from ...abc._dead_letters import RAW_PREFIX
 from . import _dead_letter_scripts as scripts
 from ._client import Client
-from ._decoding import EntryDecoder, is_entry_id
+from ._decoding import EntryDecoder
 from ._errors import has_code, is_out_of_reach
 from ._parts import fitting, size
 from ._protocol import Argument, ServerError

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any, Final
 
+from ..._checks import is_entry_id
 from ..._errors import SerializationError
 from ..._message import NO_HEADERS, lift_headers
 from ...abc import ClaimedMessage, Codec, FetchedEntry, MalformedEntry, MissingEntry
@@ -120,10 +121,3 @@ def span(message_ids: Sequence[str]) -> tuple[str, str]:
     """A range that most likely holds these ids: compared as text, which is right for ids of the same length."""
     low, high = min(message_ids), max(message_ids)
     return (low, high) if is_entry_id(low) and is_entry_id(high) else ("-", "+")
-
-
-def is_entry_id(text: str) -> bool:
-    """Whether the server would take this for an entry's id."""
-    milliseconds, dash, sequence = text.partition("-")
-    parts = (milliseconds, sequence) if dash else (milliseconds,)
-    return all(part.isascii() and part.isdigit() and len(part) <= 20 and int(part) < 2**64 for part in parts)

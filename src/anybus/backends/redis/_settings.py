@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis.connection
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 
-from ..._checks import check_delay, refuse
+from ..._checks import check_delay, check_text, refuse
 from ..._errors import UnsupportedError
+from ._url import MAX_DATABASE, checked_url
 
 _TLS_OPTIONS = frozenset(
     {
@@ -69,45 +68,31 @@ class Settings:
     command_timeout: float = 5.0
 
     def __post_init__(self) -> None:
-        check_delay("connect_timeout", self.connect_timeout, positive=True)
-        check_delay("command_timeout", self.command_timeout, positive=True)
+        for name in ("connect_timeout", "command_timeout"):
+            object.__setattr__(self, name, check_delay(name, getattr(self, name), positive=True))
 
     @property
     def place(self) -> str:
         """Where the server is, for people: without credentials."""
-        return self.path if self.path is not None else f"{self.host}:{self.port}"
+        if self.path is not None:
+            return self.path
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def from_url(url: str, **more: Any) -> Settings:
     """
     :raises ValidationError: if the URL cannot be understood, or asks for what is not known here.
     """
-    given = _understood(url)
-    if given is None:
-        # Neither the URL nor what the parser says of it is repeated: a password that is not escaped may be in either.
-        refuse("url", "the given URL", "redis://, rediss:// or unix:// with valid parts, user and password %-escaped")
-    secure = url.startswith("rediss://")
-    allowed = _URL_OPTIONS if secure else _URL_OPTIONS - _TLS_OPTIONS
-    unknown = sorted(parse_qs(urlsplit(url).query, keep_blank_values=True).keys() - allowed)
-    if unknown:
-        refuse("url", f"with {', '.join(unknown)}", f"without other options than {', '.join(sorted(allowed))}")
-    given.pop("connection_class", None)
-    return _settings(given, secure=secure, **more)
-
-
-def _understood(url: str) -> dict[str, Any] | None:
-    """The URL's parts by redis-py's names, where every part of it has a meaning."""
+    text = checked_url(url, _URL_OPTIONS, _TLS_OPTIONS)
     try:
-        parts = urlsplit(url)
-        given = dict(_parse_url(url))
+        given = dict(_parse_url(text))
     except (ValueError, TypeError, AttributeError):
-        return None
-    if parts.fragment:
-        return None
-    if parts.scheme == "unix":
-        return given if given.get("path") and not parts.hostname else None
-    # redis-py takes whatever is no number for the database 0.
-    return given if re.fullmatch(r"(/\d*)?/?", unquote(parts.path), re.ASCII) else None
+        # Neither the URL nor what the parser says of it is repeated: a password that is not escaped may be in either.
+        given = None
+    if given is None:
+        refuse("url", "the given URL", "one that redis-py understands, user and password %-escaped")
+    given.pop("connection_class", None)
+    return _settings(given, secure=text.startswith("rediss://"), **more)
 
 
 def from_client(client: Any, **more: Any) -> Settings:
@@ -135,16 +120,35 @@ def _settings(given: dict[str, Any], *, secure: bool, **more: Any) -> Settings:
         credentials = UsernamePasswordCredentialProvider(given.get("username"), given.get("password"))
     context = _tls_context(given) if secure else None
     return Settings(
-        host=given.get("host") or "localhost",
-        port=int(given.get("port") or 6379),
-        path=given.get("path"),
-        db=int(given.get("db") or 0),
+        host=_text("host", given) or "localhost",
+        port=_number("port", given, 6379, least=1, most=65535),
+        path=_text("path", given),
+        db=_number("db", given, 0, least=0, most=MAX_DATABASE),
         credentials=credentials,
-        client_name=given.get("client_name"),
+        client_name=_text("client_name", given),
         tls=context,
-        tls_hostname=given.get("host") or "localhost",
+        tls_hostname=_text("host", given) or "localhost",
         **more,
     )
+
+
+def _text(name: str, given: dict[str, Any]) -> str | None:
+    value = given.get(name)
+    return None if value is None else check_text(name, value)
+
+
+def _number(name: str, given: dict[str, Any], default: int, *, least: int, most: int) -> int:
+    """A number as redis-py takes it: its digits will do."""
+    value = given.get(name)
+    if value is None:
+        return default
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if not least <= number <= most:
+        refuse(name, value, f"a number from {least} to {most}")
+    return number
 
 
 def _tls_context(given: dict[str, Any]) -> ssl.SSLContext:

@@ -1,0 +1,139 @@
+"""Looking at a server's URL before redis-py reads it, which takes what it does not understand for a default.
+
+No error shows a password: one that is not %-escaped may stand in any part, so a part is shown only where it is short,
+and no ``@`` comes after it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Set as AbstractSet
+from typing import Final, NoReturn
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from ..._checks import check_url
+from ..._errors import ValidationError
+
+SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey": "redis", "valkeys": "rediss"}
+"""What each scheme means to redis-py."""
+
+_ALLOWED: Final = "redis://, rediss://, valkey://, valkeys:// or unix://"
+_LONGEST_SHOWN: Final = {"port": 5, "database": 20}
+MAX_DATABASE: Final = 2**31 - 1
+
+
+def checked_url(url: object, options: AbstractSet[str], tls_options: AbstractSet[str]) -> str:
+    """The URL with a scheme that redis-py knows, every part of it with a meaning.
+
+    :raises ValidationError: naming the part, and what is allowed there.
+    """
+    text = check_url(url, _ALLOWED)
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in SCHEMES:
+        raise ValidationError(f"url must begin with {_ALLOWED}")
+    text = f"{SCHEMES[scheme]}://{rest}"
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        _refuse("an IPv6 address, where the host is one, in brackets that are closed: redis://[::1]:6379")
+    if parts.fragment or text.endswith("#"):
+        _refuse("no '#': in a user, password or path it is written %23")
+    given = _options(parts, options if scheme in ("rediss", "valkeys") else options - tls_options)
+    if parts.scheme == "unix":
+        _check_socket(parts)
+    else:
+        _check_host(parts)
+        _check_database_path(parts, given)
+    _check_database("db", given.get("db"), parts)
+    _check_credentials(parts, given)
+    return text
+
+
+def _refuse(allowed: str) -> NoReturn:
+    raise ValidationError(f"url must have {allowed} (user and password %-escaped)")
+
+
+def _shown(what: str, value: str, parts: SplitResult) -> str:
+    """``, not 'value'`` where that can be no password."""
+    behind = f"{parts.path}?{parts.query}"
+    return "" if "@" in behind or len(value) > _LONGEST_SHOWN[what] else f", not {value!r}"
+
+
+def _unquoted(what: str, value: str) -> str:
+    try:
+        return unquote(value, errors="strict")
+    except UnicodeDecodeError:
+        _refuse(f"a {what} whose %-escapes are UTF-8")
+
+
+def _options(parts: SplitResult, known: AbstractSet[str]) -> dict[str, str]:
+    try:
+        pairs = parse_qsl(parts.query, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        _refuse("a query whose %-escapes are UTF-8")
+    except ValueError:
+        _refuse("a query that can be read")
+    given = dict(pairs)
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        named = [name for name in unknown if re.fullmatch(r"[a-z_]{1,40}", name)]
+        shown = f", not {', '.join(named)}" if len(named) == len(unknown) and "@" not in parts.query else ""
+        _refuse(f"no other options than {', '.join(sorted(known))}{shown}")
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            _refuse(f"each option once, not {name} {times} times")
+        if not given[name]:
+            _refuse(f"a value for {name}, not an empty one")
+    return given
+
+
+def _check_socket(parts: SplitResult) -> None:
+    if parts.netloc.rpartition("@")[2]:
+        _refuse("no host with unix://, and three slashes before the socket's path: unix:///run/redis.sock")
+    if not _unquoted("path", parts.path).strip("/"):
+        _refuse("the socket's path with unix://: unix:///run/redis.sock")
+
+
+def _check_host(parts: SplitResult) -> None:
+    place = parts.netloc.rpartition("@")[2]
+    host, bracket, rest = place.rpartition("]")
+    if not bracket:
+        host, _, port = place.partition(":")
+    elif rest and not rest.startswith(":"):
+        _refuse("a port after the host's brackets: redis://[::1]:6379")
+    else:
+        port = rest[1:]
+    if ":" in port:
+        _refuse("one host and one port; an IPv6 address in brackets: redis://[::1]:6379")
+    if place.endswith(":") or (port and not (_is_number(port, 65535) and int(port))):
+        _refuse(f"a port from 1 to 65535{_shown('port', port, parts)}")
+    _unquoted("host", host)
+
+
+def _check_database_path(parts: SplitResult, given: dict[str, str]) -> None:
+    path = _unquoted("path", parts.path)
+    if not re.fullmatch(r"(/[^/]*)?/?", path):
+        _refuse(f"at most one part in its path, the database: a number from 0{_shown('database', path, parts)}")
+    number = path.strip("/")
+    if number:
+        _check_database("database", number, parts)
+        if "db" in given:
+            _refuse("the database once, not in its path and as db, too")
+
+
+def _check_database(name: str, value: str | None, parts: SplitResult) -> None:
+    if value is not None and not _is_number(value, MAX_DATABASE):
+        _refuse(f"a {name} that is a number from 0 to {MAX_DATABASE}{_shown('database', value, parts)}")
+
+
+def _check_credentials(parts: SplitResult, given: dict[str, str]) -> None:
+    for name, value in (("username", parts.username), ("password", parts.password)):
+        if value:
+            _unquoted(name, value)
+            if name in given:
+                _refuse(f"the {name} once, not before the host and as an option, too")
+
+
+def _is_number(text: str, most: int) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= most
