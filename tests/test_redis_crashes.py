@@ -311,8 +311,11 @@ def test_consumers_interrupted_at_random_moments_lose_nothing(stage: Stage, inte
 
     def interrupt(number: int) -> Child:
         consumer = stage.consumer(f"interrupted-{number}", "--bare")
-        wait_until(lambda: consumer.is_connected, "a consumer to connect")
-        # Some are hit while they subscribe, most while they work.
+        # Some are hit while they subscribe, most while they work: every second one for sure, on however busy a machine.
+        if number % 2:
+            wait_until(lambda: consumer.uids("handled.g"), "a consumer to work")
+        else:
+            wait_until(lambda: consumer.is_connected, "a consumer to connect")
         time.sleep(random.random() * 0.4)
         consumer.signal(signal.SIGINT)
         try:
