@@ -86,7 +86,7 @@ def run_on(loop: str, url: str, messages: Sequence[Message], console: Console) -
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether the log should say it: thousands of retries and dead letters are expected here."""
+    """Whether the log should say it. The table accounts for the retries and dead letters, thousands of them."""
     return getattr(record, "scope", None) not in ("retried", "dead-lettered")
 
 

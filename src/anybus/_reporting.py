@@ -114,7 +114,7 @@ class Reporter:
         """What may have failed the last time has worked."""
         if self._streaks.pop(part, None) is not None:
             self.failing = bool(self._streaks)
-            say(logging.INFO, f"{part}: works again", fields=self._place(part))
+            say(logging.INFO, f"{part}: works again", fields=self._place(part.partition(" ")[0]))
 
     def log(
         self,
