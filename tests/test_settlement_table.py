@@ -29,12 +29,14 @@ from anybus._backoff import RECOVERY, DelayList, recovery_delay
 from anybus._options import ACK_MODES, AckMode
 from anybus._settlement import (
     CANCELLED,
+    CRASHED,
     RETURNED,
     SUSPECT_AFTER,
     Ack,
     DeadLetter,
     Decision,
     Leave,
+    LetGo,
     Outcome,
     Policy,
     Release,
@@ -89,6 +91,8 @@ def expected(outcome: Outcome, mode: AckMode, attempt: int, deliveries: int | No
         return RetryAt(NOW + delay, delay, attempt + 1, "why")
     if outcome is Outcome.RETURNED:
         return Leave() if mode == MANUAL else Ack()
+    if outcome is Outcome.CRASHED:
+        return LetGo()
     assert outcome in (Outcome.CANCELLED, Outcome.RELEASED)
     return Release()
 
@@ -111,6 +115,7 @@ def test_the_modes_of_the_type_are_those_of_the_table() -> None:
 def test_the_results_kept_ready_are_what_they_are_called() -> None:
     assert Result(Outcome.RETURNED) == RETURNED
     assert Result(Outcome.CANCELLED) == CANCELLED
+    assert Result(Outcome.CRASHED) == CRASHED
 
 
 def test_three_retries_mean_four_handlings() -> None:
@@ -267,6 +272,8 @@ def test_the_table_answers_everything_and_keeps_its_laws(
         assert isinstance(decision, (Release, RetryAt, Report)), "a release never gives up"
     if result.outcome is Outcome.RETURNED:
         assert isinstance(decision, {AUTO: Ack, MANUAL: Leave, ON_RECEIVE: Report}[policy.ack_mode])
+    if isinstance(decision, LetGo):
+        assert result.outcome is Outcome.CRASHED, "what has an outcome gets it"
     if isinstance(decision, Ack):
         assert result.outcome in (Outcome.RETURNED, Outcome.MISSING), "nothing that failed is acknowledged"
     if policy.ack_mode == ON_RECEIVE:
@@ -406,6 +413,6 @@ def test_a_retry_with_a_delay_that_is_no_duration_is_refused(value: Any) -> None
 def test_every_combination_of_outcome_and_mode_is_in_the_table_above() -> None:
     modes: tuple[AckMode, ...] = (AUTO, MANUAL, ON_RECEIVE)
     pairs = set(itertools.product(Outcome, modes))
-    assert len(pairs) == len(Outcome) * 3 == 36
+    assert len(pairs) == len(Outcome) * 3 == 39
     for outcome, mode in pairs:
         assert expected(outcome, mode, 1, 1) is not None

@@ -90,7 +90,9 @@ class Reporter:
         event = BusEvent(scope, topic or self._topic, self._group, self._consumer, message_id, attempt, error, detail)
         try:
             getattr(self._observer, hook)(event)
-        except Exception:
+        except (KeyboardInterrupt, SystemExit):
+            raise  # perhaps from a signal handler, which can strike anywhere
+        except BaseException:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
             logger.exception("the observer's %s raised; the bus goes on", hook)
 
 

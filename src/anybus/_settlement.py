@@ -3,8 +3,8 @@
 The theory of operation. An entry that was *taken* is first judged by :func:`on_taken`: handle it, handle it alone
 (a suspect), or give it up unhandled. A handling ends in a :class:`Result`; :func:`decide` turns that, with the
 attempt, the policy, the time and one random draw, into one decision: acknowledge, retry at a time, dead-letter,
-release, leave (manual mode: its handler returned without settling), or only report. Settling by hand goes through
-the same table, so that ``delivery.retry()`` and ``raise Retry`` cannot differ.
+release, leave (manual mode: its handler returned without settling), let go (its handler crashed), or only report.
+Settling by hand goes through the same table, so that ``delivery.retry()`` and ``raise Retry`` cannot differ.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Outcome(enum.Enum):
     GAVE_UP = "not to be retried"
     REJECTED = "rejected"
     CANCELLED = "cancelled"
+    CRASHED = "raised what is no Exception"
     RELEASED = "released"
     MALFORMED = "malformed"
     MISSING = "missing"
@@ -104,14 +105,20 @@ class Leave:
 
 
 @dataclass(frozen=True)
+class LetGo:
+    """Stop holding it and tell the server nothing: it stays pending and counted until its lease ends."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Nothing can be done any more (it was acknowledged before the start); tell the observer if it failed."""
 
 
-Decision = Union[Ack, RetryAt, DeadLetter, Release, Leave, Report]
+Decision = Union[Ack, RetryAt, DeadLetter, Release, Leave, LetGo, Report]
 
 RETURNED = Result(Outcome.RETURNED)
 CANCELLED = Result(Outcome.CANCELLED)
+CRASHED = Result(Outcome.CRASHED)
 
 
 class Verdict(enum.Enum):
@@ -166,6 +173,8 @@ def decide(
         return Leave() if policy.ack_mode == "manual" else Ack()
     if outcome is Outcome.CANCELLED:
         return Release()
+    if outcome is Outcome.CRASHED:
+        return LetGo()
     if outcome is Outcome.RELEASED:
         return Release() if not result.delay else RetryAt(now + result.delay, result.delay, attempt, result.reason)
     if outcome is Outcome.GAVE_UP:

@@ -16,7 +16,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from .._cancellation import cancellation_in, is_cancelled, is_stray, persist, sole
+from .._cancellation import cancellation_in, is_cancelled, is_crash, is_stray, persist, sole, without_cancellations
 from .._delivery import Delivery
 from .._errors import HandlerTimeoutError, words
 from .._settlement import CANCELLED, RETURNED, Outcome, Result
@@ -232,6 +232,7 @@ class HandlerPool(Taker):
                 raise
             except BaseException as error:
                 # Ctrl-C, or an exit. Not out of this task: asyncio would let it out of its loop at once.
+                self._settler.crashed(held, error)
                 self.on_fatal(error)
                 return False
             finally:
@@ -307,13 +308,16 @@ class HandlerPool(Taker):
     def _judge(self, held: Held, error: BaseException) -> Result:
         """What an exception of the handler means. A real cancellation, and what is no ``Exception``, comes out."""
         held.scope = None
+        rest = without_cancellations(error)
+        if rest is not None and not isinstance(rest, Exception):
+            if is_crash(rest):
+                self._report(held, rest, "raised what ends its subscription")
+            raise rest
         cancellation = cancellation_in(error)
         if cancellation is not None and is_cancelled():
             if cancellation is not error:
                 self._report(held, error, "failed while it was cancelled")
             raise cancellation
-        if cancellation is None and not isinstance(error, Exception):
-            raise error
         verdict = sole(error)  # a handler with a task group of its own: its Retry arrives wrapped
         settled = held.stage is not Stage.OPEN and not self._on_receive
         if isinstance(verdict, Retry) and not settled and not self._on_receive:

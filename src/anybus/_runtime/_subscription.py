@@ -195,6 +195,7 @@ class Subscription:
                         yield
                 except BaseException as error:  # noqa: ASYNC103 - raised below, when the parts have ended
                     failed_first = self._failure is not None
+                    self._settle_crashed(error)
                     self.abort()
                     if isinstance(error, anyio.get_cancelled_exc_class()):
                         raise
@@ -213,6 +214,13 @@ class Subscription:
                 raise body_error
             if failure is not None:
                 raise failure
+
+    def _settle_crashed(self, error: BaseException) -> None:
+        """The block of ``deliveries()`` is the handler of what has been handed out."""
+        # GeneratorExit means that an async generator around the block was closed: nothing has crashed.
+        if isinstance(self._taker, PullTaker) and not isinstance(error, GeneratorExit):
+            for held in self._taker.running:
+                self._settler.crashed(held, error)
 
     def _start_parts(self, tasks: TaskGroup) -> None:
         tasks.start_soon(self._watch)

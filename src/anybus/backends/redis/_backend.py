@@ -318,8 +318,10 @@ class RedisBackend(
             ]
         except EventBusError as error:
             return error
-        except Exception as error:  # a codec of the application's own that raises what it should not
-            return SerializationError(f"the codec raised {error!r}")
+        except (KeyboardInterrupt, SystemExit):
+            raise  # perhaps from a signal handler, which can strike anywhere
+        except BaseException as error:  # noqa: ASYNC103 - a codec of the application's own, which awaits nothing
+            return SerializationError(f"the codec raised {error!r}")  # noqa: ASYNC104
 
     def _transferred(self, reply: Any, items: int) -> list[list[str] | EventBusError | None]:
         results: list[list[str] | EventBusError | None] = []
