@@ -58,6 +58,7 @@ class Taker(abc.ABC):
     def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper) -> None:
         self._context = context
         self._ledger: Ledger = context.ledger
+        self._budget = context.ledger.budget
         self._waiting = context.ledger.waiting
         self._settler = settler
         self._keeper = keeper
@@ -72,7 +73,10 @@ class Taker(abc.ABC):
     def next_entry(self) -> Held | None:
         """The next entry that may start; its lease is looked at, since a process can be frozen at any moment."""
         waiting = self._waiting
+        trial = self._budget.trial
         while waiting and not self._stopped:
+            if trial is not None and not trial.may_begin(self.running):
+                return None
             held = waiting.popleft()
             if held.stage is not _WAITING:
                 continue
@@ -85,6 +89,8 @@ class Taker(abc.ABC):
                 continue
             held.stage = _OPEN
             self.running.add(held)
+            if trial is not None:
+                trial.begins(held)
             return held
         return None
 
@@ -125,6 +131,8 @@ class HandlerPool(Taker):
         self._parked: list[anyio.Event] = []
         self._tasks: TaskGroup | None = None
         self._home: contextvars.Context | None = None
+        if context.circuit is not None:
+            context.ledger.on_removed = self.wake  # on trial, the next may begin
 
     def wake(self) -> None:
         if (
@@ -133,6 +141,7 @@ class HandlerPool(Taker):
             and self._workers < self._limit
             and not self._stopped
             and self._ledger.has_waiting()
+            and (self._budget.trial is None or self._budget.trial.may_begin(self.running))
         ):
             self._add_worker()
 

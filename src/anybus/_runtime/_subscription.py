@@ -45,7 +45,11 @@ class Subscription:
         self._circuit: Circuit | None = None
         if context.circuit is not None:
             self._circuit = Circuit(
-                context.circuit, context, lambda: self._intake.shut(CIRCUIT), lambda: self._intake.open(CIRCUIT)
+                context.circuit,
+                context,
+                lambda: self._intake.shut(CIRCUIT),
+                lambda: self._intake.open(CIRCUIT),
+                lambda: self._taker.wake(),
             )
         self._settler = Settler(context) if self._circuit is None else WatchedSettler(context, self._circuit)
         self._leases = Leases(context, self._settler)
