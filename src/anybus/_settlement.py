@@ -24,8 +24,8 @@ SUSPECT_AFTER = 3
 class Policy:
     """What the table needs to know of a subscription.
 
-    :ivar counts_crashes: whether the backend counts deliveries and renews leases; without both, our own reclaims
-        would count up what we hold, and there is no crash budget.
+    :ivar counts_crashes: whether the backend counts deliveries, renews leases and releases; else our own reclaims
+        would count up what we hold or what never started, and there is no crash budget.
     """
 
     ack_mode: AckMode = "auto-on-handler-success"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Sequence, Set
+from collections.abc import Callable, Generator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TypeVar
@@ -139,8 +140,8 @@ class Budget:
 class Trial:
     """While a circuit is on trial one handling begins at a time, and few entries are taken.
 
-    At most one entry is read and one reclaimed ahead, so that neither side starves. Entries held before the trial do not
-    count: their end makes no room.
+    At most one entry is read and one reclaimed ahead, so that neither side starves. Entries held before the trial do
+    not count: their end makes no room.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -148,7 +149,7 @@ class Trial:
         self._older = frozenset(ledger.all())
         self._begun: Held | None = None
 
-    def may_begin(self, running: Set[Held]) -> bool:
+    def may_begin(self, running: AbstractSet[Held]) -> bool:
         """Whether the last handling that began is over: its handler has ended, and its entry is settled."""
         begun = self._begun
         return begun is None or (begun.stage is _GONE and begun not in running)

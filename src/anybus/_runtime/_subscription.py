@@ -49,7 +49,7 @@ class Subscription:
                 context,
                 lambda: self._intake.shut(CIRCUIT),
                 lambda: self._intake.open(CIRCUIT),
-                lambda: self._taker.wake(),
+                lambda: self._taker.wake(),  # noqa: PLW0108 - it is made below
             )
         self._settler = Settler(context) if self._circuit is None else WatchedSettler(context, self._circuit)
         self._leases = Leases(context, self._settler)
