@@ -8,6 +8,9 @@ The specification, on each event loop, on a real server, proven from the uids th
 - The same with a second, healthy subscription on the same bus: none of its messages is dead-lettered.
 - A healthy process is killed (``kill -9``) nine times in a row, each time in the middle of its work, as by a bad deploy.
   Nothing is dead-lettered, and the tenth process handles everything.
+- One message's handler raises what is no ``Exception`` (``children/raising.py``; a lease is half a second there, and
+  ``max_deliveries`` 4). One process is started again each time it ends. The fifth gives up on that message; every
+  neighbour is handled, and none that was merely cancelled has a hand-over counted.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from sweeps import first_of
 
 from anybus import JsonCodec, Message, retry_stream
 
-CHILD = Path(__file__).with_name("children") / "poisoned.py"
+CHILDREN = Path(__file__).with_name("children")
 BOUND = 90.0
 """Seconds after which what a test waits for has not come. Never a measure of speed."""
 
@@ -54,11 +57,11 @@ class Site:
             self.client.xadd(topic, {"message": codec.encode(message)})
         return [message.uid for message in messages]
 
-    def start(self, *topics: str) -> subprocess.Popen[bytes]:
+    def start(self, *topics: str, child: str = "poisoned.py") -> subprocess.Popen[bytes]:
         label = f"p{self.started}"
         self.started += 1
         environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-        command = [sys.executable, str(CHILD), self.loop, self.server.url, str(self.folder), label, *topics]
+        command = [sys.executable, str(CHILDREN / child), self.loop, self.server.url, str(self.folder), label, *topics]
         with (self.folder / f"{label}.stderr").open("wb") as errors:
             process = subprocess.Popen(command, stderr=errors, env=environment)
         self.running.append(process)
@@ -183,3 +186,29 @@ def test_nine_kills_of_a_healthy_process_dead_letter_nothing(site: Site) -> None
     site.end_gracefully(last)
     assert site.uids("handled") == set(uids)
     assert site.dead_letters(topic) == []
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("kind", ["SystemExit", pytest.param("child", marks=pytest.mark.thorough)])
+def test_a_handler_that_raises_what_is_no_exception_is_given_up_on_and_costs_its_neighbours_nothing(
+    site: Site, kind: str
+) -> None:
+    topic = new_topic()
+    neighbours = site.publish(topic, [Message(topic, key="neighbour") for _ in range(4)])
+    [poison] = site.publish(topic, [Message(topic, key=kind)])
+    neighbours += site.publish(topic, [Message(topic, key="neighbour") for _ in range(27)])
+    process = site.start(topic, child="raising.py")
+
+    def keep_running() -> None:
+        nonlocal process
+        if process.poll() is not None:
+            process = site.start(topic, child="raising.py")
+
+    site.wait_until(lambda: site.is_settled(topic), "everything to be settled", keep_running)
+    site.end_gracefully(process)
+    begun = sorted(word.split(":") for word in site.uids("begun"))
+    assert [count for uid, count in begun if uid == poison] == ["1", "2", "3", "4"]
+    assert {count for uid, count in begun if uid != poison} == {"1"}
+    assert site.uids("handled") == set(neighbours)
+    assert [letter.uid for letter in site.dead_letters(topic)] == [poison]
+    assert site.started == 5

@@ -632,7 +632,7 @@ def test_the_backoff_survives_the_process_that_failed(
     server: RunningServer, tmp_path: Path, topic: str, loop: str
 ) -> None:
     """One process: it fails, and is killed (kill -9) as soon as the server has the retry."""
-    command = [sys.executable, str(CHILD), loop, server.url, topic]
+    command = [sys.executable, str(CHILD), loop, server.url, topic, str(quick().claim_idle_timeout)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "retried\n"

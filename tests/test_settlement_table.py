@@ -29,12 +29,14 @@ from anybus._backoff import RECOVERY, DelayList, recovery_delay
 from anybus._options import ACK_MODES, AckMode
 from anybus._settlement import (
     CANCELLED,
+    CRASHED,
     RETURNED,
     SUSPECT_AFTER,
     Ack,
     DeadLetter,
     Decision,
     Leave,
+    LetGo,
     Outcome,
     Policy,
     Release,
@@ -91,6 +93,8 @@ def expected(outcome: Outcome, mode: AckMode, attempt: int, deliveries: int | No
         return RetryAt(NOW + delay, delay, attempt + 1, "why")
     if outcome is Outcome.RETURNED:
         return Leave() if mode == MANUAL else Ack()
+    if outcome is Outcome.CRASHED:
+        return LetGo()
     assert outcome in (Outcome.CANCELLED, Outcome.RELEASED)
     return Release()
 
@@ -113,6 +117,7 @@ def test_the_modes_of_the_type_are_those_of_the_table() -> None:
 def test_the_results_kept_ready_are_what_they_are_called() -> None:
     assert Result(Outcome.RETURNED) == RETURNED
     assert Result(Outcome.CANCELLED) == CANCELLED
+    assert Result(Outcome.CRASHED) == CRASHED
 
 
 def test_three_retries_mean_four_handlings() -> None:
@@ -269,6 +274,8 @@ def test_the_table_answers_everything_and_keeps_its_laws(
         assert isinstance(decision, (Release, RetryAt, Report)), "a release never gives up"
     if result.outcome is Outcome.RETURNED:
         assert isinstance(decision, {AUTO: Ack, MANUAL: Leave, ON_RECEIVE: Report}[policy.ack_mode])
+    if isinstance(decision, LetGo):
+        assert result.outcome is Outcome.CRASHED, "what has an outcome gets it"
     if isinstance(decision, Ack):
         assert result.outcome in (Outcome.RETURNED, Outcome.MISSING), "nothing that failed is acknowledged"
     if policy.ack_mode == ON_RECEIVE:

@@ -418,11 +418,13 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         options = self._options
         features = self._backend.features
         consumer = f"{config.consumer}-{secrets.token_hex(8)}"
-        counts = {"delivery_count", "renew"} <= features
-        if not counts:
+        # Without renew our own reclaims would count up what we hold, without release what never started.
+        lacking = [feature for feature in ("delivery_count", "renew", "release") if feature not in features]
+        if lacking:
             self._notices.once(
-                f"{type(self._backend).__name__} cannot count deliveries and renew leases: max_deliveries has no "
-                "effect, and a message that kills its process comes back for ever"
+                f"{type(self._backend).__name__} cannot count deliveries that ended without an outcome (it lacks "
+                f"{', '.join(lacking)}): max_deliveries has no effect, and a message that kills its process comes back "
+                "for ever"
             )
         dead_letter_topic = config.dead_letter_topic
         if dead_letter_topic is None:
@@ -438,7 +440,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
             max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
             max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
             backoff=backoff_table(config.retry_backoff),
-            counts_crashes=counts,
+            counts_crashes=not lacking,
         )
         assert self._home is not None
         return Context(

@@ -76,6 +76,24 @@ def cancellation_in(error: BaseException) -> BaseException | None:
     return None
 
 
+def without_cancellations(error: BaseException) -> BaseException | None:
+    """The error without the cancellations in it; None if nothing else is in it."""
+    if not isinstance(error, BaseExceptionGroup):
+        return None if isinstance(error, anyio.get_cancelled_exc_class()) else error
+    return error.split(anyio.get_cancelled_exc_class())[1]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def is_crash(error: BaseException) -> bool:
+    """Whether what is no ``Exception`` was caused by the code it comes out of.
+
+    Not so ``KeyboardInterrupt``: it strikes whatever code runs when somebody presses Ctrl-C.
+    """
+    ends = [leaf for leaf in leaves(error) if not isinstance(leaf, Exception)]
+    if not ends:
+        return not isinstance(error, Exception)
+    return not all(isinstance(leaf, (KeyboardInterrupt, anyio.get_cancelled_exc_class())) for leaf in ends)
+
+
 def _members(error: object) -> tuple[BaseException, ...]:
     if isinstance(error, BaseExceptionGroup):
         return error.exceptions  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -48,7 +48,8 @@ class CircuitBreaker:
     the dead letters.
 
     After ``failures`` failures in a row, without one success, nothing is taken for ``pause`` seconds, and what waits is
-    handed back, uncounted. Then one handler at a time runs until one succeeds; a failure before that pauses again.
+    handed back, uncounted. Then it is on trial: one handling begins at a time, until one succeeds; a failure before
+    that pauses again. What was in flight when it opened goes on, and does not count as one that begins.
 
     :param failures: so many in a row.
     :param pause: seconds.

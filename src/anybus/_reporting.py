@@ -168,7 +168,9 @@ class Reporter:
         event = BusEvent(scope, topic or self._topic, self._group, self._consumer, message_id, attempt, error, detail)
         try:
             getattr(self._observer, hook)(event)
-        except Exception as raised:
+        except (KeyboardInterrupt, SystemExit):
+            raise  # perhaps from a signal handler, which can strike anywhere
+        except BaseException as raised:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
             say(
                 logging.ERROR,
                 f"the observer's {hook} raised; the bus goes on",

@@ -3,8 +3,8 @@
 The theory of operation. An entry that was *taken* is first judged by :func:`on_taken`: handle it, handle it alone
 (a suspect), or give it up unhandled. A handling ends in a :class:`Result`; :func:`decide` turns that, with the
 attempt, the policy, the time and one random draw, into one decision: acknowledge, retry at a time, dead-letter,
-release, leave (manual mode: its handler returned without settling), or only report. Settling by hand goes through
-the same table, so that ``delivery.retry()`` and ``raise Retry`` cannot differ.
+release, leave (manual mode: its handler returned without settling), let go (its handler crashed), or only report.
+Settling by hand goes through the same table, so that ``delivery.retry()`` and ``raise Retry`` cannot differ.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CODES: Final[tuple[DeadLetterCode, ...]] = get_args(DeadLetterCode)
 class Policy:
     """What the table needs to know of a subscription.
 
-    :ivar counts_crashes: whether the backend counts deliveries and renews leases; without both, our own reclaims
-        would count up what we hold, and there is no crash budget.
+    :ivar counts_crashes: whether the backend counts deliveries, renews leases and releases; else our own reclaims
+        would count up what we hold or what never started, and there is no crash budget.
     """
 
     ack_mode: AckMode = "auto-on-handler-success"
@@ -53,6 +53,7 @@ class Outcome(enum.Enum):
     INVALID = "its payload cannot be read"
     REJECTED = "rejected"
     CANCELLED = "cancelled"
+    CRASHED = "raised what is no Exception"
     RELEASED = "released"
     MALFORMED = "malformed"
     MISSING = "missing"
@@ -110,14 +111,23 @@ class Leave:
 
 
 @dataclass(frozen=True)
+class LetGo:
+    """Stop holding it and tell the server nothing: it stays pending and counted until its lease ends."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Nothing can be done any more (it was acknowledged before the start); tell the observer if it failed."""
 
 
-Decision = Union[Ack, RetryAt, DeadLetter, Release, Leave, Report]
+Decision = Union[Ack, RetryAt, DeadLetter, Release, Leave, LetGo, Report]
 
 RETURNED = Result(Outcome.RETURNED)
 CANCELLED = Result(Outcome.CANCELLED)
+CRASHED = Result(Outcome.CRASHED)
+
+
+_NOT_RETRIED: Final[dict[Outcome, DeadLetterCode]] = {Outcome.GAVE_UP: "gave-up", Outcome.INVALID: "invalid"}
 
 
 class Verdict(enum.Enum):
@@ -172,12 +182,12 @@ def decide(
         return Leave() if policy.ack_mode == "manual" else Ack()
     if outcome is Outcome.CANCELLED:
         return Release()
+    if outcome is Outcome.CRASHED:
+        return LetGo()
     if outcome is Outcome.RELEASED:
         return Release() if not result.delay else RetryAt(now + result.delay, result.delay, attempt, result.reason)
-    if outcome is Outcome.GAVE_UP:
-        return DeadLetter("gave-up", result.reason, result.error_type)
-    if outcome is Outcome.INVALID:
-        return DeadLetter("invalid", result.reason, result.error_type)
+    if outcome in _NOT_RETRIED:
+        return DeadLetter(_NOT_RETRIED[outcome], result.reason, result.error_type)
     if attempt >= policy.max_attempts:
         return DeadLetter("retries", result.reason, result.error_type)
     delay = policy.backoff.delay(attempt, draw) if result.delay is None else result.delay

@@ -27,7 +27,7 @@ async def main(error: BaseException) -> None:
 
     async with StreamBus(backend, StreamBusOptions(claim_idle_timeout=60)) as bus:
         try:
-            async with bus.subscribe(SubscriptionConfig("work", "g"), handler):
+            async with bus.subscribe(SubscriptionConfig("work", "g"), handler) as subscription:
                 await bus.publish(Message("work"))
                 try:
                     await anyio.sleep_forever()
@@ -36,7 +36,9 @@ async def main(error: BaseException) -> None:
                     raise
         except BaseException as caught:
             came_out = caught
-        pending = [[entry.consumer, entry.deliveries] for entry in await backend.pending_entries("work", "g")]
+        names = {subscription.consumer: "its own"}
+        entries = await backend.pending_entries("work", "g")
+        pending = [[names.get(entry.consumer, entry.consumer), entry.deliveries] for entry in entries]
     print(json.dumps({"as_itself": came_out is error, "body_was": body_was, "pending": pending}))
 
 

@@ -1,7 +1,7 @@
 """A program whose handler fails once: a child of ``test_retry_policy.py``.
 
-``failing.py asyncio|uvloop|trio <url> <topic>``. It prints ``retried`` when the server has the retry, which is due two
-seconds later, and then waits to be killed.
+``failing.py asyncio|uvloop|trio <url> <topic> <lease>``. It prints ``retried`` when the server has the retry, which is due
+two seconds later, and then waits to be killed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ class Teller(Observer):
         print(event.detail, flush=True)
 
 
-async def main(url: str, topic: str) -> None:
+async def main(url: str, topic: str, lease: str) -> None:
     async def handler(delivery: Delivery) -> None:
         raise ValueError("not yet")
 
-    async with anybus.connect(url, StreamBusOptions(observer=Teller())) as bus:
+    options = StreamBusOptions(observer=Teller(), claim_idle_timeout=float(lease))
+    async with anybus.connect(url, options) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g", retry_backoff=2.0), handler):
             await bus.publish(Message(topic))
             await anyio.sleep_forever()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import sys
 from typing import Any
@@ -44,6 +45,14 @@ failed: list[str] = []
 rejected: list[str] = []
 at_once: list[str] = []
 running: set[str] = set()
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether it belongs on standard error: the report accounts for the dead letters."""
+    return getattr(record, "scope", None) != "dead-lettered"
+
+
+logging.getLogger("anybus").addFilter(is_news)
 
 
 class Quiet(Observer):

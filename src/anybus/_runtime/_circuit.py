@@ -1,8 +1,8 @@
 """The circuit: a handler that fails again and again without one success pauses its subscription for a while.
 
 Closed, failures in a row are counted. Enough of them open it: nothing is taken for a while, and what waits is handed
-back. After that it is on trial: one new message and one that comes again are taken at a time, until a handling
-succeeds, which closes it, or fails, which opens it again.
+back. After that it is on trial: one handling begins at a time, until one succeeds, which closes it, or fails, which
+opens it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .._policies import CircuitBreaker
 from .._settlement import RETURNED, Outcome, Result
 from ..abc import Output
 from ._context import Context
-from ._ledger import Held, Stage
+from ._ledger import Held, Stage, Trial
 from ._settler import Settler
 
 _FAILURES = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY})
@@ -33,10 +33,16 @@ class Circuit:
 
     :param shut: take nothing more, and hand back what waits.
     :param reopen: take messages again.
+    :param wake: what waits may begin again.
     """
 
     def __init__(
-        self, breaker: CircuitBreaker, context: Context, shut: Callable[[], None], reopen: Callable[[], None]
+        self,
+        breaker: CircuitBreaker,
+        context: Context,
+        shut: Callable[[], None],
+        reopen: Callable[[], None],
+        wake: Callable[[], None],
     ) -> None:
         self._breaker = breaker
         self._context = context
@@ -48,6 +54,7 @@ class Circuit:
         self._tripped = anyio.Event()
         self._shut = shut
         self._reopen = reopen
+        self._wake = wake
 
     def saw(self, outcome: Outcome) -> None:
         """A handling has ended. A rejection speaks of its message, a release or a cancellation of nothing."""
@@ -64,8 +71,9 @@ class Circuit:
         self._in_a_row = 0
         self._recovered = True
         if self._state is State.ON_TRIAL:
-            self._context.ledger.budget.widen()
+            self._context.ledger.budget.trial = None
             self._context.ledger.changed()
+            self._wake()
             self._close()
 
     def _failed(self) -> None:
@@ -74,7 +82,7 @@ class Circuit:
         if self._stopped or self._state is State.OPEN:
             return
         if self._state is State.ON_TRIAL:
-            self._context.ledger.budget.widen()
+            self._context.ledger.budget.trial = None
             self._trip("a failure on trial")
         elif self._in_a_row >= self._breaker.failures:
             self._trip(f"{self._in_a_row} failures in a row")
@@ -106,7 +114,7 @@ class Circuit:
                 self._close()
             else:
                 self._state = State.ON_TRIAL
-                context.ledger.budget.narrow()
+                context.ledger.budget.trial = Trial(context.ledger)
             self._reopen()
 
 

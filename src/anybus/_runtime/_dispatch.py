@@ -314,7 +314,8 @@ class Dispatch:
             held.stage = held.unsettled
             held.failed = held.retaken = False
             self._answer(held, error)
-            if self._ending:
+            crashed = held.result is not None and held.result.outcome is Outcome.CRASHED
+            if self._ending and not crashed:
                 self.release(held)
             elif held.result is not None:
                 self._on_unsettled(held, held.result)

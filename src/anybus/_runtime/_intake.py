@@ -339,7 +339,11 @@ class Intake:
         reporter = self._context.reporter
         if reporter.hears_received:
             for held in taken:
-                reporter.tell("on_received", "received", message_id=held.id, attempt=held.attempt)
+                try:
+                    reporter.tell("on_received", "received", message_id=held.id, attempt=held.attempt)
+                except BaseException as raised:
+                    self._settler.crashed(held, raised)
+                    raise
         for held, entry in refused:
             scope: ErrorScope = "reclaim" if held.by_reclaim else "read"
             if isinstance(entry, MissingEntry):

@@ -65,9 +65,11 @@ class Judgement:
                 return answer
             _discard(answer)
             raise TypeError(f"a rule must return a bool, not {type(answer).__name__}")
-        except Exception as failure:
+        except (KeyboardInterrupt, SystemExit):
+            raise  # perhaps from a signal handler, which can strike anywhere
+        except BaseException as failure:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
             self._report(held, failure, f"a rule of {field} failed: what follows is as if it were not there")
-            return otherwise
+            return otherwise  # noqa: ASYNC104
 
     def _ask_backoff(self, held: Held, result: Result) -> float | None:
         context = self._context
@@ -84,11 +86,13 @@ class Judgement:
             answer: Any = ask(failure)
             _discard(answer)
             return check_delay("what retry_backoff returns", answer)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
             self._report(held, error, "retry_backoff failed: the default backoff is used")
-            return None
+            return None  # noqa: ASYNC104
 
-    def _report(self, held: Held, error: Exception, detail: str) -> None:
+    def _report(self, held: Held, error: BaseException, detail: str) -> None:
         self._context.reporter.error("handler", error, detail=detail, about=held)
 
     def published_at(self, held: Held) -> datetime | None:

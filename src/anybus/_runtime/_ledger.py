@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import datetime
 from typing import TypeVar
 
@@ -120,32 +121,54 @@ class Budget:
         self.by_read = 0
         self.by_reclaim = 0
         self.read_waits = False
-        self._whole: tuple[int, int, int] = (self.limit, self.read_part, self.reclaim_part)
+        self.trial: Trial | None = None
+        """Set while the circuit is on trial."""
 
     @property
     def takes_turns(self) -> bool:
         """Nothing lies beyond ``max_in_flight``: read and reclaim take turns."""
         return self.reclaim_part == 0
 
-    def narrow(self) -> None:
-        """Room for one more read and one more reclaimed entry than are held now, until :meth:`widen`."""
-        self._whole = (self.limit, self.read_part, self.reclaim_part)
-        self.read_part = min(self.read_part, self.by_read + 1)
-        self.reclaim_part = min(self.reclaim_part, self.by_reclaim + 1)
-        self.limit = min(self.limit, self.by_read + self.by_reclaim + min(2, 1 + self.reclaim_part))
-
-    def widen(self) -> None:
-        """The end of :meth:`narrow`."""
-        self.limit, self.read_part, self.reclaim_part = self._whole
-
     def read_room(self) -> int:
-        return min(self.read_part - self.by_read, self.limit - self.by_read - self.by_reclaim)
+        room = min(self.read_part - self.by_read, self.limit - self.by_read - self.by_reclaim)
+        return room if self.trial is None else min(room, self.trial.room(by_reclaim=False))
 
     def reclaim_room(self) -> int:
         free = self.limit - self.by_read - self.by_reclaim
+        if self.trial is not None:
+            return min(free, self.trial.room(by_reclaim=True))
         if self.takes_turns or not self.read_waits:
             return free
         return min(free, self.reclaim_part - self.by_reclaim)
+
+
+class Trial:
+    """While a circuit is on trial one handling begins at a time, and few entries are taken.
+
+    At most one entry is read and one reclaimed ahead, so that neither side starves. Entries held before the trial do
+    not count: their end makes no room.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._older = frozenset(ledger.all())
+        self._begun: Held | None = None
+
+    def may_begin(self, running: AbstractSet[Held]) -> bool:
+        """Whether the last handling that began is over: its handler has ended, and its entry is settled."""
+        begun = self._begun
+        return begun is None or (begun.stage is _GONE and begun not in running)
+
+    def begins(self, held: Held) -> None:
+        self._begun = held
+
+    def room(self, *, by_reclaim: bool) -> int:
+        """How many more entries that side may take (either side, where they take turns)."""
+        budget = self._ledger.budget
+        apart = [held.by_reclaim for held in self._ledger.all() if held in self._older or held.parked]
+        if budget.takes_turns:
+            return 1 - (budget.by_read + budget.by_reclaim - len(apart))
+        return 1 - ((budget.by_reclaim if by_reclaim else budget.by_read) - apart.count(by_reclaim))
 
 
 KeyT = TypeVar("KeyT")

@@ -17,7 +17,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from .._cancellation import cancellation_in, is_cancelled, is_stray, persist, sole
+from .._cancellation import cancellation_in, is_cancelled, is_crash, is_stray, persist, sole, without_cancellations
 from .._delivery import Delivery
 from .._errors import HandlerTimeoutError, words
 from .._log import logger
@@ -61,6 +61,7 @@ class Taker(abc.ABC):
     def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper) -> None:
         self._context = context
         self._ledger: Ledger = context.ledger
+        self._budget = context.ledger.budget
         self._waiting = context.ledger.waiting
         self._settler = settler
         self._keeper = keeper
@@ -75,7 +76,10 @@ class Taker(abc.ABC):
     def next_entry(self) -> Held | None:
         """The next entry that may start; its lease is looked at, since a process can be frozen at any moment."""
         waiting = self._waiting
+        trial = self._budget.trial
         while waiting and not self._stopped:
+            if trial is not None and not trial.may_begin(self.running):
+                return None
             held = waiting.popleft()
             if held.stage is not _WAITING:
                 continue
@@ -88,6 +92,8 @@ class Taker(abc.ABC):
                 continue
             held.stage = _OPEN
             self.running.add(held)
+            if trial is not None:
+                trial.begins(held)
             return held
         return None
 
@@ -128,6 +134,8 @@ class HandlerPool(Taker):
         self._parked: list[anyio.Event] = []
         self._tasks: TaskGroup | None = None
         self._home: contextvars.Context | None = None
+        if context.circuit is not None:
+            context.ledger.on_removed = self.wake  # on trial, the next may begin
 
     def wake(self) -> None:
         if (
@@ -136,6 +144,7 @@ class HandlerPool(Taker):
             and self._workers < self._limit
             and not self._stopped
             and self._ledger.has_waiting()
+            and (self._budget.trial is None or self._budget.trial.may_begin(self.running))
         ):
             self._add_worker()
 
@@ -238,6 +247,7 @@ class HandlerPool(Taker):
                 raise
             except BaseException as error:
                 # Ctrl-C, or an exit. Not out of this task: asyncio would let it out of its loop at once.
+                self._settler.crashed(held, error)
                 self.on_fatal(error)
                 return False
             finally:
@@ -314,13 +324,16 @@ class HandlerPool(Taker):
     def _judge(self, held: Held, error: BaseException) -> Result:
         """What an exception of the handler means. A real cancellation, and what is no ``Exception``, comes out."""
         held.scope = None
+        rest = without_cancellations(error)
+        if rest is not None and not isinstance(rest, Exception):
+            if is_crash(rest):
+                self._report(held, rest, "raised what ends its subscription")
+            raise rest
         cancellation = cancellation_in(error)
         if cancellation is not None and is_cancelled():
             if cancellation is not error:
                 self._report(held, error, "failed while it was cancelled")
             raise cancellation
-        if cancellation is None and not isinstance(error, Exception):
-            raise error
         verdict = sole(error)  # a handler with a task group of its own: its Retry arrives wrapped
         settled = held.stage is not Stage.OPEN and not self._on_receive
         if isinstance(verdict, Retry) and not settled and not self._on_receive:

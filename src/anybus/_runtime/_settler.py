@@ -11,14 +11,17 @@ from datetime import datetime, timezone
 import anyio
 
 from .._backoff import recovery_delay
+from .._cancellation import is_crash
 from .._copies import RETRY_FIRST_ID, Origin, dead_letter, retry_copy
 from .._errors import AlreadySettledError, ClosedError, LeaseLostError
 from .._settlement import (
+    CRASHED,
     RETURNED,
     Ack,
     DeadLetter,
     Decision,
     Leave,
+    LetGo,
     Outcome,
     Release,
     Report,
@@ -120,6 +123,18 @@ class Settler:
                 self.apply(held, result)
         elif held.stage is Stage.SETTLING and held.waiter is not None:
             held.result = result  # for the case that the settlement under way fails
+
+    def crashed(self, held: Held, error: BaseException) -> None:
+        """The handling raised what is no ``Exception``: it counts as a hand-over without an outcome.
+
+        After ``KeyboardInterrupt`` the entry is released with the others when the subscription ends.
+        """
+        if isinstance(error, Exception) or not is_crash(error):
+            return
+        if held.stage is Stage.WAITING:
+            self.apply(held, CRASHED)
+        else:
+            self.conclude(held, CRASHED)
 
     def ack(self, held: Held, intent: str = ACKED) -> None:
         """Acknowledge, until the server has it or the lease is over."""
@@ -243,6 +258,9 @@ class Settler:
             self._retry(held, decision, counted=result.outcome is not Outcome.RELEASED)
         elif isinstance(decision, Leave):
             held.stage = Stage.RETURNED
+        elif isinstance(decision, LetGo):
+            held.lost = True
+            self._context.ledger.remove(held)
         else:
             assert isinstance(decision, Report)
 

@@ -51,7 +51,11 @@ class Subscription:
         self._circuit: Circuit | None = None
         if context.circuit is not None:
             self._circuit = Circuit(
-                context.circuit, context, lambda: self._intake.shut(CIRCUIT), lambda: self._intake.open(CIRCUIT)
+                context.circuit,
+                context,
+                lambda: self._intake.shut(CIRCUIT),
+                lambda: self._intake.open(CIRCUIT),
+                lambda: self._taker.wake(),  # noqa: PLW0108 - it is made below
             )
         self._settler = Settler(context) if self._circuit is None else WatchedSettler(context, self._circuit)
         self._leases = Leases(context, self._settler)
@@ -224,6 +228,7 @@ class Subscription:
                         yield
                 except BaseException as error:  # noqa: ASYNC103 - raised below, when the parts have ended
                     failed_first = self._failure is not None
+                    self._settle_crashed(error)
                     self._abort()
                     if isinstance(error, anyio.get_cancelled_exc_class()):
                         raise
@@ -253,6 +258,13 @@ class Subscription:
             # Without a traceback: it comes out of the body.
             reporter.log(logging.ERROR, "ended", f"{text}; it failed: %s", *counts, said(self._failure))
         reporter.tell("on_ended", "ended", error=self._failure)
+
+    def _settle_crashed(self, error: BaseException) -> None:
+        """The block of ``deliveries()`` is the handler of what has been handed out."""
+        # GeneratorExit means that an async generator around the block was closed: nothing has crashed.
+        if isinstance(self._taker, PullTaker) and not isinstance(error, GeneratorExit):
+            for held in self._taker.running:
+                self._settler.crashed(held, error)
 
     def _start_parts(self, tasks: TaskGroup) -> None:
         tasks.start_soon(self._watch)

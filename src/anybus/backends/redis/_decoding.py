@@ -46,9 +46,11 @@ class EntryDecoder:
                 message = lift_headers(message)
         except SerializationError as error:
             return self._malformed(entry_id, fields, str(error), deliveries)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise  # perhaps from a signal handler, which can strike anywhere
+        except BaseException as error:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
             # A codec of the application's own that raises what it should not: its neighbours must not suffer.
-            return self._malformed(entry_id, fields, f"the codec raised {error!r}", deliveries)
+            return self._malformed(entry_id, fields, f"the codec raised {error!r}", deliveries)  # noqa: ASYNC104
         return ClaimedMessage(entry_id, message, deliveries, self._published_at(entry_id))
 
     def _malformed(self, entry_id: str, fields: Sequence[bytes], error: str, deliveries: int) -> MalformedEntry:
@@ -86,8 +88,10 @@ class EntryDecoder:
                     message = decode(fields[1])
                     if message.headers is not NO_HEADERS:
                         message = lift_headers(message)
-                except Exception:
-                    pass  # said below, in words
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException:  # noqa: ASYNC103 - as in entry(), which says it in words
+                    pass
                 else:
                     entry_id = raw_id.decode()
                     if not entry_id.startswith(prefix):

@@ -99,8 +99,10 @@ class Transfers:
                     prepared.append((output.stream, -1, fields))
         except EventBusError as error:
             return error
-        except Exception as error:  # a codec of the application's own that raises what it should not
-            return SerializationError(f"the codec raised {error!r}")
+        except (KeyboardInterrupt, SystemExit):
+            raise  # perhaps from a signal handler, which can strike anywhere
+        except BaseException as error:  # noqa: ASYNC103 - a codec of the application's own, which awaits nothing
+            return SerializationError(f"the codec raised {error!r}")  # noqa: ASYNC104
         item = _Item(message_id, prepared)
         if item.is_large and (len(prepared) > 1 or prepared[0][1] >= 0):
             return ValidationError(f"an output with more than {_MOST_FIELDS} raw fields must be alone, without a delay")
