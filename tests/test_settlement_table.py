@@ -415,6 +415,6 @@ def test_a_retry_with_a_delay_that_is_no_duration_is_refused(value: Any) -> None
 def test_every_combination_of_outcome_and_mode_is_in_the_table_above() -> None:
     modes: tuple[AckMode, ...] = (AUTO, MANUAL, ON_RECEIVE)
     pairs = set(itertools.product(Outcome, modes))
-    assert len(pairs) == len(Outcome) * 3 == 39
+    assert len(pairs) == len(Outcome) * 3 == 42
     for outcome, mode in pairs:
         assert expected(outcome, mode, 1, 1) is not None
