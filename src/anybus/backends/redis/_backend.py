@@ -113,7 +113,7 @@ class RedisBackend(
                 self._taking.tasks = tasks
                 try:
                     link = await self._client.mux.connect()
-                    tasks.start_soon(self._client.mux.run, link, alarm)
+                    tasks.start_soon(self._client.mux.run, link, alarm, tasks)
                     yield self
                 except anyio.get_cancelled_exc_class():
                     cancelled = True

@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import anyio
+from anyio.abc import TaskGroup
 
 from ..._backoff import recovery_delay
-from ..._cancellation import is_stray, sole
+from ..._cancellation import is_abandoned, is_stray, persist, sole
 from ..._clock import loop_clock
 from ..._errors import BackendError, EventBusError
 from ._errors import SENSELESS, broken, translate
@@ -22,6 +23,10 @@ _WORTH_A_WRITE = 32768
 
 _LOOKS = 4
 """So often within ``command_timeout`` somebody looks whether the server still answers."""
+
+_LOOK = 0.1
+_LAST_SECONDS = 2.0
+"""For so long at most an abandoned connection goes on while it is used."""
 
 
 class Call(Replies):
@@ -60,6 +65,7 @@ class Multiplexer:
         self._clock = anyio.current_time
         self._last_reply = 0.0
         self._closed = False
+        self._minded: anyio.CancelScope | None = None
         self.connections = 0
 
     @property
@@ -69,8 +75,9 @@ class Multiplexer:
     def close(self) -> None:
         self._closed = True
         self._wake_waiters()
-        if self._scope is not None:
-            self._scope.cancel()
+        for scope in (self._scope, self._minded):
+            if scope is not None:
+                scope.cancel()
 
     async def connect(self) -> Link:
         """The first connection, which must succeed, for :meth:`run`.
@@ -80,12 +87,15 @@ class Multiplexer:
         self._scope = anyio.CancelScope(shield=True)
         self._clock = loop_clock()
         self._closed = False
+        self._minded = None
         return await self._connect()
 
-    async def run(self, link: Link, alarm: Callable[[BaseException], None]) -> None:
+    async def run(self, link: Link, alarm: Callable[[BaseException], None], tasks: TaskGroup) -> None:
         """Serve until closed, on the first connection and then on others.
 
         Shielded: when everything around it is cancelled, subscriptions still have to hand back what they hold.
+
+        :param tasks: the task group in which this runs.
         """
         assert self._scope is not None
         connected: Link | None = link
@@ -100,10 +110,33 @@ class Multiplexer:
                     if isinstance(error, anyio.get_cancelled_exc_class()):
                         if not is_stray(error):
                             raise
+                        if self._minded is None:
+                            self._minded = anyio.CancelScope(shield=True)
+                            tasks.start_soon(self._mind_the_owner, self._minded)
                     else:
                         # On trio a KeyboardInterrupt may strike in here. It ends the program, which still has to hand
                         # back what it holds: this goes on until then.
                         alarm(sole(error))
+
+    async def _mind_the_owner(self, scope: anyio.CancelScope) -> None:
+        """Close when whoever entered the bus has ended without leaving it.
+
+        After a stray cancellation only. It may have been the event loop's last one, which hits the owner too, perhaps
+        later than us. An owner that has ended does not close this any more, and no second cancellation comes.
+        """
+        with scope:
+            await persist(self._until_abandoned)
+            self.close()
+
+    async def _until_abandoned(self) -> None:
+        while not is_abandoned():  # noqa: ASYNC110 - nothing tells that a task has ended
+            await anyio.sleep(_LOOK)
+        # Subscriptions that were cancelled in the same moment hand back what they hold.
+        last = self._clock() + _LAST_SECONDS
+        quiet = 0
+        while quiet < 2 and self._clock() < last:
+            await anyio.sleep(_LOOK)
+            quiet = 0 if self._unsent or self._protocol.is_waiting else quiet + 1
 
     async def _connect(self) -> Link:
         link = await open_link(self._settings)

@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
+from ..._cancellation import persist
 from ..._errors import BackendError, GroupLostError
 from ...abc import FetchedEntry, MissingEntry, Redelivered
 from . import _scripts as scripts
@@ -372,7 +373,7 @@ class Taking:
         async def outlive() -> None:
             try:
                 with anyio.CancelScope(shield=True):  # the multiplexer leaves nobody waiting for ever
-                    await hand_back()
+                    await persist(hand_back)
             finally:
                 self._hand_backs.discard(done)
                 done.set()
