@@ -52,7 +52,8 @@ class RedisBackend(
     :param url: ``redis://``, ``rediss://`` (TLS, verified) or ``unix://``, with user, password, database and redis-py's
         ``ssl_…`` options in its query.
     :param codec: how messages are written; JSON, as the existing Rust and Go buses do, unless given.
-    :param connect_timeout: seconds that opening a connection may take.
+    :param connect_timeout: seconds that TCP and TLS may take to connect, and seconds of silence while a connection
+        is set up.
     :param command_timeout: seconds of silence, while something waits, after which a connection counts as dead.
     :raises ValidationError: if the URL cannot be understood.
     """
