@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +36,7 @@ from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, is_entry_id, span
 from ._errors import has_code
 from ._keys import RESERVED, delayed
+from ._limits import ROOM
 from ._protocol import Argument, Command, ServerError
 from ._settings import Settings, from_client, from_url
 from ._taking import PER_SCRIPT, Taking
@@ -139,10 +141,15 @@ class RedisBackend(
             raise anyio.get_cancelled_exc_class()
 
     async def publish(self, stream: str, message: Message) -> str:
-        return self._client.text(await self._client.call("XADD", stream, "*", "message", self._encode(message)))
+        [reply] = await self._client.pipeline((("XADD", stream, "*", "message", self._encode(message)),))
+        if isinstance(reply, ServerError):
+            raise self._client.refused(reply)
+        if isinstance(reply, BackendError):
+            raise reply
+        return self._client.text(reply)
 
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
-        reply = await self._client.mux.single(("XADD", stream, "*", "message", self._encode(message)), timeout)
+        reply = await self._client.single(("XADD", stream, "*", "message", self._encode(message)), timeout)
         if isinstance(reply, ServerError):
             raise self._client.refused(reply)
         return reply.decode() if isinstance(reply, bytes) else self._client.text(reply)
@@ -162,7 +169,7 @@ class RedisBackend(
         if not commands:
             return results
         try:
-            replies = await self._client.mux.pipeline(commands)
+            replies = await self._client.pipeline(commands)
         except BackendError as error:
             replies = [error] * len(commands)
         for index, reply in zip(places, replies, strict=True):
@@ -181,7 +188,16 @@ class RedisBackend(
         data = self._codec.encode(message)
         if len(data) > MAX_ENCODED:
             raise ValidationError(f"a message must be at most {MAX_ENCODED} bytes when encoded, not {len(data)}")
+        self._check_limit(data, ROOM)
         return data
+
+    def _check_limit(self, data: bytes, room: int) -> None:
+        limit = self._client.limit
+        if limit is not None and len(data) > limit.size - room:
+            raise ValidationError(
+                f"a message must be at most {limit.size - room} bytes when encoded, not {len(data)}: "
+                f"{self._client.settings.place} takes no more ({limit.setting})"
+            )
 
     async def publish_later(
         self,
@@ -289,38 +305,71 @@ class RedisBackend(
         results: list[list[str] | EventBusError | None] = []
         for part in _parts(items):
             bodies = [self._bodies(outputs) for _, outputs in part]
-            sent = [item for item, body in zip(part, bodies, strict=True) if not isinstance(body, EventBusError)]
-            keys: list[str] = [stream]
-            args: list[Argument] = [group, consumer, len(sent)]
-            for (message_id, outputs), body in zip(part, bodies, strict=True):
-                if not isinstance(body, EventBusError):
-                    args += (message_id, len(outputs))
-                    for output, data in zip(outputs, body, strict=True):
-                        self._add_output(output, data, keys, args)
-            transferred: list[list[str] | EventBusError | None] = []
-            try:
-                if sent:
-                    reply = await self._client.run(scripts.TRANSFER, stream, group, keys, args)
-                    transferred = self._transferred(reply, len(sent))
-            except BackendError as error:
-                if len(sent) == len(items):
-                    raise
-                transferred = [error] * len(sent)  # the others are done, or will be
-            answers = iter(transferred)
-            results += [body if isinstance(body, EventBusError) else next(answers) for body in bodies]
+            for start, stop in self._sections(part, bodies):
+                some = part[start:stop], bodies[start:stop]
+                results += await self._transfer(stream, group, consumer, *some, whole=stop - start == len(items))
         return results
+
+    async def _transfer(
+        self,
+        stream: str,
+        group: str,
+        consumer: str,
+        items: Sequence[TransferItem],
+        bodies: Sequence[list[bytes] | EventBusError],
+        *,
+        whole: bool,
+    ) -> list[list[str] | EventBusError | None]:
+        """In one script. An error is raised if this is the whole call, else it is the items' own."""
+        sent = 0
+        keys: list[str] = [stream]
+        args: list[Argument] = []
+        for (message_id, outputs), body in zip(items, bodies, strict=True):
+            if not isinstance(body, EventBusError):
+                sent += 1
+                args += (message_id, len(outputs))
+                for output, data in zip(outputs, body, strict=True):
+                    self._add_output(output, data, keys, args)
+        transferred: list[list[str] | EventBusError | None] = []
+        try:
+            if sent:
+                reply = await self._client.run(scripts.TRANSFER, stream, group, keys, [group, consumer, sent, *args])
+                transferred = self._transferred(reply, sent)
+        except BackendError as error:
+            if whole and sent == len(items):
+                raise
+            transferred = [error] * sent  # the others are done, or will be
+        answers = iter(transferred)
+        return [body if isinstance(body, EventBusError) else next(answers) for body in bodies]
+
+    def _sections(
+        self, items: Sequence[TransferItem], bodies: Sequence[list[bytes] | EventBusError]
+    ) -> list[tuple[int, int]]:
+        """Which items go together: whatever goes alone breaks nobody else's transfer."""
+        edges = {0, len(items)}
+        for index, ((_, outputs), body) in enumerate(zip(items, bodies, strict=True)):
+            sizes = [len(data) for data in body] if not isinstance(body, EventBusError) else []
+            sizes += [len(value) for output in outputs for value in (output.raw or {}).values()]
+            if self._client.goes_alone(max(sizes, default=0)):
+                edges |= {index, index + 1}
+        cuts = sorted(edges)
+        return list(itertools.pairwise(cuts))
 
     def _bodies(self, outputs: Sequence[Output]) -> list[bytes] | EventBusError:
         """The messages as bytes. One that cannot be encoded, or is too large, is the error of its own item only."""
         try:
             return [
-                self._encode(output.message) if output.limited else self._codec.encode(output.message)
-                for output in outputs
+                self._encode(output.message) if output.limited else self._copy(output.message) for output in outputs
             ]
         except EventBusError as error:
             return error
         except Exception as error:  # a codec of the application's own that raises what it should not
             return SerializationError(f"the codec raised {error!r}")
+
+    def _copy(self, message: Message) -> bytes:
+        data = self._codec.encode(message)
+        self._check_limit(data, 0)
+        return data
 
     def _transferred(self, reply: Any, items: int) -> list[list[str] | EventBusError | None]:
         results: list[list[str] | EventBusError | None] = []

@@ -1,0 +1,50 @@
+"""How large a command may be: a server closes the connection of whoever sends it more than it takes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ._link import Link, exchange
+from ._protocol import Command, Protocol, ServerError
+
+_SETTINGS = (("proto-max-bulk-len", 0), ("client-query-buffer-limit", 65536))
+"""What limits an argument, and how much of it the rest of a command needs."""
+
+LARGE = 1024 * 1024
+"""No server can be told to take less than this. What is larger goes by a connection of its own, if nobody knows how
+much the server takes: that connection is closed then, and not the one that all share.
+"""
+
+ROOM = 65536
+"""For the headers that a retry or a dead letter adds to a message."""
+
+
+class Limit(NamedTuple):
+    """How many bytes an argument may have, and which of the server's settings says so."""
+
+    size: int
+    setting: str
+
+
+async def ask_limit(link: Link) -> Limit | None:
+    """The server's limit; None if it does not say."""
+    found: list[Limit] = []
+    for setting, needed in _SETTINGS:
+        command: Command = ("CONFIG", "GET", setting)
+        try:
+            [reply] = await exchange(link, Protocol(), [command])
+        except ServerError:  # no right to it, or a managed server: nothing that the bus needs
+            return None
+        size = _value(reply)
+        if size is None:
+            return None
+        found.append(Limit(size - needed, setting))
+    return min(found)
+
+
+def _value(reply: Any) -> int | None:
+    try:
+        _, value = reply
+        return int(value)
+    except (TypeError, ValueError):
+        return None
