@@ -7,8 +7,8 @@ may be too large goes by a connection of its own.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import anyio
@@ -31,6 +31,7 @@ from anybus import (
 )
 from anybus.abc import ClaimedMessage, Output
 from anybus.backends.redis import RedisBackend
+from anybus.backends.redis._appetite import Appetite
 from anybus.backends.redis._limits import ROOM
 
 LIMITS = ["proto-max-bulk-len", "client-query-buffer-limit"]
@@ -229,3 +230,83 @@ async def test_whatever_the_server_says_when_it_is_asked_for_its_limit_it_can_be
         async with RedisBackend(server.url) as backend:
             assert backend._client.limit is None
             assert await backend.publish("t", Message("t")) == "1-1"
+
+
+@contextmanager
+def small_replies(limit: str) -> Generator[RunningServer, None, None]:
+    with RunningServer(SERVER) as running:
+        with running.client() as client:
+            client.config_set("client-output-buffer-limit", f"normal {limit} 0 0")
+        yield running
+
+
+async def test_what_could_never_be_read_again_is_refused_at_the_door() -> None:
+    topic = new_topic()
+    with small_replies("2mb") as running:
+        async with entered(running.url) as (bus, backend):
+            await bus.publish(Message(topic, b"x" * MEGABYTE))
+            with pytest.raises(ValidationError, match="client-output-buffer-limit"):
+                await bus.publish(Message(topic, LARGE))
+            assert backend._client.mux.connections == 1
+
+
+@pytest.mark.parametrize("mode", ["subscribe", "blocking reads"])
+async def test_entries_that_are_too_large_together_are_read_a_few_at_a_time(mode: str) -> None:
+    topic = new_topic()
+    payload = b"x" * 600_000
+    handled: list[int | None] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(delivery.state.deliveries)
+
+    with small_replies("3mb") as running:
+        async with entered(running.url) as (bus, backend):
+            await backend.create_group(topic, "g", "0")
+            for _ in range(24):
+                await bus.publish(Message(topic, payload))
+            if mode == "subscribe":
+                options = quick(publish_timeout=2 * SOON, claim_idle_timeout=60)
+                async with StreamBus(RedisBackend(running.url), options) as other:
+                    async with other.subscribe(SubscriptionConfig(topic, "g", max_in_flight=24), handler):
+                        await until(lambda: len(handled) == 24)
+                assert handled == [1] * 24
+            else:
+                ids: set[str] = set()
+                with anyio.fail_after(SOON):
+                    while len(ids) < 24:
+                        try:
+                            ids |= {entry.id for entry in await backend.read_new(topic, "g", "c", count=24, timeout=5)}
+                        except BackendError as error:
+                            assert error.can_pass
+
+
+def entries_of(size: int, count: int) -> list[ClaimedMessage]:
+    return [ClaimedMessage(f"{number}-0", Message("t", b"x" * size)) for number in range(count)]
+
+
+def test_one_break_changes_nothing_and_every_further_one_halves_what_is_asked_for() -> None:
+    appetite = Appetite()
+    asked = []
+    for connection in range(8):
+        asked.append(appetite.of(64))
+        appetite.broke(connection)
+        appetite.broke(connection)  # a pass and a read that broke together
+    assert asked == [64, 64, 32, 16, 8, 4, 2, 1]
+    appetite.broke("another")
+    assert appetite.of(64) == 1
+
+
+def test_more_is_asked_for_again_as_far_as_such_replies_have_come_through() -> None:
+    appetite = Appetite()
+    for connection in range(5):
+        appetite.of(64)
+        appetite.broke(connection)
+    assert appetite.of(64) == 4
+    for _ in range(10):
+        appetite.came(entries_of(600_000, 4))
+        assert appetite.of(64) == 4, "eight have never come through"
+    for more in (8, 16, 32, 64):
+        appetite.came(entries_of(100, 4))
+        assert appetite.of(64) == more
+    appetite.broke("by chance")
+    assert appetite.of(64) == 64

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from ._link import Link, exchange
 from ._protocol import Command, Protocol, ServerError
 
-_SETTINGS = (("proto-max-bulk-len", 0), ("client-query-buffer-limit", 65536))
-"""What limits an argument, and how much of it the rest of a command needs."""
+_SETTINGS = (("proto-max-bulk-len", 0), ("client-query-buffer-limit", 65536), ("client-output-buffer-limit", 65536))
+"""What limits an argument, or an entry that is read, and how much of it is needed for what comes with it."""
 
 LARGE = 1024 * 1024
 """No server can be told to take less than this. What is larger goes by a connection of its own, if nobody knows how
@@ -38,13 +38,15 @@ async def ask_limit(link: Link) -> Limit | None:
         size = _value(reply)
         if size is None:
             return None
-        found.append(Limit(size - needed, setting))
-    return min(found)
+        if size:  # 0 stands for no limit
+            found.append(Limit(size - needed, setting))
+    return min(found) if found else None
 
 
 def _value(reply: Any) -> int | None:
     try:
         _, value = reply
-        return int(value)
-    except (TypeError, ValueError):
+        # Of the one that has parts, the hard limit of clients: "normal 0 0 0 slave 268435456 67108864 60 ...".
+        return int(value.split()[1] if value.startswith(b"normal ") else value)
+    except (AttributeError, IndexError, TypeError, ValueError):
         return None

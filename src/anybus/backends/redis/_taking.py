@@ -15,6 +15,7 @@ from ..._cancellation import persist
 from ..._errors import BackendError, GroupLostError
 from ...abc import FetchedEntry, MissingEntry, Redelivered
 from . import _scripts as scripts
+from ._appetite import Appetite
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
 from ._errors import SENSELESS, has_code, senseless
@@ -47,6 +48,7 @@ class Taking:
         self._kept_at: dict[tuple[str, str], float] = {}
         self._reaped_at: dict[tuple[str, str], float] = {}
         self._passes = 0
+        self._appetite = Appetite()
         self._astray: dict[Member, tuple[float, str]] = {}
         """When a pass was sent whose reply was lost, and up to which id somebody has looked for what it took."""
         self._looked: dict[str, tuple[float, float]] = {}
@@ -71,6 +73,7 @@ class Taking:
             await reader.aclose()
 
     async def read_new(self, stream: str, group: str, consumer: str, count: int, timeout: float) -> list[FetchedEntry]:
+        count = self._appetite.of(count)
         read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
         move: Command = evalsha(scripts.MOVE_DUE, (stream, delayed(stream)), ())
         reader = self._readers.setdefault(
@@ -143,7 +146,12 @@ class Taking:
             if len(replies) == len(commands):
                 await self._hand_back_reply(replies, parse, group, consumer)
 
-        return await reader.request(commands, wait=wait, hand_back=hand_back)
+        try:
+            return await reader.request(commands, wait=wait, hand_back=hand_back)
+        except BackendError as error:
+            if error.may_have_happened:
+                self._appetite.broke(object())
+            raise
 
     async def _read(self, reader: BlockingReader, reply: Any, stream: str, group: str) -> list[FetchedEntry]:
         if isinstance(reply, ServerError):
@@ -158,6 +166,7 @@ class Taking:
             raise senseless(self._client.settings.place, reply) from error
         if entries:
             reader.last_id = entries[-1].id
+            self._appetite.came(entries)
         return entries
 
     async def _next_due(self, moved: Any, stream: str) -> float:
@@ -215,7 +224,7 @@ class Taking:
         return []
 
     async def reclaim(self, stream: str, group: str, consumer: str, min_idle: float, count: int) -> list[FetchedEntry]:
-        member = (stream, group, consumer)
+        member, count = (stream, group, consumer), self._appetite.of(count)
         if astray := await self._find_astray(member, count):
             return astray
         keys, args = (stream,), (group, consumer, int(min_idle * 1000), count, self._cursors.get(member, "0-0"))
@@ -244,6 +253,7 @@ class Taking:
         self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float, count: int
     ) -> Redelivered:
         self._passes += 1
+        count = self._appetite.of(count)
         topic, retries = (stream, group, consumer), (retry_stream, group, consumer)
         if self._astray:
             if found := await self._find_astray(topic, count):
@@ -340,6 +350,7 @@ class Taking:
                 lost()
 
         call = await self._client.mux.start(commands)
+        connection = self._client.mux.connections
         try:
             await call.event.wait()
         except BaseException:
@@ -353,6 +364,8 @@ class Taking:
             raise
         if call.error is not None:
             look_for_loss()
+            if call.sent:
+                self._appetite.broke(connection)
             raise call.error
         reply = call.replies[-1]
         if isinstance(reply, ServerError):
@@ -360,7 +373,9 @@ class Taking:
                 raise _ScriptForgottenError
             raise await self._client.refused_in(stream or str(commands[-1][-2]), group, reply)
         with self._client.reading(reply):
-            return parse(call.replies)
+            taken = parse(call.replies)
+        self._appetite.came([entry for entries in taken.values() for entry in entries])
+        return taken
 
     async def _within_a_second(self, hand_back: Callable[[], Awaitable[None]]) -> None:
         """Hand back, and wait for that, shielded, for a second at most.
