@@ -36,6 +36,10 @@ def greeting(command: Command) -> bytes | None:
         return b"*1\r\n*1\r\n" + bulk(b"xautoclaim")
     if name == b"CLIENT UNBLOCK":
         return b":0\r\n"
+    if name == b"CONFIG GET":
+        return b"-NOPERM this user has no permissions to run the 'config|get' command\r\n"
+    if name == b"PING":
+        return b"+PONG\r\n"
     if name == b"SCRIPT LOAD":
         return bulk(b"0" * 40)
     return None

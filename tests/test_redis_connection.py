@@ -65,7 +65,7 @@ async def connected(settings: Settings) -> AsyncGenerator[Client, None]:
     raised: list[BaseException] = []
     async with anyio.create_task_group() as tasks:
         link = await client.mux.connect()
-        tasks.start_soon(client.mux.run, link, raised.append)
+        tasks.start_soon(client.mux.run, link, raised.append, tasks)
         try:
             yield client
         finally:

@@ -29,6 +29,23 @@ def is_stray(error: BaseException) -> bool:
     return isinstance(error, anyio.get_cancelled_exc_class()) and not is_cancelled()
 
 
+def is_abandoned() -> bool:
+    """Whether a task whose task group we run in, or one above it, has ended without waiting for us.
+
+    That takes a task group that was entered by hand and never left. Nobody will ever cancel its scope, so a native
+    cancellation is all that can end its tasks: ``asyncio.run`` cancels each task that is left once, and then waits.
+    """
+    parents = {task.id: task.parent_id for task in anyio.get_running_tasks()}
+    ancestor = anyio.get_current_task().parent_id
+    for _ in parents:
+        if ancestor is None:
+            return False
+        if ancestor not in parents:
+            return True
+        ancestor = parents[ancestor]
+    return False
+
+
 def as_failure(error: BaseException) -> Exception:
     """The error as something to report and recover from; what is not (a real cancellation, Ctrl-C) is raised again."""
     if isinstance(error, Exception):

@@ -38,6 +38,7 @@ from ._decoding import MAX_ENCODED, EntryDecoder, span
 from ._errors import has_code, is_out_of_reach
 from ._keys import RESERVED, delayed, leases
 from ._leases import RedisLeases
+from ._limits import ROOM
 from ._parts import PER_SCRIPT
 from ._protocol import Command, ServerError
 from ._rights import TRY, arguments, may_not_run_scripts, missing_rights, probes
@@ -65,7 +66,8 @@ class RedisBackend(
     :param url: ``redis://``, ``rediss://`` (TLS, verified) or ``unix://``, with user, password, database and redis-py's
         ``ssl_…`` options in its query. ``valkey://`` means ``redis://``, ``valkeys://`` means ``rediss://``.
     :param codec: how messages are written; JSON, as the existing Rust and Go buses do, unless given.
-    :param connect_timeout: seconds that opening a connection may take.
+    :param connect_timeout: seconds that TCP and TLS may take to connect, and seconds of silence while a connection
+        is set up.
     :param command_timeout: seconds of silence, while something waits, after which a connection counts as dead.
     :raises ValidationError: if the URL cannot be understood.
     """
@@ -106,7 +108,7 @@ class RedisBackend(
         self._client = Client(settings)
         self._decoder = EntryDecoder(self._codec)
         self._taking = Taking(self._client, self._decoder)
-        self._transfers = Transfers(self._client, self._codec, self._encode)
+        self._transfers = Transfers(self._client, self._encode, self._encode_copy)
 
     def __repr__(self) -> str:
         state = "connected" if self._client.mux.is_connected else "not connected"
@@ -131,7 +133,7 @@ class RedisBackend(
                 self._taking.tasks = tasks
                 try:
                     link = await self._client.mux.connect()
-                    tasks.start_soon(self._client.mux.run, link, alarm)
+                    tasks.start_soon(self._client.mux.run, link, alarm, tasks)
                     await self._client.warn()
                     yield self
                 except anyio.get_cancelled_exc_class():
@@ -158,10 +160,15 @@ class RedisBackend(
             raise anyio.get_cancelled_exc_class()
 
     async def publish(self, stream: str, message: Message) -> str:
-        return self._client.text(await self._client.call("XADD", stream, "*", "message", self._encode(message)))
+        [reply] = await self._client.pipeline((("XADD", stream, "*", "message", self._encode(message)),))
+        if isinstance(reply, ServerError):
+            raise self._client.refused(reply)
+        if isinstance(reply, BackendError):
+            raise reply
+        return self._client.text(reply)
 
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
-        reply = await self._client.mux.single(("XADD", stream, "*", "message", self._encode(message)), timeout)
+        reply = await self._client.single(("XADD", stream, "*", "message", self._encode(message)), timeout)
         if isinstance(reply, ServerError):
             raise self._client.refused(reply)
         return reply.decode() if isinstance(reply, bytes) else self._client.text(reply)
@@ -181,7 +188,7 @@ class RedisBackend(
         if not commands:
             return results
         try:
-            replies = await self._client.mux.pipeline(commands)
+            replies = await self._client.pipeline(commands)
         except BackendError as error:
             replies = [error] * len(commands)
         for index, reply in zip(places, replies, strict=True):
@@ -200,7 +207,22 @@ class RedisBackend(
         data = self._codec.encode(message)
         if len(data) > MAX_ENCODED:
             raise ValidationError(f"a message must be at most {MAX_ENCODED} bytes when encoded, not {len(data)}")
+        self._check_limit(data, ROOM)
         return data
+
+    def _encode_copy(self, message: Message) -> bytes:
+        """Of the bus's own copies only those are refused that the server would not take."""
+        data = self._codec.encode(message)
+        self._check_limit(data, 0)
+        return data
+
+    def _check_limit(self, data: bytes, room: int) -> None:
+        limit = self._client.limit
+        if limit is not None and len(data) > limit.size - room:
+            raise ValidationError(
+                f"a message must be at most {limit.size - room} bytes when encoded, not {len(data)}: "
+                f"{self._client.settings.place} takes no more ({limit.setting})"
+            )
 
     async def publish_later(
         self,

@@ -12,10 +12,12 @@ import anyio
 
 from ..._errors import BackendError, GroupLostError
 from . import _dead_letter_scripts, _lease_scripts, _rights, _scripts, _taking_scripts
+from ._alone import Loner
 from ._decoding import predecessor
 from ._durability import QUESTIONS, SAVE_POINTS, evicts, fields, keeps_no_log, keeps_nothing
 from ._errors import SENSELESS, has_code, leads_elsewhere, may_be_partly_done, senseless, translate
 from ._keys import meta
+from ._limits import LARGE, Limit, ask_limit
 from ._link import Link, ask, tolerate
 from ._multiplexer import Call, Multiplexer
 from ._protocol import Argument, Command, ServerError
@@ -34,11 +36,14 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.server = Server()
+        self.limit: Limit | None = None
         self.mux = Multiplexer(settings, self._greet)
+        self._loner = Loner(settings)
 
     async def _greet(self, link: Link) -> None:
         """On every new connection: is this a server that we can work with? Load the scripts."""
         server = await look_at(link, self.settings)
+        self.limit = await ask_limit(link)
         loaded = await ask(link, [("SCRIPT", "LOAD", script.source) for script in _ALL])
         await tolerate(link, loaded)
         self.server = replace(server, can_load=not any(isinstance(reply, ServerError) for reply in loaded))
@@ -63,6 +68,40 @@ class Client:
             raise self.refused(reply)
         return reply
 
+    def goes_alone(self, size: int) -> bool:
+        """Whether an argument of so many bytes may cost the connection that it is sent by."""
+        return size > LARGE and self.limit is None
+
+    async def single(self, command: Command, timeout: float) -> Any:
+        """Send a command whose last argument is its largest; its reply. Raises as ``Multiplexer.single`` does."""
+        if self.goes_alone(_size(command[-1])):
+            [reply] = await self._loner.pipeline((command,), timeout)
+            return reply
+        return await self.mux.single(command, timeout)
+
+    async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """As ``Multiplexer.pipeline``. What goes alone breaks with nobody; what follows it waits, to stay in order."""
+        if not any(self.goes_alone(_size(command[-1])) for command in commands):
+            return await self.mux.pipeline(commands)
+        replies: list[Any] = []
+        together: list[Command] = []
+
+        async def send(part: Sequence[Command], alone: bool) -> None:
+            try:
+                replies.extend(await (self._loner if alone else self.mux).pipeline(part))
+            except BackendError as error:
+                replies.extend([error] * len(part))
+
+        for command in commands:
+            if not self.goes_alone(_size(command[-1])):
+                together.append(command)
+                continue
+            await send(together, False)
+            together = []
+            await send((command,), True)
+        await send(together, False)
+        return replies
+
     async def ask(self, stream: str, group: str, command: Command) -> Any:
         """A command about a group.
 
@@ -76,9 +115,12 @@ class Client:
 
     async def run(self, script: Script, stream: str, group: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run a script about a group. Raises as :meth:`ask` does."""
-        call = await self.mux.start((evalsha(script, keys, args),))
-        await call.event.wait()
-        reply = await self.finish(call, script, keys, args)
+        if any(self.goes_alone(_size(argument)) for argument in args):
+            [reply] = await self._loner.pipeline((("EVAL", script.source, len(keys), *keys, *args),))
+        else:
+            call = await self.mux.start((evalsha(script, keys, args),))
+            await call.event.wait()
+            reply = await self.finish(call, script, keys, args)
         if isinstance(reply, ServerError):
             partly = may_be_partly_done(reply, partly=script.partly)
             raise await self.refused_in(stream, group, reply, may_have_happened=partly)
@@ -148,3 +190,7 @@ class Client:
 
 def evalsha(script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Command:
     return ("EVALSHA", script.digest, len(keys), *keys, *args)
+
+
+def _size(argument: Argument) -> int:
+    return len(argument) if isinstance(argument, (bytes, str)) else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
 import sys
 from contextlib import suppress
 from typing import Any
@@ -16,66 +18,155 @@ from ._errors import broken, is_about_credentials, is_permanent, translate
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack
 from ._settings import Settings
 
+if sys.platform != "win32":
+    import fcntl
+    import termios
+
 MAX_RECEIVE = 65536 * 4
+
+_CHUNK = 65536
 
 BROKEN = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError, BrokenProtocolError)
 """What tells that a connection is of no use any more."""
 
+PAUSE = 5.0
+"""After so many seconds without a reply the server is asked for one before a connection is used again."""
+
+_SHORTEST_PROBE = 0.5
+
+_KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+"""TCP's own probes, by the names that one platform or another has for them."""
+
+PING: Command = ("PING",)
+
 
 class Link:
-    """An open connection. ``client_id`` is the server's number for it."""
+    """An open connection. ``client_id`` is the server's number for it.
+
+    Its own writes go past the event loop's transport, straight to the socket: nothing has to wait for a task then. No
+    duplicate of the descriptor is needed for that, since the transport says when it has closed it (``fileno`` is -1).
+    What the kernel does not take at once goes by the transport, and so does all that follows until the server has
+    answered everything: it would overtake what is still in the transport's buffer.
+
+    :ivar latency: seconds that the server took to answer the greeting.
+    """
 
     def __init__(self, stream: ByteStream, settings: Settings) -> None:
         self._stream = stream
-        self._settings = settings
+        self.settings = settings
         self.client_id = 0
-        self._socket: socket.socket | None = None
-        raw = stream.extra(SocketAttribute.raw_socket, None)
-        if raw is not None and settings.tls is None and sys.platform != "win32":
-            with suppress(OSError):  # no file descriptor left: everything goes by ``send``
-                self._socket = socket.fromfd(raw.fileno(), raw.family, raw.type)
-                self._socket.setblocking(False)
+        self.latency = 0.0
+        self._raw = stream.extra(SocketAttribute.raw_socket, None)
+        self._direct = self._raw is not None and settings.tls is None and sys.platform != "win32"
+        self._in_order = True
+        self._sent = 0
+        self._left = 0
+        if self._raw is not None:
+            _keep_alive(self._raw)
 
     @property
     def can_send_nowait(self) -> bool:
-        return self._socket is not None
+        return self._direct and self._in_order
 
     def send_nowait(self, data: bytes | memoryview) -> int:
         """Hand over what the kernel takes at once; how many bytes that was.
 
         Nothing else may be in the middle of being sent. If the connection is broken, :meth:`receive` will tell.
         """
-        if self._socket is None:
+        if self._raw is None or not self.can_send_nowait:
             return 0
         try:
-            return self._socket.send(data)
+            count = os.write(self._raw.fileno(), data)
         except OSError:
             return 0
+        self._sent += count
+        return count
 
-    async def send(self, data: bytes) -> None:
-        """Send all of it. A plain socket is written to here and not by the loop's transport, in whose buffer what
-        :meth:`send_nowait` sends would overtake the rest.
+    async def send(self, data: bytes, *, silence: float | None = None) -> None:
+        """Send all of it.
+
+        :param silence: seconds after which it is given up if nothing more is taken.
         """
-        if self._socket is None:
-            await self._stream.send(data)
-            return
-        left = memoryview(data)
-        while left:
-            try:
-                left = left[self._socket.send(left) :]
-            except BlockingIOError:
-                await anyio.wait_writable(self._socket)
+        left = memoryview(data)[self.send_nowait(data) :]
+        try:
+            while left:
+                self._in_order = False
+                self._left = len(left)
+                with anyio.fail_after(silence):
+                    await self._stream.send(bytes(left[:_CHUNK]))
+                self._sent += min(_CHUNK, len(left))
+                left = left[_CHUNK:]
+        finally:
+            self._left = 0
+
+    def all_answered(self) -> None:
+        """The server has answered everything: nothing of what was sent is in the transport's buffer any more."""
+        self._in_order = True
+
+    @property
+    def offered(self) -> int:
+        """How many bytes have been sent, or are being sent."""
+        return self._sent + self._left
+
+    def arrived(self) -> int:
+        """How many bytes the other side's kernel has confirmed; 0 where nobody knows."""
+        if self._raw is None or sys.platform == "win32":
+            return 0
+        try:
+            (waiting,) = struct.unpack("i", fcntl.ioctl(self._raw.fileno(), termios.TIOCOUTQ, b"\0" * 4))
+        except (OSError, ValueError):
+            return 0
+        return self._sent - int(waiting)
 
     async def receive(self) -> bytes:
         return await self._stream.receive(MAX_RECEIVE)
 
+    async def receive_within(self, silence: float) -> bytes:
+        """
+        :raises TimeoutError: if for so long nothing has come, and nothing of what was sent has arrived.
+        """
+        arrived = self.arrived()
+        while True:
+            with anyio.move_on_after(silence):
+                return await self.receive()
+            before, arrived = arrived, self.arrived()
+            if arrived <= before:
+                raise TimeoutError(f"no answer for {silence:.3g} s")
+
+    @property
+    def probe_timeout(self) -> float:
+        """In how many seconds the server has to answer a PING after a pause. Not much: another connection costs less
+        than a wait for one that is dead.
+        """
+        return min(self.settings.command_timeout, max(_SHORTEST_PROBE, 4 * self.latency))
+
+    async def answers(self) -> bool:
+        """Whether the server answers a PING. If not, or if this is cancelled, the link is of no use any more.
+
+        Nothing else may be under way.
+        """
+        with anyio.move_on_after(self.probe_timeout), suppress(*BROKEN):
+            await ask(self, [PING])  # no right to PING is an answer, too
+            return True
+        return False
+
     async def aclose(self) -> None:
         """Close without ceremony: the server notices by itself, and nobody waits for TLS's goodbye."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
         with anyio.CancelScope(shield=True):
             await anyio.aclose_forcefully(self._stream)
+
+
+def _keep_alive(raw: Any) -> None:
+    """Have the kernel probe a silent connection: who stands between forgets it less easily."""
+    if raw.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    with suppress(OSError):
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE:
+        option = getattr(socket, name, None)
+        if option is not None:
+            with suppress(OSError):
+                raw.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 async def open_link(settings: Settings, *, entering: bool = False) -> Link:
@@ -91,13 +182,13 @@ async def open_link(settings: Settings, *, entering: bool = False) -> Link:
             if settings.tls is not None and settings.path is None:
                 stage = "securing"
                 stream = await _secured(stream, settings)
-            stage = "greeting"
-            link = Link(stream, settings)
-            try:
-                await _introduce(link, settings)
-            except BaseException:
-                await link.aclose()
-                raise
+        stage = "greeting"
+        link = Link(stream, settings)
+        try:
+            await _introduce(link, settings)
+        except BaseException:
+            await link.aclose()
+            raise
     except ServerError as error:
         raise translate(error, entering=entering) from error
     except BROKEN as error:
@@ -130,7 +221,8 @@ async def _introduce(link: Link, settings: Settings) -> None:
     required: list[Command] = []
     if settings.credentials is not None:
         try:
-            credentials = await settings.credentials.get_credentials_async()
+            with anyio.fail_after(settings.connect_timeout):
+                credentials = await settings.credentials.get_credentials_async()
         except Exception as error:
             # The application's own code: whatever it raises, it may have credentials again next time.
             raise broken(f"no credentials for {settings.place}: {error!r}", may_have_happened=False) from error
@@ -139,7 +231,9 @@ async def _introduce(link: Link, settings: Settings) -> None:
         required.append(("SELECT", settings.db))
     optional: list[Command] = [("CLIENT", "SETNAME", settings.client_name)] if settings.client_name else []
     optional.append(("CLIENT", "ID"))
+    began = anyio.current_time()
     replies = await ask(link, [*required, *optional])
+    link.latency = anyio.current_time() - began
     for reply in replies[: len(required)]:
         if isinstance(reply, ServerError):
             raise reply
@@ -166,11 +260,14 @@ async def tolerate(link: Link, replies: list[Any]) -> None:
     raise refusals[0]
 
 
-async def ask(link: Link, commands: list[Command]) -> list[Any]:
+async def ask(link: Link, commands: list[Command], *, silence: float | None = None) -> list[Any]:
     """Send commands on a link that nobody else uses; all replies, error replies included.
 
+    :param silence: seconds without a sign of life after which it is given up; None = ``connect_timeout``.
     :raises ServerError: if the connection breaks after the server has said why.
+    :raises TimeoutError: if the server is silent for too long.
     """
+    patience = link.settings.connect_timeout if silence is None else silence
     protocol = Protocol()
     finished = False
 
@@ -180,14 +277,15 @@ async def ask(link: Link, commands: list[Command]) -> list[Any]:
 
     replies = Replies(len(commands), done)
     protocol.expect(replies)
-    await link.send(pack(commands))
     try:
+        await link.send(pack(commands), silence=patience)
         while not finished:
-            protocol.feed(await link.receive())
+            protocol.feed(await link.receive_within(patience))
     except BROKEN:
         # A server that is full says so, once, and closes the connection.
         for reply in replies.replies:
             if isinstance(reply, ServerError):
                 raise reply from None
         raise
+    link.all_answered()
     return replies.replies

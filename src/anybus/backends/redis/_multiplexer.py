@@ -8,15 +8,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import anyio
+from anyio.abc import TaskGroup
 
 from ..._backoff import recovery_delay
-from ..._cancellation import is_stray, sole
+from ..._cancellation import is_abandoned, is_stray, persist, sole
 from ..._clock import loop_clock
 from ..._errors import BackendError, EventBusError
 from ..._log import say
 from ._errors import SENSELESS, broken, is_about_credentials, translate
 from ._link import BROKEN, Link, open_link
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack, pack_one
+from ._pulse import Pulse
 from ._settings import Settings
 from ._waves import Single, Waves
 
@@ -24,8 +26,11 @@ _WORTH_A_WRITE = 32768
 
 _SCOPE = {"scope": "connection"}
 
-_LOOKS = 4
-"""So often within ``command_timeout`` somebody looks whether the server still answers."""
+_POSTPONED = broken("not sent yet", may_have_happened=False)
+
+_LOOK = 0.1
+_LAST_SECONDS = 2.0
+"""For so long at most an abandoned connection goes on while it is used."""
 
 
 class Call(Replies):
@@ -62,8 +67,9 @@ class Multiplexer:
         self._last_error: BackendError | None = None
         self._serving: anyio.CancelScope | None = None
         self._clock = anyio.current_time
-        self._last_reply = 0.0
+        self._pulse: Pulse | None = None
         self._closed = False
+        self._minded: anyio.CancelScope | None = None
         self.connections = 0
 
     @property
@@ -73,8 +79,9 @@ class Multiplexer:
     def close(self) -> None:
         self._closed = True
         self._wake_waiters()
-        if self._scope is not None:
-            self._scope.cancel()
+        for scope in (self._scope, self._minded):
+            if scope is not None:
+                scope.cancel()
 
     async def connect(self) -> Link:
         """The first connection, which must succeed, for :meth:`run`.
@@ -84,36 +91,65 @@ class Multiplexer:
         self._scope = anyio.CancelScope(shield=True)
         self._clock = loop_clock()
         self._closed = False
+        self._minded = None
         return await self._connect(entering=True)
 
-    async def run(self, link: Link, alarm: Callable[[BaseException], None]) -> None:
+    async def run(self, link: Link, alarm: Callable[[BaseException], None], tasks: TaskGroup) -> None:
         """Serve until closed, on the first connection and then on others.
 
         Shielded: when everything around it is cancelled, subscriptions still have to hand back what they hold.
+
+        :param tasks: the task group in which this runs.
         """
         assert self._scope is not None
         connected: Link | None = link
-        with self._scope:
-            while True:
-                try:
-                    if connected is None:
-                        connected = await self._reconnect()
-                    link, connected = connected, None
-                    await self._serve(link)
-                except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a broken connection
-                    if isinstance(error, anyio.get_cancelled_exc_class()):
-                        if not is_stray(error):
-                            raise
-                    else:
-                        # On trio a KeyboardInterrupt may strike in here. It ends the program, which still has to hand
-                        # back what it holds: this goes on until then.
-                        alarm(sole(error))
+        try:
+            with self._scope:
+                while True:
+                    try:
+                        if connected is None:
+                            connected = await self._reconnect()
+                        link, connected = connected, None
+                        await self._serve(link)
+                    except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a broken connection
+                        if isinstance(error, anyio.get_cancelled_exc_class()):
+                            if not is_stray(error):
+                                raise
+                            if self._minded is None:
+                                self._minded = anyio.CancelScope(shield=True)
+                                tasks.start_soon(self._mind_the_owner, self._minded)
+                        else:
+                            # On trio a KeyboardInterrupt may strike in here. It ends the program, which still has to
+                            # hand back what it holds: this goes on until then.
+                            alarm(sole(error))
+        finally:
+            self._closed = True
+            self._fail_unsent(self._closed_error())
+
+    async def _mind_the_owner(self, scope: anyio.CancelScope) -> None:
+        """Close when whoever entered the bus has ended without leaving it.
+
+        After a stray cancellation only. It may have been the event loop's last one, which hits the owner too, perhaps
+        later than us. An owner that has ended does not close this any more, and no second cancellation comes.
+        """
+        with scope:
+            await persist(self._until_abandoned)
+            self.close()
+
+    async def _until_abandoned(self) -> None:
+        while not is_abandoned():  # noqa: ASYNC110 - nothing tells that a task has ended
+            await anyio.sleep(_LOOK)
+        # Subscriptions that were cancelled in the same moment hand back what they hold.
+        last = self._clock() + _LAST_SECONDS
+        quiet = 0
+        while quiet < 2 and self._clock() < last:
+            await anyio.sleep(_LOOK)
+            quiet = 0 if self._unsent or self._protocol.is_waiting else quiet + 1
 
     async def _connect(self, *, entering: bool = False) -> Link:
         link = await open_link(self._settings, entering=entering)
         try:
-            with anyio.fail_after(self._settings.connect_timeout):
-                await self._on_connect(link)
+            await self._on_connect(link)
         except ServerError as error:
             await link.aclose()
             raise translate(error, entering=entering) from error
@@ -141,6 +177,7 @@ class Multiplexer:
                     error = BackendError(str(error), may_have_happened=False, can_pass=False)
                 self._last_error = error
                 failures += 1
+                self._fail_unsent(error)
                 if not said and isinstance(error.__cause__, ServerError) and is_about_credentials(error.__cause__):
                     said = True
                     text = "%s does not take the credentials (%s): no connection until it does; tried again and again"
@@ -162,7 +199,7 @@ class Multiplexer:
         protocol = self._protocol = Protocol()
         self._link = link
         self._demand = anyio.Event()
-        self._last_reply = self._clock()
+        pulse = self._pulse = Pulse(link, protocol, self._clock, self._send_first, self._wake_up)
         self.connections += 1
         self._wake_waiters()
         again = " again" if self.connections > 1 else ""
@@ -175,34 +212,44 @@ class Multiplexer:
                 async def write() -> None:
                     nonlocal reason
                     try:
-                        await self._write(link)
+                        await self._write(link, pulse)
                     except BROKEN as error:
                         reason = error
                     tasks.cancel_scope.cancel()
 
                 async def watch() -> None:
                     nonlocal reason
-                    await self._watch(protocol)
+                    await pulse.until_silent(self._settings.command_timeout, lambda: len(self._rest))
                     reason = TimeoutError(f"no reply within command_timeout ({self._settings.command_timeout} s)")
+                    tasks.cancel_scope.cancel()
+
+                async def probe() -> None:
+                    nonlocal reason
+                    await pulse.until_unanswered()
+                    reason = TimeoutError("no answer to a PING after a pause")
                     tasks.cancel_scope.cancel()
 
                 tasks.start_soon(write)
                 tasks.start_soon(watch)
+                tasks.start_soon(probe)
                 tasks.start_soon(self._waves.expire)
                 try:
                     while True:
                         data = await link.receive()
-                        self._last_reply = self._clock()
+                        pulse.last_reply = self._clock()
                         protocol.feed(data)
+                        if not protocol.is_waiting:
+                            link.all_answered()
                 except BROKEN as error:
                     reason = error
                 tasks.cancel_scope.cancel()
         finally:
             self._link = None
             self._rest = b""
+            self._pulse = None
             if not self._closed:
                 say(logging.WARNING, "%s; it is opened again when it is needed", self._broke(reason), hidden=_SCOPE)
-            self._abandon(protocol, reason)
+            self._abandon(protocol, reason, unsent_stays=pulse.probing)
             await link.aclose()
 
     def _broke(self, reason: BaseException | None) -> str:
@@ -214,21 +261,53 @@ class Multiplexer:
             text += " (what arrived was not the protocol)"
         return text
 
-    def _abandon(self, protocol: Protocol, reason: BaseException | None) -> None:
+    def _abandon(self, protocol: Protocol, reason: BaseException | None, *, unsent_stays: bool) -> None:
         text = self._broke(reason)
         protocol.fail(broken(text, may_have_happened=True))
+        if unsent_stays:
+            self._postpone_unsent()
+        else:
+            self._fail_unsent(broken(text, may_have_happened=False))
+        self._waves.clear()
+
+    def _fail_unsent(self, error: BackendError) -> None:
         unsent, self._unsent = self._unsent, []
         self._unsent_size = 0
-        self._waves.clear()
         for _, call in unsent:
-            call.fail(broken(text, may_have_happened=False))
+            call.fail(error)
 
-    async def _write(self, link: Link) -> None:
+    def _postpone_unsent(self) -> None:
+        """What waits in the line goes by the next connection, which is made at once."""
+        unsent, self._unsent = self._unsent, []
+        self._unsent_size = 0
+        for packed, call in unsent:
+            if isinstance(call, Single):
+                call.fail(_POSTPONED)  # its wave's deadline ends with this connection: it waits by itself
+            else:
+                self._unsent.append((packed, call))
+                self._unsent_size += len(packed)
+        if self._unsent:
+            self._demand.set()
+
+    def _send_first(self, data: bytes) -> None:
+        """Send while nothing else is under way."""
+        assert self._link is not None
+        self._rest = data[self._link.send_nowait(data) :]
+        if self._rest:
+            self._wake_writer.set()
+
+    def _wake_up(self) -> None:
+        self._wake_writer.set()
+
+    async def _write(self, link: Link, pulse: Pulse) -> None:
         while True:
-            while not (self._unsent or self._rest):
+            while not (self._rest or (self._unsent and not pulse.probing)):
                 self._wake_writer = anyio.Event()
                 await self._wake_writer.wait()
-            data = self._empty_line()
+            if pulse.probing:
+                data, self._rest = self._rest, b""
+            else:
+                data = self._empty_line()
             self._sending = True
             try:
                 await link.send(data)
@@ -255,34 +334,19 @@ class Multiplexer:
         """
         self._unsent.append((packed, call))
         self._unsent_size += len(packed)
-        link = self._link
-        if (
-            link is not None
-            and (self._unsent_size >= _WORTH_A_WRITE or not self._protocol.is_waiting)
-            and not (self._sending or self._rest)
-            and link.can_send_nowait
+        link, pulse = self._link, self._pulse
+        if link is None or pulse is None or pulse.probing:
+            return
+        idle = not self._protocol.is_waiting
+        if idle and pulse.has_paused():
+            pulse.probe()
+        elif (
+            (idle or self._unsent_size >= _WORTH_A_WRITE) and not (self._sending or self._rest) and link.can_send_nowait
         ):
             data = self._empty_line()
-            self._rest = data[link.send_nowait(data) :]
-            if self._rest:
-                self._wake_writer.set()
+            self._send_first(data)
         elif len(self._unsent) == 1:
             self._wake_writer.set()
-
-    async def _watch(self, protocol: Protocol) -> None:
-        """Returns when something has been waiting for a reply for too long: a frozen server says nothing, ever."""
-        timeout = self._settings.command_timeout
-        waiting_since: float | None = None
-        while True:
-            await anyio.sleep(timeout / _LOOKS)
-            now = self._clock()
-            if not protocol.is_waiting:
-                waiting_since = None
-                continue
-            if waiting_since is None:
-                waiting_since = now
-            if now - max(waiting_since, self._last_reply) >= timeout:
-                return
 
     async def single(self, command: Command, timeout: float) -> Any:
         """Send one command, with whatever else leaves now; its reply.
@@ -297,6 +361,8 @@ class Multiplexer:
         self._put(packed, call)
         await call.wave.event.wait()
         if call.error is not None:
+            if call.error is _POSTPONED:
+                return await self._single_when_connected(command, call.wave.deadline - self._clock())
             raise call.error
         return call.replies[0]
 
@@ -320,6 +386,9 @@ class Multiplexer:
         if self._serving is not None:
             self._serving.cancel()
 
+    def _closed_error(self) -> BackendError:
+        return broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
+
     async def _until_connected(self) -> None:
         """
         :raises BackendError: if there is no connection in time; surely nothing was sent.
@@ -330,7 +399,7 @@ class Multiplexer:
         with anyio.CancelScope(deadline=deadline) as scope:
             while self._link is None:
                 if self._closed:
-                    raise broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
+                    raise self._closed_error()
                 self._demand.set()
                 await self._ready.wait()
                 error = self._last_error

@@ -59,6 +59,11 @@ class Protocol:
         """Whether anybody still waits for a reply."""
         return bool(self._line)
 
+    @property
+    def oldest(self) -> Replies | None:
+        """Whoever has waited for the longest."""
+        return self._line[0] if self._line else None
+
     def expect(self, replies: Replies) -> None:
         """The commands of this caller are sent next."""
         self._line.append(replies)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
 
 from ._errors import broken
-from ._link import BROKEN, Link, open_link
+from ._link import BROKEN, PAUSE, Link, open_link
 from ._protocol import Command, Protocol, Replies, pack
 from ._settings import Settings
 
@@ -26,6 +27,7 @@ class BlockingReader:
         self._unblock = unblock
         self._link: Link | None = None
         self._protocol = Protocol()
+        self._last_reply = 0.0
         self.lost_track = False
         """A connection broke while a read was under way: something may have been delivered that nobody has seen."""
         self.last_id = "0-0"
@@ -45,19 +47,15 @@ class BlockingReader:
         :param hand_back: called with the replies, shielded, if the caller was cancelled and they came all the same.
         :raises BackendError: if the connection cannot be made, breaks, or is silent for longer than it may be.
         """
-        if self._link is None:
-            self._link = await open_link(self._settings)
-            self._protocol = Protocol()
-        link = self._link
+        link = await self._usable_link()
         finished = anyio.Event()
         replies = Replies(len(commands), finished.set)
         self._protocol.expect(replies)
         try:
-            with anyio.move_on_after(wait + self._settings.command_timeout):
-                # Not cancelled half-way: what is left of a command in the pipe would spoil the connection.
-                with anyio.CancelScope(shield=True):
-                    await link.send(pack(commands))
-                await self._receive(link, finished)
+            # Not cancelled half-way: what is left of a command in the pipe would spoil the connection.
+            with anyio.CancelScope(shield=True):
+                await link.send(pack(commands), silence=self._settings.command_timeout)
+            await self._receive(link, finished, wait + self._settings.command_timeout)
         except BROKEN as error:
             await self.give_up()  # noqa: ASYNC120 - shielded in there
             text = f"the connection to {self._settings.place} broke: {str(error) or type(error).__name__}"
@@ -72,15 +70,34 @@ class BlockingReader:
             if not finished.is_set():
                 await self.give_up()  # noqa: ASYNC102 - shielded in there
             raise
-        if not finished.is_set():
-            await self.give_up()
-            text = f"{self._settings.place} has not answered for {wait + self._settings.command_timeout:.3g} s"
-            raise broken(text, may_have_happened=True)
         return replies.replies
 
-    async def _receive(self, link: Link, finished: anyio.Event) -> None:
+    async def _usable_link(self) -> Link:
+        """The connection; another one if it does not answer after a pause."""
+        if self._link is not None and anyio.current_time() - self._last_reply > PAUSE:
+            link, self._link = self._link, None
+            answers = False
+            try:
+                answers = await link.answers()
+            finally:
+                if not answers:
+                    await link.aclose()  # noqa: ASYNC102 - shielded in there
+            self._link = link if answers else None
+        if self._link is None:
+            self._link = await open_link(self._settings)
+            self._protocol = Protocol()
+        return self._link
+
+    async def _receive(self, link: Link, finished: anyio.Event, silence: float = math.inf) -> None:
+        """
+        :param silence: seconds until the first part has to come. Between two parts it is ``command_timeout`` at most.
+        """
+        deadline = anyio.current_time() + silence
         while not finished.is_set():
-            self._protocol.feed(await link.receive())
+            self._protocol.feed(await link.receive_within(silence))
+            silence = max(self._settings.command_timeout, deadline - anyio.current_time())
+        self._last_reply = anyio.current_time()
+        link.all_answered()
 
     async def _end_blocking(self, link: Link, finished: anyio.Event) -> None:
         async with anyio.create_task_group() as tasks:

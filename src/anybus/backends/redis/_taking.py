@@ -11,11 +11,13 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
+from ..._cancellation import persist
 from ..._errors import BackendError, GroupLostError
 from ..._log import say
 from ...abc import FetchedEntry, MissingEntry, Redelivered
 from . import _scripts as scripts
 from . import _taking_scripts as taking
+from ._appetite import Appetite
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
 from ._errors import SENSELESS, has_code, leads_elsewhere, may_be_partly_done, senseless, translate
@@ -46,6 +48,7 @@ class Taking:
         self._kept_at: dict[tuple[str, str], float] = {}
         self._reaped_at: dict[tuple[str, str], float] = {}
         self._passes = 0
+        self._appetite = Appetite()
         self._astray: dict[Member, tuple[float, str]] = {}
         """When a pass was sent whose reply was lost, and up to which id somebody has looked for what it took."""
         self._looked: dict[str, tuple[float, float]] = {}
@@ -70,6 +73,7 @@ class Taking:
             await reader.aclose()
 
     async def read_new(self, stream: str, group: str, consumer: str, count: int, timeout: float) -> list[FetchedEntry]:
+        count = self._appetite.of(count)
         read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
         move: Command = evalsha(taking.MOVE_DUE, (stream, delayed(stream)), ())
         reader = self._readers.setdefault(
@@ -142,7 +146,12 @@ class Taking:
             if len(replies) == len(commands):
                 await self._hand_back_reply(replies, parse, group, consumer)
 
-        return await reader.request(commands, wait=wait, hand_back=hand_back)
+        try:
+            return await reader.request(commands, wait=wait, hand_back=hand_back)
+        except BackendError as error:
+            if error.may_have_happened:
+                self._appetite.broke(object())
+            raise
 
     async def _read(self, reader: BlockingReader, reply: Any, stream: str, group: str) -> list[FetchedEntry]:
         if isinstance(reply, ServerError):
@@ -161,6 +170,7 @@ class Taking:
             raise senseless(self._client.settings.place, reply) from error
         if entries:
             reader.last_id = entries[-1].id
+            self._appetite.came(entries)
         return entries
 
     async def _next_due(self, moved: Any, stream: str) -> float:
@@ -218,7 +228,7 @@ class Taking:
         return []
 
     async def reclaim(self, stream: str, group: str, consumer: str, min_idle: float, count: int) -> list[FetchedEntry]:
-        member = (stream, group, consumer)
+        member, count = (stream, group, consumer), self._appetite.of(count)
         if astray := await self._find_astray(member, count):
             return astray
         keys, args = (stream,), (group, consumer, int(min_idle * 1000), count, self._cursors.get(member, "0-0"))
@@ -247,6 +257,7 @@ class Taking:
         self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float, count: int
     ) -> Redelivered:
         self._passes += 1
+        count = self._appetite.of(count)
         topic, retries = (stream, group, consumer), (retry_stream, group, consumer)
         if self._astray:
             if found := await self._find_astray(topic, count):
@@ -354,6 +365,7 @@ class Taking:
                 lost()
 
         call = await self._client.mux.start(commands)
+        connection = self._client.mux.connections
         try:
             await call.event.wait()
         except BaseException:
@@ -367,6 +379,8 @@ class Taking:
             raise
         if call.error is not None:
             look_for_loss()
+            if call.sent:
+                self._appetite.broke(connection)
             raise call.error
         reply = call.replies[-1]
         if isinstance(reply, ServerError):
@@ -378,7 +392,9 @@ class Taking:
             where = stream or str(commands[-1][-2])
             raise await self._client.refused_in(where, group, reply, may_have_happened=partly)
         with self._client.reading(reply):
-            return parse(call.replies)
+            taken = parse(call.replies)
+        self._appetite.came([entry for entries in taken.values() for entry in entries])
+        return taken
 
     async def _within_a_second(self, hand_back: Callable[[], Awaitable[None]]) -> None:
         """Hand back, and wait for that, shielded, for a second at most.
@@ -391,7 +407,7 @@ class Taking:
         async def outlive() -> None:
             try:
                 with anyio.CancelScope(shield=True):  # the multiplexer leaves nobody waiting for ever
-                    await hand_back()
+                    await persist(hand_back)
             finally:
                 self._hand_backs.discard(done)
                 done.set()

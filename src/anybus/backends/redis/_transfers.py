@@ -9,7 +9,7 @@ from typing import Any, Final, Union
 
 from ..._errors import BackendError, EventBusError, SerializationError, ValidationError
 from ..._message import Message
-from ...abc import Codec, Output, TransferItem
+from ...abc import Output, TransferItem
 from . import _scripts as scripts
 from ._client import Client
 from ._errors import is_out_of_reach
@@ -42,12 +42,15 @@ class Transfers:
     """This part of the Redis backend.
 
     :param encode: turns what an application publishes into bytes, or refuses it for its size.
+    :param encode_copy: the same for the bus's own copies.
     """
 
-    def __init__(self, client: Client, codec: Codec, encode: Callable[[Message], bytes]) -> None:
+    def __init__(
+        self, client: Client, encode: Callable[[Message], bytes], encode_copy: Callable[[Message], bytes]
+    ) -> None:
         self._client = client
-        self._codec = codec
         self._encode = encode
+        self._encode_copy = encode_copy
 
     async def transfer_many(
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
@@ -89,7 +92,7 @@ class Transfers:
         prepared: list[tuple[str, int, list[Argument]]] = []
         try:
             for output in outputs:
-                encode = self._encode if output.limited else self._codec.encode
+                encode = self._encode if output.limited else self._encode_copy
                 fields: list[Argument] = ["message", encode(output.message)]
                 for name, value in (output.raw or {}).items():
                     fields += (f"raw:{name}", value)

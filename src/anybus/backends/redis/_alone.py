@@ -1,0 +1,89 @@
+"""Commands that go by a connection of their own, so that nobody else suffers if the server closes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+
+from ..._clock import loop_clock
+from ._errors import broken
+from ._link import BROKEN, Link, open_link
+from ._protocol import Command, Protocol, Replies, pack
+from ._pulse import Pulse
+from ._settings import Settings
+
+_AT_ONCE = 4
+
+
+class Loner:
+    """Opens such connections, a few at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._places = anyio.Semaphore(_AT_ONCE)
+
+    async def pipeline(self, commands: Sequence[Command], timeout: float | None = None) -> list[Any]:
+        """Send commands together; their replies, error replies included, in order.
+
+        :raises BackendError: if there is no connection, or it breaks, or there was no answer in time;
+            ``may_have_happened`` tells whether all of it had been sent.
+        """
+        sent = False
+
+        def on_sent() -> None:
+            nonlocal sent
+            sent = True
+
+        with anyio.move_on_after(timeout):
+            async with self._places:
+                link = await open_link(self._settings)
+                try:
+                    return await self._talk(link, commands, on_sent)
+                except BROKEN as error:
+                    text = f"the connection to {self._settings.place} broke: {str(error) or type(error).__name__}"
+                    raise broken(text, may_have_happened=sent) from error
+                finally:
+                    await link.aclose()  # noqa: ASYNC102 - shielded in there
+        raise broken("no answer within publish_timeout", may_have_happened=sent)
+
+    async def _talk(self, link: Link, commands: Sequence[Command], on_sent: Any) -> list[Any]:
+        protocol = Protocol()
+        finished = anyio.Event()
+        replies = Replies(len(commands), finished.set)
+        protocol.expect(replies)
+        failure: BaseException | None = None
+        silence = self._settings.command_timeout
+        pulse = Pulse(link, protocol, loop_clock(), lambda _: None, lambda: None)
+        async with anyio.create_task_group() as tasks:
+
+            async def watch() -> None:
+                nonlocal failure
+                await pulse.until_silent(silence, lambda: 0)
+                failure = TimeoutError(f"no answer for {silence:.3g} s")
+                tasks.cancel_scope.cancel()
+
+            async def send() -> None:
+                nonlocal failure
+                try:
+                    await link.send(pack(commands))
+                except BROKEN as error:
+                    failure = error  # noqa: ASYNC104
+                else:
+                    on_sent()
+
+            tasks.start_soon(watch)
+            tasks.start_soon(send)
+            # Beside the sending: a server that refuses says so while it is under way, and closes.
+            try:
+                while not finished.is_set():
+                    data = await link.receive()
+                    pulse.last_reply = anyio.current_time()
+                    protocol.feed(data)
+            except BROKEN as error:
+                failure = failure or error
+            tasks.cancel_scope.cancel()
+        if not finished.is_set() and failure is not None:
+            raise failure
+        return replies.replies

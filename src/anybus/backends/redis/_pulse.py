@@ -1,0 +1,107 @@
+"""The pulse of a connection that is shared: whether the other side still answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import anyio
+
+from ._link import PAUSE, PING, Link
+from ._protocol import Protocol, Replies, pack_one
+
+LOOKS = 4
+"""So often within ``command_timeout`` somebody looks whether the server still answers."""
+
+PING_EVERY = 10.0
+"""Seconds of idleness after which a PING shows whoever stands between that the connection is in use."""
+
+
+class Pulse:
+    """Asks for a sign of life where none has come for too long.
+
+    :param send: takes the bytes of a PING.
+    :param on_answer: called when one has been answered.
+    :ivar last_reply: when something came last.
+    :ivar probing: a PING is under way. Nothing else may be sent until it is answered: so nothing is sent on a dead
+        connection.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        protocol: Protocol,
+        clock: Callable[[], float],
+        send: Callable[[bytes], None],
+        on_answer: Callable[[], None],
+    ) -> None:
+        self._link = link
+        self._protocol = protocol
+        self._clock = clock
+        self._send = send
+        self._on_answer = on_answer
+        self._answered: anyio.Event | None = None
+        self._begun = anyio.Event()
+        self.probing = False
+        self.last_reply = clock()
+
+    def has_paused(self) -> bool:
+        """Whether nothing has come for so long that a PING has to go first. Asked for most publishes."""
+        return self._clock() - self.last_reply > PAUSE
+
+    def probe(self) -> None:
+        """Send a PING. Nothing else may be under way."""
+        answered = self._answered = anyio.Event()
+        self.probing = True
+
+        def done() -> None:
+            self.probing = False
+            answered.set()
+            self._on_answer()
+
+        self._protocol.expect(Replies(1, done))
+        self._send(pack_one(PING))
+        self._begun.set()
+
+    async def until_unanswered(self) -> None:
+        """Returns when a PING is not answered in time. Sends one itself, now and then, while nothing else is sent."""
+        while True:
+            answered = self._answered
+            if answered is None or answered.is_set():
+                await self._probe_when_idle()
+                continue
+            with anyio.move_on_after(self._link.probe_timeout):
+                await answered.wait()
+            if not answered.is_set():
+                return
+
+    async def _probe_when_idle(self) -> None:
+        self._begun = anyio.Event()
+        idle_for = self._clock() - self.last_reply
+        with anyio.move_on_after(max(PING_EVERY - idle_for, PING_EVERY / 10)):
+            await self._begun.wait()
+        idle_for = self._clock() - self.last_reply
+        if not self._protocol.is_waiting and idle_for >= PING_EVERY:
+            self.probe()
+
+    async def until_silent(self, timeout: float, unsent: Callable[[], int]) -> None:
+        """Returns when the server has owed a reply for too long: a frozen one says nothing, ever.
+
+        It is silence that counts. While parts of a reply come, or parts of what the server has to answer arrive there
+        one after the other, there is none.
+
+        :param unsent: how many bytes of commands that count as sent are still here.
+        """
+        oldest: Replies | None = None
+        since, arrived, owed = 0.0, 0, 0
+        while True:
+            await anyio.sleep(timeout / LOOKS)
+            now = self._clock()
+            if self._protocol.oldest is not oldest:
+                oldest, since, owed = self._protocol.oldest, now, self._link.offered + unsent()
+            if oldest is None:
+                continue
+            before, arrived = arrived, self._link.arrived()
+            if before < min(arrived, owed):
+                since = now
+            if now - max(since, self.last_reply) >= timeout:
+                return
