@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 from servers import RunningServer, free_port
 
-from anybus import JsonCodec, Message
+from anybus import JsonCodec, Message, retry_stream
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "signals.py"
+RETRIES = retry_stream("orders", "billing")
 LOOPS = ("asyncio", "trio")
 """Those of the example's command line."""
 SOON = 60.0
@@ -100,11 +101,11 @@ def worker(loop: str, url: str) -> tuple[str, str]:
 def orders(server: RunningServer) -> Iterator[Any]:
     """A topic that is the test's alone while it runs."""
     with server.client() as client:
-        client.delete("orders")
+        client.delete("orders", RETRIES)
         try:
             yield client
         finally:
-            client.delete("orders")
+            client.delete("orders", RETRIES)
 
 
 def become_a_string(client: Any, topic: str) -> None:
@@ -113,9 +114,9 @@ def become_a_string(client: Any, topic: str) -> None:
 
 
 def begin_to_handle(client: Any, started: Program) -> None:
-    """Wait until the program has a group, publish a message, and wait until it is handled."""
+    """Wait until the program has its groups, publish a message, and wait until it is handled."""
     deadline = time.monotonic() + SOON
-    while not (client.exists("orders") and client.xinfo_groups("orders")):
+    while not client.exists(RETRIES):  # which is made last
         assert time.monotonic() < deadline
         assert started.process.poll() is None
         time.sleep(0.01)

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-from anyio import get_current_task
+import anyio
 from anyio.lowlevel import current_token
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Entered(AbstractAsyncContextManager[T, "bool | None"]):
 
     async def __aenter__(self) -> T:
         self._home = Home()
-        self._task = get_current_task().id
+        self._task = anyio.get_current_task().id
         return await self._inner.__aenter__()
 
     async def __aexit__(
@@ -85,8 +85,8 @@ class Entered(AbstractAsyncContextManager[T, "bool | None"]):
         if self._home is not None:
             self._home.check(self._what)
         try:
-            return await self._inner.__aexit__(exc_type, exc_value, traceback)
+            return await self._inner.__aexit__(exc_type, exc_value, traceback)  # noqa: ASYNC102 - passed on
         except RuntimeError as error:
-            if get_current_task().id == self._task or "cancel scope" not in str(error).lower():
+            if anyio.get_current_task().id == self._task or "cancel scope" not in str(error).lower():
                 raise
             raise RuntimeError(f"{self._what} was entered in one task and left in another: {_TASK}") from error
