@@ -28,13 +28,13 @@ class Limit(NamedTuple):
 
 async def ask_limit(link: Link) -> Limit | None:
     """The server's limit; None if it does not say."""
+    commands: list[Command] = [("CONFIG", "GET", setting) for setting, _ in _SETTINGS]
+    try:
+        replies = await exchange(link, Protocol(), commands)
+    except ServerError:  # no right to it, or a managed server: nothing that the bus needs
+        return None
     found: list[Limit] = []
-    for setting, needed in _SETTINGS:
-        command: Command = ("CONFIG", "GET", setting)
-        try:
-            [reply] = await exchange(link, Protocol(), [command])
-        except ServerError:  # no right to it, or a managed server: nothing that the bus needs
-            return None
+    for (setting, needed), reply in zip(_SETTINGS, replies, strict=True):
         size = _value(reply)
         if size is None:
             return None
