@@ -11,6 +11,7 @@ from typing import Any, Final
 import anyio
 
 from ..._errors import BackendError, GroupLostError
+from ..._log import say
 from . import _dead_letter_scripts, _lease_scripts, _rights, _scripts, _taking_scripts
 from ._alone import Loner
 from ._decoding import predecessor
@@ -24,8 +25,6 @@ from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
 from ._server import Server, look_at
 from ._settings import Settings
-
-_logger: Final = logging.getLogger("anybus")
 
 _ALL: Final = (*_scripts.ALL, *_taking_scripts.ALL, *_lease_scripts.ALL, *_rights.ALL, *_dead_letter_scripts.ALL)
 
@@ -57,7 +56,7 @@ class Client:
                 [save_points] = await self.mux.pipeline((SAVE_POINTS,))
                 warnings.append(keeps_nothing(save_points))
             for warning in filter(None, warnings):
-                _logger.warning("the server at %s %s", self.settings.place, warning)
+                say(logging.WARNING, "the server at %s %s", self.settings.place, warning, hidden={"scope": "connection"})
 
     async def call(self, *command: Argument) -> Any:
         """

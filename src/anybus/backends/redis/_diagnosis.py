@@ -76,7 +76,7 @@ def _of_the_system(error: BaseException) -> str | None:
         told = _no_descriptor_for_a_socket()
         return told or f"the host name cannot be resolved ({error.strerror or words(error)})"
     if isinstance(error, ConnectionRefusedError):
-        return f"connection refused: no server listens there ({words(error)})"
+        return "refused: no server listens there"
     if isinstance(error, OSError):
         return _NO_DESCRIPTOR.get(error.errno or 0)
     return None
