@@ -173,8 +173,8 @@ async def test_another_protocol_is_told_by_its_first_byte(answer: bytes, words: 
 async def test_a_port_where_nobody_listens_says_so() -> None:
     port = free_port()
     for host in ("127.0.0.1", "localhost"):
-        assert "connection refused" in await refusal(f"redis://{host}:{port}")
-        assert "connection refused" in await refusal(f"rediss://{host}:{port}")
+        assert "refused: no server listens there" in await refusal(f"redis://{host}:{port}")
+        assert "refused: no server listens there" in await refusal(f"rediss://{host}:{port}")
 
 
 async def test_a_name_that_nobody_knows_says_so() -> None:

@@ -56,7 +56,8 @@ class Client:
                 [save_points] = await self.mux.pipeline((SAVE_POINTS,))
                 warnings.append(keeps_nothing(save_points))
             for warning in filter(None, warnings):
-                say(logging.WARNING, "the server at %s %s", self.settings.place, warning, hidden={"scope": "connection"})
+                text = "the server at %s %s"
+                say(logging.WARNING, text, self.settings.place, warning, hidden={"scope": "connection"})
 
     async def call(self, *command: Argument) -> Any:
         """
