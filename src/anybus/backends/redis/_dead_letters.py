@@ -103,7 +103,7 @@ class RedisDeadLetters(DeadLetterStore):
             except BackendError as failure:
                 if len(moves) > 1 and is_out_of_reach(failure):
                     # A script is refused as a whole for one key that this user may not touch.
-                    moved = [await self._move_alone(stream, one) for one in part]
+                    moved = [await self._move_alone(stream, one) for one in part]  # noqa: ASYNC120
                 elif not done:
                     raise
                 else:

@@ -78,7 +78,7 @@ class Transfers:
                 if is_out_of_reach(error):
                     # A script is refused as a whole for one key that this user may not touch: that is the error of
                     # whoever asked for it.
-                    answers = [await self._send_alone(stream, group, consumer, item) for _, item in part]
+                    answers = [await self._send_alone(stream, group, consumer, item) for _, item in part]  # noqa: ASYNC120
                 elif len(part) == len(items):
                     raise
                 else:
