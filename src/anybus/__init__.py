@@ -2,7 +2,7 @@
 
 from . import abc as abc
 from ._backoff import ExponentialBackoff as ExponentialBackoff
-from ._bus import BatchOutcome as BatchOutcome
+from ._batch import BatchOutcome as BatchOutcome
 from ._bus import StreamBus as StreamBus
 from ._codec import JsonCodec as JsonCodec
 from ._codec import MsgpackCodec as MsgpackCodec

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
@@ -15,73 +13,26 @@ import anyio
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
+from ._batch import BatchOutcome
 from ._callables import check_async_function
 from ._cancellation import persist
 from ._checks import refuse
-from ._clock import loop_clock
-from ._copies import retry_stream
 from ._dead_letter import LetterFilter
 from ._dead_letters import DeadLetters, open_dead_letters
-from ._errors import BackendError, ClosedError, EventBusError, ValidationError, can_pass
+from ._errors import BackendError, ClosedError, EventBusError, ValidationError
 from ._home import Entered, Home
 from ._message import Message, check_outgoing
-from ._options import (
-    DEFAULT_MAX_DELIVERIES,
-    DEFAULT_MAX_RETRY,
-    Drop,
-    PublishOptions,
-    StreamBusOptions,
-    SubscriptionConfig,
-    ack_mode_of,
-)
-from ._policies import FailurePolicy, backoff_table, check_rules
+from ._options import PublishOptions, StreamBusOptions, SubscriptionConfig, dead_letter_topic_of
 from ._reporting import Notices, Reporter
-from ._runtime._context import Context, Counters, LeaseTerm, SuspectSlot
-from ._runtime._ledger import Budget, Ledger
+from ._runtime._assembly import make_context
+from ._runtime._context import Context, SuspectSlot
 from ._runtime._pool import Handler
 from ._runtime._pull import DeliveryStream, PullTaker
 from ._runtime._subscription import ClosedWhileEnteredError, Subscription
-from ._settlement import Policy
 from .abc import StreamBackend, TimedPublisher
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass(frozen=True)
-class BatchOutcome:
-    """What became of a batch.
-
-    :ivar results: one per message, in order: the entry's id, or the error.
-    """
-
-    results: tuple[str | EventBusError, ...]
-
-    @property
-    def all_ok(self) -> bool:
-        return not self.errors
-
-    @property
-    def ok_count(self) -> int:
-        return len(self.results) - len(self.errors)
-
-    @property
-    def errors(self) -> tuple[EventBusError, ...]:
-        return tuple(result for result in self.results if isinstance(result, EventBusError))
-
-    def raise_for_errors(self) -> None:
-        """
-        :raises EventBusError: the only error, or the first of several with their number in a note of its text.
-        """
-        errors = self.errors
-        if not errors:
-            return
-        if len(errors) == 1:
-            raise errors[0]
-        may_have_happened = any(isinstance(error, BackendError) and error.may_have_happened for error in errors)
-        text = f"{len(errors)} of {len(self.results)} messages were not published; the first error: {errors[0]}"
-        passing = all(can_pass(error) for error in errors)
-        raise BackendError(text, may_have_happened=may_have_happened, can_pass=passing) from errors[0]
 
 
 class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
@@ -415,67 +366,18 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         return config
 
     def _context(self, config: SubscriptionConfig, *, pulled: bool) -> Context:
-        options = self._options
-        features = self._backend.features
-        consumer = f"{config.consumer}-{secrets.token_hex(8)}"
-        # Without renew our own reclaims would count up what we hold, without release what never started.
-        lacking = [feature for feature in ("delivery_count", "renew", "release") if feature not in features]
-        if lacking:
-            self._notices.once(
-                f"{type(self._backend).__name__} cannot count deliveries that ended without an outcome (it lacks "
-                f"{', '.join(lacking)}): max_deliveries has no effect, and a message that kills its process comes back "
-                "for ever"
-            )
-        dead_letter_topic = config.dead_letter_topic
-        if dead_letter_topic is None:
-            dead_letter_topic = f"{config.topic}.dead"
-        if isinstance(dead_letter_topic, Drop):
-            dead_letter_topic = None
-        else:
-            self._dead_letter_topics.add(dead_letter_topic)
-        max_pending_acks = config.max_pending_acks or 2 * config.max_in_flight
-        streams = (config.topic, retry_stream(config.topic, config.group))
-        policy = Policy(
-            ack_mode="manual" if pulled else ack_mode_of(config),
-            max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
-            max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
-            backoff=backoff_table(config.retry_backoff),
-            counts_crashes=not lacking,
-        )
+        topic = dead_letter_topic_of(config)
+        if topic is not None:
+            self._dead_letter_topics.add(topic)
         assert self._home is not None
-        return Context(
+        return make_context(
+            config,
             backend=self._backend,
-            topic=config.topic,
-            group=config.group,
-            consumer=consumer,
-            policy=policy,
-            failure_policy=FailurePolicy(
-                retry_on=check_rules("retry_on", config.retry_on),
-                give_up_on=check_rules("give_up_on", config.give_up_on),
-                backoff=config.retry_backoff if callable(config.retry_backoff) else None,
-                max_age=config.max_age,
-            ),
-            circuit=config.circuit,
-            options=options,
-            group_start_id=config.group_start_id or options.group_start_id,
-            max_in_flight=config.max_in_flight,
-            dead_letter_topic=dead_letter_topic,
-            handler_timeout=config.handler_timeout,
-            on_lease_lost=config.on_lease_lost,
-            reporter=Reporter(
-                options.observer,
-                topic=config.topic,
-                group=config.group,
-                consumer=consumer,
-                max_attempts=policy.max_attempts if policy.ack_mode != "auto-on-receive" else 1,
-            ),
+            options=self._options,
             notices=self._notices,
             suspects=self._suspects,
-            ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
-            counters=Counters(),
-            clock=loop_clock(),
-            term=LeaseTerm(options.claim_idle_timeout),
             home=self._home,
+            pulled=pulled,
         )
 
 

@@ -228,6 +228,13 @@ def ack_mode_of(config: SubscriptionConfig) -> AckMode:
     return config.ack_mode or ("auto-on-receive" if config.guarantee == "at-most-once" else "auto-on-handler-success")
 
 
+def dead_letter_topic_of(config: SubscriptionConfig) -> str | None:
+    """Where dead letters go; None = they are dropped."""
+    if config.dead_letter_topic is None:
+        return f"{config.topic}.dead"
+    return None if isinstance(config.dead_letter_topic, Drop) else config.dead_letter_topic
+
+
 @dataclass(frozen=True, kw_only=True)
 class PublishOptions:
     """Options of a publish.
