@@ -168,7 +168,12 @@ class RedisBackend(
         return self._client.text(reply)
 
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
-        reply = await self._client.single(("XADD", stream, "*", "message", self._encode(message)), timeout)
+        client, data = self._client, self._encode(message)
+        command = ("XADD", stream, "*", "message", data)
+        if len(data) > client.careful_above:
+            reply = await client.alone(command, timeout)
+        else:
+            reply = await client.mux.single(command, timeout)
         if isinstance(reply, ServerError):
             raise self._client.refused(reply)
         return reply.decode() if isinstance(reply, bytes) else self._client.text(reply)
@@ -207,7 +212,8 @@ class RedisBackend(
         data = self._codec.encode(message)
         if len(data) > MAX_ENCODED:
             raise ValidationError(f"a message must be at most {MAX_ENCODED} bytes when encoded, not {len(data)}")
-        self._check_limit(data, ROOM)
+        if len(data) > self._client.careful_above:
+            self._check_limit(data, ROOM)
         return data
 
     def _encode_copy(self, message: Message) -> bytes:

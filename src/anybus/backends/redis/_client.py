@@ -18,7 +18,7 @@ from ._decoding import predecessor
 from ._durability import QUESTIONS, SAVE_POINTS, evicts, fields, keeps_no_log, keeps_nothing
 from ._errors import SENSELESS, has_code, leads_elsewhere, may_be_partly_done, senseless, translate
 from ._keys import meta
-from ._limits import LARGE, Limit, ask_limit
+from ._limits import LARGE, ROOM, Limit, ask_limit
 from ._link import Link, ask, tolerate
 from ._multiplexer import Call, Multiplexer
 from ._protocol import Argument, Command, ServerError
@@ -36,6 +36,8 @@ class Client:
         self.settings = settings
         self.server = Server()
         self.limit: Limit | None = None
+        self.careful_above = LARGE
+        """Of larger messages somebody has to look whether the server takes them."""
         self.mux = Multiplexer(settings, self._greet)
         self._loner = Loner(settings)
 
@@ -43,6 +45,7 @@ class Client:
         """On every new connection: is this a server that we can work with? Load the scripts."""
         server = await look_at(link, self.settings)
         self.limit = await ask_limit(link)
+        self.careful_above = LARGE if self.limit is None else self.limit.size - ROOM
         loaded = await ask(link, [("SCRIPT", "LOAD", script.source) for script in _ALL])
         await tolerate(link, loaded)
         self.server = replace(server, can_load=not any(isinstance(reply, ServerError) for reply in loaded))
@@ -72,12 +75,10 @@ class Client:
         """Whether an argument of so many bytes may cost the connection that it is sent by."""
         return size > LARGE and self.limit is None
 
-    async def single(self, command: Command, timeout: float) -> Any:
-        """Send a command whose last argument is its largest; its reply. Raises as ``Multiplexer.single`` does."""
-        if self.goes_alone(_size(command[-1])):
-            [reply] = await self._loner.pipeline((command,), timeout)
-            return reply
-        return await self.mux.single(command, timeout)
+    async def alone(self, command: Command, timeout: float) -> Any:
+        """Send a command by a connection of its own; its reply. Raises as ``Multiplexer.single`` does."""
+        [reply] = await self._loner.pipeline((command,), timeout)
+        return reply
 
     async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
         """As ``Multiplexer.pipeline``. What goes alone breaks with nobody; what follows it waits, to stay in order."""

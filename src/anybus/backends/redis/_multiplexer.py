@@ -343,8 +343,7 @@ class Multiplexer:
         elif (
             (idle or self._unsent_size >= _WORTH_A_WRITE) and not (self._sending or self._rest) and link.can_send_nowait
         ):
-            data = self._empty_line()
-            self._send_first(data)
+            self._send_first(self._empty_line())
         elif len(self._unsent) == 1:
             self._wake_writer.set()
 
