@@ -133,6 +133,15 @@ class Stage:
         """By whoever it was, dead or alive."""
         return {uid for child in self._children for uid in child.uids(f"handled.{group}")}
 
+    def wait_until_all_is_handled(self, group: str = "g") -> None:
+        """All that was acknowledged; the publisher has ended."""
+        wait_until(
+            lambda: self.acknowledged() <= self.handled(group),
+            f"every message to be handled in group {group!r}",
+            every=0.2,
+            growing=lambda: len(self.handled(group)),
+        )
+
     def stored(self) -> set[str]:
         """The uids in the topic, as the server has them."""
         codec = JsonCodec()
@@ -217,7 +226,7 @@ def test_a_server_that_is_killed_and_comes_back_loses_nothing_and_every_subscrip
     publisher.end()
     acknowledged = durable.acknowledged()
     for group in groups:
-        wait_until(lambda group=group: acknowledged <= durable.handled(group), "every message to be handled")  # type: ignore[misc]
+        durable.wait_until_all_is_handled(group)
         wait_until(lambda group=group: durable.is_empty(group), "nothing to be left")  # type: ignore[misc]
     stored = durable.stored()
     assert acknowledged <= stored <= durable.attempted()
@@ -262,7 +271,7 @@ def test_late_settlements_of_a_frozen_consumer_change_nothing_and_it_goes_on(sta
 
     gates["other"].touch()
     wait_until(lambda: publisher.process.poll() is not None, "everything to be published")
-    wait_until(lambda: stage.acknowledged() <= stage.handled(), "every message to be handled")
+    stage.wait_until_all_is_handled()
     wait_until(lambda: stage.is_empty("g"), "nothing to be left")
     # The new owner's settlements were accepted, so nobody had settled those entries before.
     accepted = {entry for what, entry, *_ in other.lines("events.g") if what == "settled"}
@@ -294,7 +303,7 @@ def test_what_a_killed_consumer_held_comes_to_another_when_its_lease_is_over(sta
     wait_until(lambda: in_hand <= stage.handled(), "what was begun to be handled by the other one")
     wait_until(lambda: name not in stage.consumers(), "the dead one's name to be removed")
     publisher.end()
-    wait_until(lambda: stage.acknowledged() <= stage.handled(), "every message to be handled")
+    stage.wait_until_all_is_handled()
     wait_until(lambda: stage.is_empty("g"), "nothing to be left")
     accepted = {entry for what, entry, *_ in other.lines("events.g") if what == "settled"}
     assert held <= accepted
@@ -331,7 +340,7 @@ def test_consumers_interrupted_at_random_moments_lose_nothing(stage: Stage, inte
     publisher.end()
 
     last = stage.consumer("last")
-    wait_until(lambda: stage.acknowledged() <= stage.handled(), "every message to be handled")
+    stage.wait_until_all_is_handled()
     wait_until(lambda: stage.is_empty("g"), "nothing to be left")
     assert stage.handled() == stage.acknowledged() == stage.attempted()
     assert stage.dead_letters() == 0
