@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import nox
 from nox.command import CommandFailed
@@ -92,6 +93,23 @@ def typecheck(session: nox.Session) -> None:
     install(session, "typecheck")
     session.run("mypy")
     session.run("pyright")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Wheel and sdist, checked; then the wheel alone in a fresh environment, without extras."""
+    session.install("-q", "build", "check-wheel-contents", "twine")
+    folder = session.create_tmp()
+    session.run("python", "-m", "build", "-q", "--outdir", folder)
+    files = [str(path) for path in sorted(Path(folder).glob("anybus-*"))]
+    session.run("twine", "check", "--strict", *files)
+    wheel = next(name for name in files if name.endswith(".whl"))
+    session.run("check-wheel-contents", wheel)
+    session.run("python", "-m", "venv", "--clear", f"{folder}/fresh")
+    python = f"{folder}/fresh/bin/python"
+    session.run(python, "-m", "pip", "install", "-q", wheel, external=True)
+    session.run(python, "-c", "import anybus; print('anybus', anybus.__version__)", external=True)
+    session.run(python, "-X", "importtime", "-c", "import anybus", external=True)
 
 
 @nox.session

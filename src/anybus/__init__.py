@@ -1,5 +1,7 @@
 """anybus: an at-least-once event bus for AnyIO."""
 
+from typing import TYPE_CHECKING
+
 from . import abc as abc
 from ._backoff import ExponentialBackoff as ExponentialBackoff
 from ._batch import BatchOutcome as BatchOutcome
@@ -44,3 +46,16 @@ from ._verdicts import Retry as Retry
 from .abc import BusEvent as BusEvent
 from .abc import Observer as Observer
 from .backends.memory import MemoryBackend as MemoryBackend
+
+__version__: str
+"""The version of the installed package."""
+
+if not TYPE_CHECKING:  # else a type checker would take any name for one of this module's
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":
+            # Looked up when it is asked for: the import costs as much as a good part of this package.
+            from importlib.metadata import version  # noqa: PLC0415
+
+            return version("anybus")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
