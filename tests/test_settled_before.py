@@ -12,7 +12,9 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio import to_thread
 from harness import SOON, Harness, Recorder, nothing_pending, quick, until
+from servers import RedisHarness, RunningServer
 
 from anybus import DROP, BackendError, Delivery, LeaseLostError, Message, Reject, Retry, StreamBus, SubscriptionConfig
 from anybus._copies import retry_stream
@@ -79,6 +81,65 @@ async def test_what_was_settled_in_whatever_way_is_not_handled_again_after_its_g
     assert after.handled == before.handled + 1
     assert (after.failed, after.retried, after.dead_lettered) == (before.failed, before.retried, before.dead_lettered)
     assert after.leases_lost == 0
+
+
+async def test_a_member_that_did_not_see_its_group_made_again_by_another_one_handles_nothing_again(
+    harness: Harness, topic: str
+) -> None:
+    """It was busy meanwhile, with no room to read: what it learns is that nothing of what it holds is its own."""
+    backend = harness.make_backend()
+    handled: list[str] = []
+    go_on = anyio.Event()
+
+    async def handler(delivery: Delivery) -> None:
+        key = delivery.message.key
+        handled.append(key)
+        if key.startswith("busy"):
+            await go_on.wait()
+        if key == "rejected":
+            raise Reject("no")
+
+    recorder = Recorder()
+    keys = ["acked", "rejected", "busy 1", "busy 2"]
+    # Nothing is asked of the server meanwhile: no pass, no renewal.
+    async with StreamBus(backend, quick(recorder, claim_idle_timeout=60, reclaim_interval=60)) as bus:
+        config = SubscriptionConfig(topic, "g", max_in_flight=2, group_start_id="0")
+        async with bus.subscribe(config, handler) as subscription:
+            for key in keys[:2]:
+                await bus.publish(Message(topic, key=key))
+            await until(lambda: len(handled) == 2 and subscription.statistics().held == 0)
+            await bus.publish_batch([Message(topic, key=f"busy {count}") for count in range(1, 4)])
+            await until(lambda: subscription.statistics().held == 3)
+            await harness.delete_group(topic, "g")
+            await backend.create_group(topic, "g", "0")
+            go_on.set()
+            await until(lambda: "busy 3" in handled)
+            await nothing_pending(harness, topic, "g")
+            await bus.publish(Message(topic, key="last"))
+            await until(lambda: "last" in handled)
+    assert sorted(handled) == sorted([*keys, "busy 3", "last"])
+    assert len(await harness.entries(f"{topic}.dead")) == 1
+
+
+async def test_a_group_that_is_moved_back_on_purpose_has_its_messages_handled_again(
+    server: RunningServer, topic: str
+) -> None:
+    harness = RedisHarness(server)
+    handled: list[str] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(delivery.message.key)
+
+    async with StreamBus(harness.make_backend(), quick(Recorder())) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
+            await bus.publish(Message(topic, key="one"))
+            await until(lambda: handled == ["one"] and subscription.statistics().held == 0)
+            subscription.pause()  # what a read that is under way brings is older than the settlements of meanwhile
+            await to_thread.run_sync(server.client().xgroup_setid, topic, "g", "0")
+            subscription.resume()
+            await bus.publish(Message(topic, key="two"))
+            await until(lambda: "two" in handled)
+    assert handled == ["one", "one", "two"]
 
 
 async def test_a_retry_held_in_the_process_is_not_taken_for_settled_when_its_group_is_lost(

@@ -288,6 +288,7 @@ class Dispatch:
             if held.intent == ACKED:
                 context.ledger.remember_handled(held, SETTLED_BEFORE)
             return
+        context.ledger.note_vanished(held, context.clock())
         if held.intent == ACKED:
             context.ledger.remember_handled(held, ACKED)
         context.ledger.note_doubt(held.stream, (held.id,))

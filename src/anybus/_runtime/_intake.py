@@ -239,6 +239,8 @@ class Intake:
         """
         context = self._context
         ledger = self._ledger
+        if ledger.vanished and ledger.was_made_again(stream, entries, context.clock()):
+            ledger.group_was_lost(stream)
         settled = taking.settled.get(stream)
         if settled:  # by what the server said later: this reply is older (or of a group made again: acked anew, then)
             entries = [entry for entry in entries if entry.id not in settled or ledger.was_handled(stream, entry.id)]

@@ -86,6 +86,7 @@ class Leases:
                 entry.lost = False
             elif entry.stage in (Stage.WAITING, Stage.OPEN):
                 # What is being settled meanwhile may rightly be missing; its settlement gets the server's own answer.
+                context.ledger.note_vanished(entry, context.clock())
                 self._lose(entry, "the server says that it is no longer ours")
         return True
 

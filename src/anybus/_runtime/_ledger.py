@@ -19,7 +19,7 @@ import msgspec
 
 from .._message import Message
 from .._settlement import Result
-from ..abc import Output
+from ..abc import FetchedEntry, Output
 
 _REMEMBERED = 4096
 _WORTH_A_READ = 32
@@ -230,6 +230,8 @@ class Ledger:
         self._handled: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._settled: dict[str, deque[str]] = {stream: deque(maxlen=_REMEMBERED) for stream in streams}
         self._crossing: set[tuple[str, str]] = set()
+        self.vanished: dict[str, float] = {}
+        """Streams where an entry ceased to be ours within its lease, and when that lease was to end."""
         self._attempts: OrderedDict[tuple[str, str], int] = OrderedDict()
         self._read_room: anyio.Event | None = None
         self._reclaim_room: anyio.Event | None = None
@@ -332,9 +334,28 @@ class Ledger:
         soon as that is known. Not otherwise: an operator who moves a group back on purpose shall have his messages
         handled again.
         """
+        self.vanished.pop(stream, None)
         for entry_id in self._settled[stream]:
             _remember(self._handled, (stream, entry_id), SETTLED_BEFORE)
         self._crossing |= {(stream, held.id) for held in self.tables[stream].values() if held.stage is Stage.SETTLING}
+
+    def note_vanished(self, held: Held, now: float) -> None:
+        """The server says that it is not ours. Within its lease nobody can have reclaimed it: perhaps its group was
+        gone, and another member has made it again before a call of ours met that.
+        """
+        if now < held.lease_until:
+            self.vanished[held.stream] = held.lease_until
+
+    def was_made_again(self, stream: str, entries: Sequence[FetchedEntry], now: float) -> bool:
+        """Whether that is so, as what is taken now shows: some of it had been settled here."""
+        until = self.vanished.get(stream)
+        if until is None:
+            return False
+        if now >= until:
+            del self.vanished[stream]
+            return False
+        settled = set(self._settled[stream])
+        return any(entry.id in settled for entry in entries)
 
     @property
     def remembers(self) -> bool:
