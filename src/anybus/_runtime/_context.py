@@ -76,8 +76,10 @@ class LeaseTerm:
         changed, self.changed = self.changed, anyio.Event()
         changed.set()
 
-    def be_patient(self, seconds: float, until: float) -> None:
+    def be_patient(self, seconds: float, now: float, until: float) -> None:
         """Until then take over only what has been idle for so long: others still go by that lease."""
+        if now < self._patient_until:  # others perhaps by an earlier one, if it is changed again and again
+            seconds, until = max(seconds, self._patience), max(until, self._patient_until)
         self._patience, self._patient_until = seconds, until
 
     def min_idle(self, now: float) -> float:
