@@ -79,8 +79,10 @@ class LeaseTerm:
     def be_patient(self, seconds: float, now: float, until: float) -> None:
         """Until then take over only what has been idle for so long: others still go by that lease."""
         if now < self._patient_until:  # others perhaps by an earlier one, if it is changed again and again
-            seconds, until = max(seconds, self._patience), max(until, self._patient_until)
-        self._patience, self._patient_until = seconds, until
+            seconds = max(seconds, self._patience)
+            until = max(until, self._patient_until)
+        self._patience = seconds
+        self._patient_until = until
 
     def min_idle(self, now: float) -> float:
         return max(self.seconds, self._patience) if now < self._patient_until else self.seconds
