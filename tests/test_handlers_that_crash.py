@@ -37,7 +37,7 @@ from anybus import (
     SubscriptionConfig,
     retry_stream,
 )
-from anybus.abc import BusEvent
+from anybus.abc import BusEvent, ClaimedMessage, FetchedEntry
 from anybus.backends.redis import RedisBackend
 
 if sys.version_info < (3, 11):
@@ -283,6 +283,35 @@ async def test_a_crash_while_an_acknowledgement_fails_is_a_crash(harness: Harnes
                         await until(lambda: len(deliveries) == 1)
                         tasks.start_soon(ack)
                         await anyio.sleep_forever()
+    assert await fate(harness, topic) == {"culprit": (consumer, 1)}
+
+
+async def test_what_a_read_under_way_says_of_the_culprit_does_not_hand_it_back(harness: Harness, topic: str) -> None:
+    backend = StepByStep(harness.make_backend())
+    culprit: list[ClaimedMessage] = []
+    here, crashing = anyio.Event(), anyio.Event()
+
+    async def read_new(stream: str, *args: Any, **kwargs: Any) -> list[FetchedEntry]:
+        # As after a broken connection: a read looks for what it was given unseen, and finds what is held.
+        if culprit and not crashing.is_set() and stream == topic:
+            here.set()
+            await crashing.wait()
+            return list(culprit)
+        return await inner(stream, *args, **kwargs)
+
+    inner, backend.read_new = backend.read_new, read_new  # type: ignore[method-assign]
+
+    async def handler(delivery: Delivery) -> None:
+        culprit.append(ClaimedMessage(delivery.id, delivery.message, 1))
+        await here.wait()
+        crashing.set()
+        raise Panic("!")
+
+    async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=LEASE)) as bus:
+        await bus.publish(Message(topic, key="culprit"))
+        config = SubscriptionConfig(topic, "g", group_start_id="0", max_in_flight=4)
+        error, consumer = await run_until_it_ends(bus, config, handler)
+    assert isinstance(error, Panic)
     assert await fate(harness, topic) == {"culprit": (consumer, 1)}
 
 

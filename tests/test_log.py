@@ -272,6 +272,78 @@ async def test_what_a_handling_came_to_is_not_lost_with_the_lease(harness: Harne
     assert isinstance(unsettled.exc_info[1], Boom)
 
 
+async def test_what_on_error_has_heard_of_is_not_told_anew_when_it_could_not_be_stored(topic: str, log: Log) -> None:
+    backend = MemoryBackend()
+
+    async def lose_it_and_fail(delivery: Delivery) -> None:
+        assert len(await backend.reclaim_idle(topic, "g", "thief", min_idle=0, count=1)) == 1
+        delivery.message.json(int)
+
+    async with StreamBus(backend, quick(Errors(), claim_idle_timeout=30.0)) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), lose_it_and_fail) as subscription:
+            await bus.publish(message(topic, b"no number"))
+            await until(lambda: subscription.statistics().leases_lost == 1)
+    assert log.of(logging.ERROR) == []
+
+
+async def test_a_settlement_that_failed_and_was_replaced_by_another_is_not_told_with_that(topic: str, log: Log) -> None:
+    backend: Any = MemoryBackend()
+
+    async def refuse(*args: Any) -> Any:
+        raise BackendError("not now", may_have_happened=False)
+
+    backend.transfer_many = refuse
+
+    async def retry_then_ack(delivery: Delivery) -> None:
+        with pytest.raises(BackendError):
+            await delivery.retry("later")
+        assert len(await backend.reclaim_idle(topic, "g", "thief", min_idle=0, count=1)) == 1
+        with pytest.raises(LeaseLostError):
+            await delivery.ack()
+
+    async with StreamBus(backend, quick(Errors(), claim_idle_timeout=30.0)) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), retry_then_ack) as subscription:
+            await bus.publish(message(topic))
+            await until(lambda: subscription.statistics().leases_lost == 1)
+    assert log.of(logging.ERROR) == []
+
+
+async def test_no_exception_is_kept_alive_by_a_delivery_that_was_being_settled_when_its_handler_failed(
+    topic: str,
+) -> None:
+    backend: Any = MemoryBackend()
+    kept: list[Delivery] = []
+    raised: list[weakref.ref[Boom]] = []
+    asked, failed = anyio.Event(), anyio.Event()
+    ack_many = backend.ack_many
+
+    async def slowly(*args: Any, **kwargs: Any) -> Any:
+        asked.set()
+        await failed.wait()
+        return await ack_many(*args, **kwargs)
+
+    backend.ack_many = slowly
+
+    async def handler(delivery: Delivery) -> None:
+        kept.append(delivery)
+        tasks.start_soon(delivery.ack)
+        await asked.wait()
+        error = Boom("!")
+        raised.append(weakref.ref(error))
+        raise error
+
+    with anyio.fail_after(SOON):
+        async with anyio.create_task_group() as tasks, StreamBus(backend, quick(Silent())) as bus:
+            async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
+                await bus.publish(message(topic))
+                await until(lambda: subscription.statistics().in_flight == 0 and bool(raised))
+                failed.set()
+                await until(lambda: subscription.statistics().handled == 1)
+                gc.collect()
+                assert raised[0]() is None
+                assert kept
+
+
 @pytest.mark.parametrize("ends", ["dead letter", "retry", "lost lease"])
 async def test_no_exception_is_kept_alive_by_a_delivery_once_it_is_settled(
     ends: str, harness: Harness, topic: str

@@ -16,7 +16,7 @@ import anyio.lowlevel
 import pytest
 from harness import SOON, Harness, StepByStep, nothing_pending, quick, until
 
-from anybus import Delivery, Message, StreamBus, SubscriptionConfig
+from anybus import BackendError, Delivery, MemoryBackend, Message, StreamBus, SubscriptionConfig
 from anybus._copies import retry_stream
 from anybus.abc import ClaimedMessage, FetchedEntry, PassSource, Redelivered, StreamBackend
 
@@ -194,3 +194,55 @@ async def test_what_returned_unsettled_is_not_handed_over_again_by_a_read_that_f
                 await delivery.ack()
             await nothing_pending(harness, topic, "g")
     assert [delivery.message.payload for delivery in kept] == [b"mine", b"last"]
+
+
+async def test_what_is_brought_again_while_its_refused_settlement_is_under_way_waits_for_its_retry_once(
+    topic: str,
+) -> None:
+    """A backend that cannot delay: the retry waits in the process, and nobody waits for the settlement any more."""
+    backend: Any = MemoryBackend()
+    backend.features = backend.features - {"delay"}
+    read_new, transfer_many = backend.read_new, backend.transfer_many
+    brings: list[ClaimedMessage] = []
+    brought = anyio.Event()
+    attempts: list[int] = []
+
+    async def read(stream: str, *args: Any, **kwargs: Any) -> list[FetchedEntry]:
+        if brings and stream == topic:
+            brought.set()
+            return [brings.pop()]
+        return list(await read_new(stream, *args, **kwargs))
+
+    async def refuse(*args: Any) -> Any:
+        if attempts == [1]:
+            await brought.wait()
+            await anyio.sleep(0.05)
+            return [BackendError("too large", may_have_happened=False, can_pass=False)]
+        return await transfer_many(*args)
+
+    backend.read_new, backend.transfer_many = read, refuse
+
+    async def handler(delivery: Delivery) -> None:
+        attempts.append(delivery.state.attempt)
+        if delivery.state.attempt == 1:
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(_ack_with, delivery)
+                    await anyio.wait_all_tasks_blocked()
+                    brings.append(ClaimedMessage(delivery.id, delivery.message, 1))
+                    scope.cancel()
+
+    with anyio.fail_after(SOON):
+        async with StreamBus(backend, quick(claim_idle_timeout=30.0)) as bus:
+            async with bus.subscribe(SubscriptionConfig(topic, "g", retry_backoff=0.01), handler) as subscription:
+                await bus.publish(Message(topic))
+                await until(lambda: subscription.statistics().handled == 1)
+                assert attempts == [1, 2]
+                assert subscription.statistics().held == 0
+                budget = subscription._context.ledger.budget
+                assert budget.by_reclaim == 0
+                assert budget.by_read <= 1  # a read that blocks
+
+
+async def _ack_with(delivery: Delivery) -> None:
+    await delivery.ack(publish=[Message(f"{delivery.message.topic}.out")])

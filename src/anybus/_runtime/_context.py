@@ -76,9 +76,13 @@ class LeaseTerm:
         changed, self.changed = self.changed, anyio.Event()
         changed.set()
 
-    def be_patient(self, seconds: float, until: float) -> None:
+    def be_patient(self, seconds: float, now: float, until: float) -> None:
         """Until then take over only what has been idle for so long: others still go by that lease."""
-        self._patience, self._patient_until = seconds, until
+        if now < self._patient_until:  # others perhaps by an earlier one, if it is changed again and again
+            seconds = max(seconds, self._patience)
+            until = max(until, self._patient_until)
+        self._patience = seconds
+        self._patient_until = until
 
     def min_idle(self, now: float) -> float:
         return max(self.seconds, self._patience) if now < self._patient_until else self.seconds

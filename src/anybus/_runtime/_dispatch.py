@@ -314,6 +314,7 @@ class Dispatch:
         if held.waiter is not None:
             held.stage = held.unsettled
             held.failed = held.retaken = False
+            held.ending = None  # whatever becomes of it now, it is not what this settlement was for
             self._answer(held, error)
             crashed = held.result is not None and held.result.outcome is Outcome.CRASHED
             if self._ending and not crashed:
@@ -325,6 +326,7 @@ class Dispatch:
             self.report("ack-flush", error, held, f"the entry could not be {held.intent}", times=held.tries + 1)
         if held.intent == ACKED_WITH and not can_pass(error):
             # Whoever asked for it was cancelled, and hears nothing of it; again it would be refused again.
+            held.retaken = False
             error_type = f"{type(error).__module__}.{type(error).__qualname__}"
             self._on_unsettled(held, Result(Outcome.FAILED, words(error), error_type, error=error))
             return

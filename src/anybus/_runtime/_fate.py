@@ -20,7 +20,7 @@ ACKED, ACKED_WITH, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING 
     "missing",
 )
 
-_TOLD = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.GAVE_UP})
+_TOLD = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.GAVE_UP, Outcome.INVALID})
 """Failures that ``on_error`` has heard of."""
 
 _UNHANDLED = frozenset({Outcome.WORN_OUT, Outcome.EXPIRED, Outcome.MALFORMED})

@@ -6,7 +6,7 @@ from typing import Final
 
 import anyio
 
-from .._errors import EventBusError, ValidationError
+from .._errors import EventBusError, ValidationError, can_pass
 from ..abc import LeaseKeeper
 from ._context import Context
 from ._leases import Leases
@@ -23,6 +23,9 @@ class GroupLease:
         self._leases = leases
         backend = context.backend
         self._keeper = backend if isinstance(backend, LeaseKeeper) else None
+        self._before: float | None = None
+        self.may_be_member = False
+        """Whether the server may know this member already."""
         if self._keeper is None:
             context.notices.once(
                 f"{type(backend).__name__} does not keep a group's lease: nobody notices that members of one group "
@@ -36,18 +39,28 @@ class GroupLease:
         context = self._context
         if self._keeper is None:
             return
+        self.may_be_member = True
         lease, change = context.lease, context.options.change_lease
-        running = await self._keeper.agree_lease(context.topic, context.group, context.consumer, lease, change=change)
-        if running == lease:
-            return
-        if not change:
+        running = await self._keeper.agree_lease(context.topic, context.group, context.consumer, lease)
+        if running != lease and not change:
+            self.may_be_member = False
             raise ValidationError(
                 f"claim_idle_timeout must be that of the group's running members, {running:g} s for {context.group!r} "
                 f"on {context.topic!r}, not {lease:g} s: stop them first, or change it for all of them with "
                 f"StreamBusOptions(change_lease=True) ({_DOCS})"
             )
-        # They look three times in that time. Until then they renew by their own lease.
-        context.term.be_patient(running, context.clock() + min(running, 3 * _SIGN_INTERVAL))
+        if running != lease:
+            # Kept from here on: after a lost reply the lease of before is not to be had from the server any more.
+            self._before = running
+            args = context.topic, context.group, context.consumer, lease
+            self._before = max(running, await self._keeper.agree_lease(*args, change=True))
+        if self._before is not None:
+            self._be_patient(self._before)
+
+    def _be_patient(self, before: float) -> None:
+        """The others look three times in that time. Until then they renew by the lease of before."""
+        now = self._context.clock()
+        self._context.term.be_patient(before, now, now + min(before, 3 * _SIGN_INTERVAL))
 
     async def run(self) -> None:
         """Tell the others that this member runs, and notice that the group's lease has been changed."""
@@ -59,8 +72,10 @@ class GroupLease:
         context = self._context
         try:
             kept = await keeper.kept_lease(context.topic, context.group, context.consumer, context.lease)
-        except EventBusError:
-            return  # the read and the pass meet it, too, and report it
+        except Exception as error:
+            if isinstance(error, EventBusError) or can_pass(error):
+                return  # the read and the pass meet it, too, and report it
+            raise
         if kept == context.lease:
             return
         own = context.options.claim_idle_timeout
@@ -69,4 +84,5 @@ class GroupLease:
             f"{own:g} s here, which is refused when this member begins again ({_DOCS})"
         )
         context.reporter.error("renew", changed, detail=f"the lease is {kept:g} s from now on, not {context.lease:g} s")
+        self._be_patient(context.lease)
         self._leases.adopt(kept)

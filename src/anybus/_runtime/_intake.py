@@ -37,9 +37,6 @@ class Intake:
         self._ledger = context.ledger
         self._clock = context.clock
         self._budget = context.ledger.budget
-        # A blocking read may have been handed its entries at any moment since it was sent, and there their lease
-        # begins: two thirds of it are left at worst, and the next renewal is at most one third away.
-        self._block = min(context.options.block_timeout, context.lease / 3)
         self._can_release = "release" in context.backend.features
         self._ages = context.failure_policy.max_age is not None
         self._shut_by: set[str] = set()
@@ -80,6 +77,13 @@ class Intake:
                         tasks.start_soon(persist, self._keep_reclaiming)
         finally:
             self.ended.set()
+
+    @property
+    def _block(self) -> float:
+        """For how long a read waits, by the lease of that moment: another member may change it."""
+        # A blocking read may have been handed its entries at any moment since it was sent, and there their lease
+        # begins: two thirds of it are left at worst, and the next renewal is at most one third away.
+        return min(self._context.options.block_timeout, self._context.lease / 3)
 
     async def _until_open(self) -> None:
         while self._shut_by:

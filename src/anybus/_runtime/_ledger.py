@@ -188,7 +188,7 @@ class Taking:
     pending and ours in the reply to this one. (One is made for every read: no generator.)
 
     :ivar began: the server can have handed nothing over earlier than this: leases count from here.
-    :ivar settled: ids of what was settled meanwhile, by stream. They are not taken.
+    :ivar settled: ids of what was settled meanwhile, or left pending by a crash, by stream. They are not taken.
     :ivar doubtful: ids of what was let go meanwhile, by stream. Only the server knows whose they are.
     """
 
@@ -256,7 +256,7 @@ class Ledger:
         if held.stage is _GONE:
             return
         held.stage = _GONE
-        held.ending = None
+        held.ending = held.result = None
         if held.local_attempt:
             _remember(self._attempts, (held.stream, held.id), held.attempt)
         del self.tables[held.stream][held.id]
@@ -287,6 +287,11 @@ class Ledger:
         """Let go, and not settled: what a call under way brings of these may be older or newer than that."""
         for taking in self.under_way:
             taking.doubtful.setdefault(stream, set()).update(ids)
+
+    def note_crashed(self, held: Held) -> None:
+        """Its handling crashed: it stays pending and counted, whatever a call under way says of it."""
+        for taking in self.under_way:
+            taking.settled.setdefault(held.stream, set()).add(held.id)
 
     def remember_handled(self, held: Held, intent: str) -> None:
         """An entry that was handled here, but whose ack nobody confirmed: should it come back, it is only acked."""

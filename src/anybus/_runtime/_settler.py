@@ -260,6 +260,7 @@ class Settler:
             held.stage = Stage.RETURNED
         elif isinstance(decision, LetGo):
             held.lost = True
+            self._context.ledger.note_crashed(held)
             self._context.ledger.remove(held)
         else:
             assert isinstance(decision, Report)

@@ -205,10 +205,15 @@ class Subscription:
     @asynccontextmanager
     async def _open(self) -> AsyncGenerator[Subscription, None]:
         try:
-            with self._entering:
-                await self._make_groups()
-            if self._ending.is_set():
-                raise ClosedWhileEnteredError("the bus was closed while the subscription was being entered")
+            try:
+                with self._entering:
+                    await self._make_groups()
+                if self._ending.is_set():
+                    raise ClosedWhileEnteredError("the bus was closed while the subscription was being entered")
+            except BaseException:
+                if self._group_lease.may_be_member:
+                    await self._forget_consumer()  # noqa: ASYNC102 - shielded in there
+                raise
             async with self._running():
                 yield self
         finally:
@@ -379,9 +384,7 @@ class Subscription:
             context.reporter.error("close", late, detail="they come back when their lease is over")
         for scope in self._background.values():
             scope.cancel()
-        async with anyio.create_task_group() as tasks:
-            for stream in context.streams:
-                tasks.start_soon(self._forget, stream)
+        await self._forget_consumer()
 
     def _until_aborted(self) -> anyio.CancelScope:
         self._grace = anyio.CancelScope()
@@ -406,6 +409,12 @@ class Subscription:
                 late = TimeoutError("the handler goes on although it was cancelled")
                 context.reporter.error("close", late, detail="waiting for it", about=held)
             await taker.ended.wait()
+
+    async def _forget_consumer(self) -> None:
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as tasks:
+                for stream in self._context.streams:
+                    tasks.start_soon(self._forget, stream)
 
     async def _forget(self, stream: str) -> None:
         """Once for every stream used, whatever happens."""
