@@ -169,7 +169,8 @@ def decide(
     if outcome is Outcome.MALFORMED:
         return DeadLetter("malformed", result.reason, result.error_type)
     if outcome is Outcome.WORN_OUT:
-        reason = f"handed over {deliveries} times without an outcome (max_deliveries={policy.max_deliveries})"
+        before = (deliveries or 1) - 1  # the count has this hand-over in it, which begins only now
+        reason = f"handed over {before} times without an outcome (max_deliveries={policy.max_deliveries})"
         return DeadLetter("deliveries", reason)
     if outcome is Outcome.EXPIRED:
         return DeadLetter("expired", result.reason)
