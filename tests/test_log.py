@@ -444,6 +444,29 @@ async def test_in_manual_mode_what_nobody_settles_in_time_is_said(harness: Harne
     assert log.of(logging.WARNING, "let-go")[0].key == "order-42"
 
 
+async def test_in_manual_mode_what_nobody_settles_in_time_is_said_when_this_subscription_takes_it_again(
+    harness: Harness, topic: str, log: Log
+) -> None:
+    """A pass comes more often than a look at the leases, and so is mostly the first to find it."""
+    backend = harness.make_backend()
+    deliveries: list[Delivery] = []
+
+    async def handler(delivery: Delivery) -> None:
+        deliveries.append(delivery)
+
+    async with StreamBus(backend, quick(claim_idle_timeout=60)) as bus:
+        config = SubscriptionConfig(topic, "g", ack_mode="manual")
+        async with bus.subscribe(config, handler) as subscription:
+            entry_id = await bus.publish(message(topic))
+            await until(lambda: subscription.statistics().in_flight == 0 and len(deliveries) == 1)
+            await backend.release(topic, "g", subscription.consumer, [entry_id])  # as idle as after a whole lease
+            await until(lambda: len(deliveries) == 2)
+    (record,) = log.of(logging.WARNING, "let-go")
+    assert record.key == "order-42"
+    assert deliveries[0].lease_lost
+    assert not deliveries[1].lease_lost
+
+
 async def test_every_record_has_every_field_so_that_a_format_can_name_them(
     harness: Harness, topic: str, log: Log
 ) -> None:

@@ -58,7 +58,7 @@ def tell_lost(context: Context, held: Held, scope: str, why: str) -> None:
 
 def tell_let_go(context: Context, held: Held) -> None:
     """In manual mode a handler returned, and nobody has settled its delivery."""
-    text = "let go: its handler returned, and nobody has settled it before its lease ended; it comes back"
+    text = "let go: its handler returned, and nobody has settled it in time; it comes back"
     context.reporter.log(logging.WARNING, "let-go", text, about=held)
 
 

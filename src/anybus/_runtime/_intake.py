@@ -15,7 +15,7 @@ from .._settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
 from ._context import Context
-from ._fate import tell_suspect
+from ._fate import tell_let_go, tell_suspect
 from ._ledger import Held, Stage, Taking
 from ._recovery import Recovery
 from ._settler import Settler
@@ -294,6 +294,8 @@ class Intake:
                     known.lost = known.lost and context.clock() >= lease_until
                     known.retaken = known.stage is Stage.SETTLING
                     continue
+                known.lost = True
+                tell_let_go(context, known)
                 ledger.remove(known)
             message = (
                 entry.message if isinstance(entry, ClaimedMessage) else undecodable(context.topic, {}, keep_bytes=False)
