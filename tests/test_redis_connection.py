@@ -50,7 +50,7 @@ from anybus import (
 from anybus.abc import ClaimedMessage, Output
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._client import Client
-from anybus.backends.redis._multiplexer import Call
+from anybus.backends.redis._multiplexer import Call, Multiplexer
 from anybus.backends.redis._settings import Settings, from_client, from_url
 
 PATIENCE = 0.3
@@ -303,6 +303,52 @@ async def test_a_publish_that_waits_goes_out_when_the_server_comes_back(own_serv
                 return int(client.xlen(topic))
 
         assert await to_thread.run_sync(stored) == 1
+
+
+async def publish_one(bus: StreamBus, message: Message) -> None:
+    await bus.publish(message)
+
+
+async def publish_batch(bus: StreamBus, message: Message) -> None:
+    (await bus.publish_batch([message])).raise_for_errors()
+
+
+@pytest.mark.parametrize(("publish", "size"), [(publish_one, 0), (publish_batch, 0), (publish_one, 2_000_000)])
+async def test_only_publish_timeout_bounds_the_wait_for_a_connection(
+    own_server: RunningServer, publish: Callable[[StreamBus, Message], Awaitable[None]], size: int
+) -> None:
+    topic = new_topic()
+    with own_server.client() as client:
+        client.execute_command("ACL", "SETUSER", "default", "-config")  # what is large goes alone, then
+    backend = RedisBackend(own_server.url, connect_timeout=PATIENCE, command_timeout=PATIENCE)
+    async with StreamBus(backend, StreamBusOptions(publish_timeout=2 * SOON)) as bus:
+        own_server.kill()
+        await until(lambda: not backend._client.mux.is_connected)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(publish, bus, Message(topic, b"x" * size))
+            await anyio.sleep(3 * PATIENCE)
+            await to_thread.run_sync(own_server.start)
+        assert await backend.count_entries(topic) == 1
+
+
+async def test_what_one_caller_notes_in_his_error_is_not_told_to_the_others(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def write_nothing(*_: object) -> None:
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr(Multiplexer, "_write", write_nothing)
+    async with RedisBackend(server.url) as backend:
+        await backend.count_entries("t")
+        mux = backend._client.mux
+        calls = [await mux.start([("PING",)]) for _ in range(4)]
+        mux.reset()
+        for call in calls:
+            await call.event.wait()
+        unsent = [call.error for call in calls if not call.sent]
+        assert len(unsent) > 1
+        assert len(set(map(id, unsent))) == len(unsent)
+        assert all(isinstance(error, BackendError) and not error.may_have_happened for error in unsent)
 
 
 async def test_a_publish_while_disconnected_surely_did_not_happen_however_late_the_loop_is(
