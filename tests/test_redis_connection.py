@@ -613,8 +613,9 @@ def announcing(info: bytes, known: bytes = b"*1\r\n*1\r\n$10\r\nxautoclaim\r\n")
         (announcing(b"-NOPERM no\r\n", b"*1\r\n$-1\r\n"), ("6.2",)),
         (announcing(bulk(b"redis_version:8.2.0\r\nredis_mode:cluster")), ("cluster", "not supported")),
         (announcing(bulk(b"redis_version:8.2.0\r\nredis_mode:sentinel")), ("sentinel", "not supported")),
+        (announcing(bulk(b"redis_version:7.2.4\r\nserver_mode:sentinel")), ("sentinel", "not supported")),
     ],
-    ids=["too old", "too old, without INFO", "cluster", "sentinel"],
+    ids=["too old", "too old, without INFO", "cluster", "sentinel", "Valkey's sentinel"],
 )
 async def test_a_server_that_is_not_supported_is_refused(
     announce: Callable[[FakeServer], None], words: tuple[str, ...]
@@ -626,6 +627,19 @@ async def test_a_server_that_is_not_supported_is_refused(
                 pass
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("rights", ["+@all", "-info"])
+async def test_a_real_server_in_cluster_mode_is_refused(rights: str) -> None:
+    cluster = RunningServer(SERVER, "--cluster-enabled", "yes")
+    while cluster.port > 55535:  # its members talk on another port, 10,000 higher
+        cluster.port = free_port()
+    with cluster:
+        with cluster.client() as client:
+            client.execute_command("ACL", "SETUSER", "default", rights)
+        with pytest.raises(UnsupportedError, match="cluster mode"):
+            async with RedisBackend(cluster.url):
+                pass
 
 
 async def test_without_the_right_to_info_the_server_is_taken_as_it_is() -> None:
