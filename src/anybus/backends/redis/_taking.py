@@ -299,8 +299,8 @@ class Taking:
 
         lost = self._loses(topic, retries)
         taken = await self._take_by_script(taking.PASS, keys, args, group, consumer, parse, lost)
-        if count < room and sum(map(len, taken.values())) >= count:
-            more = True  # there was room for what was not asked for
+        # Where there was room for what was not asked for, too.
+        more = more or (count < room and sum(map(len, taken.values())) >= count)
         error = None
         try:
             for where, refusal in refusals[:1]:
