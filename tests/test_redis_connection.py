@@ -14,7 +14,7 @@ import signal
 import ssl
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -315,7 +315,7 @@ async def publish_batch(bus: StreamBus, message: Message) -> None:
 
 @pytest.mark.parametrize(("publish", "size"), [(publish_one, 0), (publish_batch, 0), (publish_one, 2_000_000)])
 async def test_only_publish_timeout_bounds_the_wait_for_a_connection(
-    own_server: RunningServer, publish: Callable[[StreamBus, Message], Awaitable[None]], size: int
+    own_server: RunningServer, publish: Callable[[StreamBus, Message], Coroutine[Any, Any, None]], size: int
 ) -> None:
     topic = new_topic()
     with own_server.client() as client:
