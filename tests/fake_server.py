@@ -32,6 +32,8 @@ def greeting(command: Command) -> bytes | None:
         return bulk(b"# Memory\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n")
     if name == b"INFO PERSISTENCE":
         return bulk(b"# Persistence\r\naof_enabled:1\r\n")
+    if name == b"CLUSTER INFO":
+        return b"-ERR This instance has cluster support disabled\r\n"
     if name == b"COMMAND INFO":
         return b"*1\r\n*1\r\n" + bulk(b"xautoclaim")
     if name == b"CLIENT UNBLOCK":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -185,6 +185,24 @@ async def test_what_others_wrote_in_the_leases_key_is_no_lease(server: RunningSe
     await comes_in(RedisBackend(server.url), topic, 10.0)
     left: Any = await to_thread.run_sync(server.client().zrange, leases(topic, "g"), 0, -1)
     assert left == [b"lease:10.0"]
+
+
+async def test_a_killed_member_does_not_count_for_longer_because_the_servers_clock_was_set_back(
+    server: RunningServer, topic: str
+) -> None:
+    key = leases(topic, "g")
+
+    def score_of_killed(tomorrow: bool) -> float:
+        with server.client() as client:
+            seconds, _ = cast("tuple[int, int]", client.time())
+            if tomorrow:
+                client.zadd(key, {"lease:10.0": "inf", "member:killed": (seconds + 24 * 3600) * 1000})
+            return float(cast("float", client.zscore(key, "member:killed"))) - seconds * 1000
+
+    await to_thread.run_sync(score_of_killed, True)
+    with refused("claim_idle_timeout", "10 s", "30 s"):
+        await comes_in(RedisBackend(server.url), topic, 30.0)
+    assert await to_thread.run_sync(score_of_killed, False) < 17_000
 
 
 async def test_a_backend_that_keeps_no_lease_says_so_once(topic: str, caplog: pytest.LogCaptureFixture) -> None:

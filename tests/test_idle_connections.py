@@ -134,6 +134,25 @@ async def test_where_no_new_connection_can_be_made_a_publish_surely_did_not_happ
 
 
 @pytest.mark.usefixtures("every_use_follows_a_pause", "impatient")
+async def test_what_waited_for_a_dead_connection_waits_for_the_next_one_as_long_as_a_publish_may(
+    server: RunningServer,
+) -> None:
+    topic = new_topic()
+    async with relayed_to(server.port) as relay:
+        backend = RedisBackend(relay.url, connect_timeout=0.2, command_timeout=0.3)
+        with anyio.fail_after(2 * SOON):
+            async with StreamBus(backend, PATIENT) as bus:
+                relay.forgets_new = True
+                relay.forget()
+                async with anyio.create_task_group() as tasks:
+                    for way in WAYS[:2]:
+                        tasks.start_soon(way, bus, topic)
+                    await anyio.sleep(1.0)
+                    relay.forgets_new = False
+    assert await to_thread.run_sync(stored, server, topic) == 2
+
+
+@pytest.mark.usefixtures("every_use_follows_a_pause", "impatient")
 async def test_leaving_while_a_dead_connection_is_tried_leaves_nobody_waiting(server: RunningServer) -> None:
     async with relayed_to(server.port) as relay:
         backend = RedisBackend(relay.url, connect_timeout=SOON, command_timeout=SOON)

@@ -280,6 +280,30 @@ async def test_entries_that_are_too_large_together_are_read_a_few_at_a_time(mode
                             assert error.can_pass
 
 
+async def test_what_is_taken_over_a_few_at_a_time_is_not_taken_over_slowly(server: RunningServer) -> None:
+    topic = new_topic()
+    handled: list[str] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(delivery.id)
+
+    backend = RedisBackend(server.url)
+    options = quick(claim_idle_timeout=60, reclaim_interval=60)
+    with anyio.fail_after(2 * SOON):
+        async with StreamBus(backend, options) as bus:
+            await backend.create_group(topic, "g")
+            for _ in range(12):
+                await bus.publish(Message(topic, b"x" * 300_000))
+            taken = await backend.read_new(topic, "g", "dead", count=12, timeout=0)
+            await backend.release(topic, "g", "dead", [entry.id for entry in taken])
+            for connection in range(9):  # as if as many replies had been too large for the server
+                backend._taking._appetite.broke(connection)
+            backend._taking._appetite.of(12)
+            backend._taking._appetite.broke("and again")
+            async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
+                await until(lambda: len(handled) == 12)
+
+
 def entries_of(size: int, count: int) -> list[ClaimedMessage]:
     return [ClaimedMessage(f"{number}-0", Message("t", b"x" * size)) for number in range(count)]
 

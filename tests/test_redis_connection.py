@@ -14,7 +14,7 @@ import signal
 import ssl
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ from anybus import (
 from anybus.abc import ClaimedMessage, Output
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._client import Client
-from anybus.backends.redis._multiplexer import Call
+from anybus.backends.redis._multiplexer import Call, Multiplexer
 from anybus.backends.redis._settings import Settings, from_client, from_url
 
 PATIENCE = 0.3
@@ -303,6 +303,52 @@ async def test_a_publish_that_waits_goes_out_when_the_server_comes_back(own_serv
                 return int(client.xlen(topic))
 
         assert await to_thread.run_sync(stored) == 1
+
+
+async def publish_one(bus: StreamBus, message: Message) -> None:
+    await bus.publish(message)
+
+
+async def publish_batch(bus: StreamBus, message: Message) -> None:
+    (await bus.publish_batch([message])).raise_for_errors()
+
+
+@pytest.mark.parametrize(("publish", "size"), [(publish_one, 0), (publish_batch, 0), (publish_one, 2_000_000)])
+async def test_only_publish_timeout_bounds_the_wait_for_a_connection(
+    own_server: RunningServer, publish: Callable[[StreamBus, Message], Coroutine[Any, Any, None]], size: int
+) -> None:
+    topic = new_topic()
+    with own_server.client() as client:
+        client.execute_command("ACL", "SETUSER", "default", "-config")  # what is large goes alone, then
+    backend = RedisBackend(own_server.url, connect_timeout=PATIENCE, command_timeout=PATIENCE)
+    async with StreamBus(backend, StreamBusOptions(publish_timeout=2 * SOON)) as bus:
+        own_server.kill()
+        await until(lambda: not backend._client.mux.is_connected)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(publish, bus, Message(topic, b"x" * size))
+            await anyio.sleep(3 * PATIENCE)
+            await to_thread.run_sync(own_server.start)
+        assert await backend.count_entries(topic) == 1
+
+
+async def test_what_one_caller_notes_in_his_error_is_not_told_to_the_others(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def write_nothing(*_: object) -> None:
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr(Multiplexer, "_write", write_nothing)
+    async with RedisBackend(server.url) as backend:
+        await backend.count_entries("t")
+        mux = backend._client.mux
+        calls = [await mux.start([("PING",)]) for _ in range(4)]
+        mux.reset()
+        for call in calls:
+            await call.event.wait()
+        unsent = [call.error for call in calls if not call.sent]
+        assert len(unsent) > 1
+        assert len(set(map(id, unsent))) == len(unsent)
+        assert all(isinstance(error, BackendError) and not error.may_have_happened for error in unsent)
 
 
 async def test_a_publish_while_disconnected_surely_did_not_happen_however_late_the_loop_is(
@@ -567,8 +613,9 @@ def announcing(info: bytes, known: bytes = b"*1\r\n*1\r\n$10\r\nxautoclaim\r\n")
         (announcing(b"-NOPERM no\r\n", b"*1\r\n$-1\r\n"), ("6.2",)),
         (announcing(bulk(b"redis_version:8.2.0\r\nredis_mode:cluster")), ("cluster", "not supported")),
         (announcing(bulk(b"redis_version:8.2.0\r\nredis_mode:sentinel")), ("sentinel", "not supported")),
+        (announcing(bulk(b"redis_version:7.2.4\r\nserver_mode:sentinel")), ("sentinel", "not supported")),
     ],
-    ids=["too old", "too old, without INFO", "cluster", "sentinel"],
+    ids=["too old", "too old, without INFO", "cluster", "sentinel", "Valkey's sentinel"],
 )
 async def test_a_server_that_is_not_supported_is_refused(
     announce: Callable[[FakeServer], None], words: tuple[str, ...]
@@ -580,6 +627,19 @@ async def test_a_server_that_is_not_supported_is_refused(
                 pass
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("rights", ["+@all", "-info"])
+async def test_a_real_server_in_cluster_mode_is_refused(rights: str) -> None:
+    cluster = RunningServer(SERVER, "--cluster-enabled", "yes")
+    while cluster.port > 55535:  # its members talk on another port, 10,000 higher
+        cluster.port = free_port()
+    with cluster:
+        with cluster.client() as client:
+            client.execute_command("ACL", "SETUSER", "default", rights)
+        with pytest.raises(UnsupportedError, match="cluster mode"):
+            async with RedisBackend(cluster.url):
+                pass
 
 
 async def test_without_the_right_to_info_the_server_is_taken_as_it_is() -> None:

@@ -10,6 +10,7 @@ import anyio
 from ..._clock import loop_clock
 from ._errors import broken
 from ._link import BROKEN, Link, open_link
+from ._multiplexer import Multiplexer
 from ._protocol import Command, Protocol, Replies, pack
 from ._pulse import Pulse
 from ._settings import Settings
@@ -20,13 +21,19 @@ _AT_ONCE = 4
 class Loner:
     """Opens such connections, a few at a time."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, mux: Multiplexer) -> None:
         self._settings = settings
+        self._mux = mux
         self._places = anyio.Semaphore(_AT_ONCE)
 
-    async def pipeline(self, commands: Sequence[Command], timeout: float | None = None) -> list[Any]:
+    async def pipeline(
+        self, commands: Sequence[Command], timeout: float | None = None, *, patient: bool = False
+    ) -> list[Any]:
         """Send commands together; their replies, error replies included, in order.
 
+        While there is no connection that all share, they wait for that one, as everything does.
+
+        :param patient: as of ``Multiplexer.pipeline``.
         :raises BackendError: if there is no connection, or it breaks, or there was no answer in time;
             ``may_have_happened`` tells whether all of it had been sent.
         """
@@ -37,6 +44,8 @@ class Loner:
             sent = True
 
         with anyio.move_on_after(timeout):
+            if not self._mux.is_connected:
+                await self._mux.until_connected(patient=patient)
             async with self._places:
                 link = await open_link(self._settings)
                 try:

@@ -160,7 +160,7 @@ class RedisBackend(
             raise anyio.get_cancelled_exc_class()
 
     async def publish(self, stream: str, message: Message) -> str:
-        [reply] = await self._client.pipeline((("XADD", stream, "*", "message", self._encode(message)),))
+        [reply] = await self._client.publish((("XADD", stream, "*", "message", self._encode(message)),))
         if isinstance(reply, ServerError):
             raise self._client.refused(reply)
         if isinstance(reply, BackendError):
@@ -193,7 +193,7 @@ class RedisBackend(
         if not commands:
             return results
         try:
-            replies = await self._client.pipeline(commands)
+            replies = await self._client.publish(commands)
         except BackendError as error:
             replies = [error] * len(commands)
         for index, reply in zip(places, replies, strict=True):

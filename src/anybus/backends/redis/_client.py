@@ -39,7 +39,7 @@ class Client:
         self.careful_above = LARGE
         """Of larger messages somebody has to look whether the server takes them."""
         self.mux = Multiplexer(settings, self._greet)
-        self._loner = Loner(settings)
+        self._loner = Loner(settings, self.mux)
 
     async def _greet(self, link: Link) -> None:
         """On every new connection: is this a server that we can work with? Load the scripts."""
@@ -77,19 +77,22 @@ class Client:
 
     async def alone(self, command: Command, timeout: float) -> Any:
         """Send a command by a connection of its own; its reply. Raises as ``Multiplexer.single`` does."""
-        [reply] = await self._loner.pipeline((command,), timeout)
+        [reply] = await self._loner.pipeline((command,), timeout, patient=True)
         return reply
 
-    async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
-        """As ``Multiplexer.pipeline``. What goes alone breaks with nobody; what follows it waits, to stay in order."""
+    async def publish(self, commands: Sequence[Command]) -> list[Any]:
+        """As ``Multiplexer.pipeline``, patiently.
+
+        What goes alone breaks with nobody; what follows it waits, to stay in order. An error is that of its part only.
+        """
         if not any(self.goes_alone(_size(command[-1])) for command in commands):
-            return await self.mux.pipeline(commands)
+            return await self.mux.pipeline(commands, patient=True)
         replies: list[Any] = []
         together: list[Command] = []
 
         async def send(part: Sequence[Command], alone: bool) -> None:
             try:
-                replies.extend(await (self._loner if alone else self.mux).pipeline(part))
+                replies.extend(await (self._loner if alone else self.mux).pipeline(part, patient=True))
             except BackendError as error:
                 replies.extend([error] * len(part))
 

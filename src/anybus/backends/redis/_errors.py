@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import redis.exceptions
 
 from ..._errors import BackendError
@@ -149,6 +151,13 @@ def senseless(place: str, reply: object) -> BackendError:
     return BackendError(
         f"{place} answered with what makes no sense here: {reply!r:.80}", may_have_happened=True, can_pass=True
     )
+
+
+def again(error: BackendError) -> BackendError:
+    """The same error for one more caller, who may note in it what else he knows: that is not true for the others."""
+    same = copy(error)
+    same.__cause__ = error.__cause__
+    return same
 
 
 def broken(detail: str, *, may_have_happened: bool) -> BackendError:

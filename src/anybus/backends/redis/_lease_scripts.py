@@ -6,13 +6,22 @@ from typing import Final
 
 from ._scripts import Script
 
+LONGEST: Final = 15_000
+"""For so many ms a member counts as running at most, each time that it says so."""
+
 # ARGV: consumer, its lease in seconds, for how many ms it counts as running, and `join`, `change` or `stay`.
 # The lease has the highest score, and each member the time until which it counts as running.
 AGREE: Final = Script(
     "agree",
+    f"local longest = {LONGEST}"
     """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local latest = string.format('%.0f', now + longest)
+-- Said before the server's clock was set back: who was killed since would count as running until it has caught up.
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. latest, '(+inf', 'LIMIT', 0, 100)) do
+  redis.call('ZADD', KEYS[1], latest, member)
+end
 local own, mode = ARGV[2], ARGV[4]
 local kept, stale = nil, {}
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '+inf', '+inf')) do

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from ...abc import LeaseKeeper
 from ._client import Client
 from ._keys import leases
-from ._lease_scripts import AGREE
-
-_ALIVE: Final = 15.0
+from ._lease_scripts import AGREE, LONGEST
 
 
 class RedisLeases(LeaseKeeper):
@@ -24,7 +20,7 @@ class RedisLeases(LeaseKeeper):
         return await self._agree(stream, group, consumer, lease, "stay")
 
     async def _agree(self, stream: str, group: str, consumer: str, lease: float, mode: str) -> float:
-        alive = max(1, int(min(lease, _ALIVE) * 1000))
+        alive = max(1, min(int(lease * 1000), LONGEST))
         args = (consumer, repr(float(lease)), alive, mode)
         reply = await self._client.run(AGREE, stream, group, (leases(stream, group),), args)
         with self._client.reading(reply):

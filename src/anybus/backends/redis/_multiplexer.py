@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from ..._cancellation import is_abandoned, is_stray, persist, sole
 from ..._clock import loop_clock
 from ..._errors import BackendError, EventBusError
 from ..._log import say
-from ._errors import SENSELESS, broken, is_about_credentials, translate
+from ._errors import SENSELESS, again, broken, is_about_credentials, translate
 from ._link import BROKEN, Link, open_link
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack, pack_one
 from ._pulse import Pulse
@@ -36,10 +37,11 @@ _LAST_SECONDS = 2.0
 class Call(Replies):
     """A caller's place in the line, and the event that wakes it."""
 
-    __slots__ = ("event", "sent")
+    __slots__ = ("event", "patient", "sent")
 
-    def __init__(self, expected: int) -> None:
+    def __init__(self, expected: int, *, patient: bool = False) -> None:
         self.event = anyio.Event()
+        self.patient = patient
         self.sent = False
         super().__init__(expected, self.event.set)
 
@@ -274,15 +276,16 @@ class Multiplexer:
         unsent, self._unsent = self._unsent, []
         self._unsent_size = 0
         for _, call in unsent:
-            call.fail(error)
+            call.fail(again(error))
 
     def _postpone_unsent(self) -> None:
         """What waits in the line goes by the next connection, which is made at once."""
         unsent, self._unsent = self._unsent, []
         self._unsent_size = 0
         for packed, call in unsent:
-            if isinstance(call, Single):
-                call.fail(_POSTPONED)  # its wave's deadline ends with this connection: it waits by itself
+            if isinstance(call, Single) or call.patient:
+                # It waits by itself: a wave's deadline ends with this connection, and the next may take a while.
+                call.fail(_POSTPONED)
             else:
                 self._unsent.append((packed, call))
                 self._unsent_size += len(packed)
@@ -368,8 +371,10 @@ class Multiplexer:
     async def _single_when_connected(self, command: Command, timeout: float) -> Any:
         call: Call | None = None
         with anyio.move_on_after(timeout):
-            call = await self.start((command,))
-            await call.event.wait()
+            while call is None or call.error is _POSTPONED:
+                call = None
+                call = await self.start((command,), patient=True)
+                await call.event.wait()
         if call is None or not call.event.is_set():
             error = broken("no answer within publish_timeout", may_have_happened=call is not None and call.sent)
             if call is not None:
@@ -388,13 +393,16 @@ class Multiplexer:
     def _closed_error(self) -> BackendError:
         return broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
 
-    async def _until_connected(self) -> None:
+    async def until_connected(self, *, patient: bool = False) -> None:
         """
+        :param patient: for as long as the caller has time, if that has an end.
         :raises BackendError: if there is no connection in time; surely nothing was sent.
         """
         timeout = self._settings.connect_timeout + self._settings.command_timeout
-        # The caller may have less time. It is told in time, so that it learns that nothing was sent.
-        deadline = min(anyio.current_time() + timeout, anyio.current_effective_deadline() - 0.01)
+        # The caller's time may end earlier. It is told in time, so that it learns that nothing was sent.
+        deadline = anyio.current_effective_deadline() - 0.01
+        if not patient or deadline == math.inf:
+            deadline = min(deadline, anyio.current_time() + timeout)
         with anyio.CancelScope(deadline=deadline) as scope:
             while self._link is None:
                 if self._closed:
@@ -403,33 +411,36 @@ class Multiplexer:
                 await self._ready.wait()
                 error = self._last_error
                 if error is not None and not error.can_pass:
-                    raise error
+                    raise again(error)
         if scope.cancelled_caught:
             # The last error says where, and why.
             text = f"not connected to {self._settings.place}" if self._last_error is None else str(self._last_error)
             raise broken(text, may_have_happened=False)
 
-    async def start(self, commands: Sequence[Command]) -> Call:
+    async def start(self, commands: Sequence[Command], *, patient: bool = False) -> Call:
         """Put commands in the line; they leave with the next write. Waits only while there is no connection."""
         if self._link is None:
-            await self._until_connected()
-        call = Call(len(commands))
+            await self.until_connected(patient=patient)
+        call = Call(len(commands), patient=patient)
         if not commands:
             call.done()
             return call
         self._put(pack(commands), call)
         return call
 
-    async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
+    async def pipeline(self, commands: Sequence[Command], *, patient: bool = False) -> list[Any]:
         """Send commands together; their replies, error replies included, in order.
 
+        :param patient: while there is no connection, wait for one for as long as the caller has time.
         :raises BackendError: if the connection broke; ``may_have_happened`` tells whether they had been sent.
         """
-        call = await self.start(commands)
-        await call.event.wait()
-        if call.error is not None:
-            raise call.error
-        return call.replies
+        while True:
+            call = await self.start(commands, patient=patient)
+            await call.event.wait()
+            if call.error is None:
+                return call.replies
+            if call.error is not _POSTPONED:
+                raise call.error
 
     async def call(self, *command: Any) -> Any:
         """Send a command; its reply.

@@ -41,7 +41,9 @@ async def look_at(link: Link, settings: Settings) -> Server:
     info: dict[str, str] = {}
     if not isinstance(told, ServerError):
         info = dict(line.split(":", 1) for line in told.decode().splitlines() if ":" in line)
-    mode = info.get("redis_mode", "standalone")
+    mode = info.get("redis_mode") or info.get("server_mode")  # the second is Valkey's word, from 9 on
+    if mode is None:
+        mode = "cluster" if await _is_cluster(link) else "standalone"
     if mode != "standalone":
         raise UnsupportedError(f"{settings.place} is a server in {mode} mode, which is not supported yet")
     version = info.get("redis_version", "unknown")
@@ -53,6 +55,12 @@ async def look_at(link: Link, settings: Settings) -> Server:
     can_unblock = link.client_id != 0 and not isinstance(unblocked, ServerError)
     name = "valkey" if info.get("server_name") == "valkey" else "redis"
     return Server(name, info.get("valkey_version", version), can_unblock)
+
+
+async def _is_cluster(link: Link) -> bool:
+    """Where INFO does not say: all others refuse this question."""
+    [reply] = await ask(link, [("CLUSTER", "INFO")])
+    return isinstance(reply, bytes) and reply.startswith(b"cluster_")
 
 
 async def _has(link: Link, command: str) -> bool:

@@ -257,13 +257,13 @@ class Taking:
         self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float, count: int
     ) -> Redelivered:
         self._passes += 1
-        count = self._appetite.of(count)
+        room, count = count, self._appetite.of(count)
         topic, retries = (stream, group, consumer), (retry_stream, group, consumer)
         if self._astray:
             if found := await self._find_astray(topic, count):
-                return Redelivered(found, [], [], searched=True)
+                return Redelivered(found, [], [], searched=True, more=True)
             if found := await self._find_astray(retries, count):
-                return Redelivered([], [], found, searched=True)
+                return Redelivered([], [], found, searched=True, more=True)
         keys = (stream, delayed(stream), retry_stream, delayed(retry_stream))
         cursors = (self._cursors.get(topic, "0-0"), self._cursors.get(retries, "0-0"))
         args = (group, consumer, int(min_idle * 1000), count, *cursors, self._passes % 3)
@@ -299,6 +299,8 @@ class Taking:
 
         lost = self._loses(topic, retries)
         taken = await self._take_by_script(taking.PASS, keys, args, group, consumer, parse, lost)
+        # Where there was room for what was not asked for, too.
+        more = more or (count < room and sum(map(len, taken.values())) >= count)
         error = None
         try:
             for where, refusal in refusals[:1]:
