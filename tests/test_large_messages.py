@@ -33,6 +33,8 @@ from anybus.abc import ClaimedMessage, Output
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._appetite import Appetite
 from anybus.backends.redis._limits import ROOM
+from anybus.backends.redis._link import Link
+from anybus.backends.redis._protocol import pack
 
 LIMITS = ["proto-max-bulk-len", "client-query-buffer-limit"]
 MEGABYTE = 1024 * 1024
@@ -207,6 +209,36 @@ async def test_a_large_message_that_nobody_answers_ends_at_its_deadline_and_may_
             with anyio.fail_after(SOON), pytest.raises(BackendError, match="publish_timeout") as caught:
                 await bus.publish(Message("t", LARGE))
             assert caught.value.may_have_happened
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_large_message_that_left_before_it_was_noticed_may_have_happened(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted while a transport that has taken everything has not said so yet."""
+    send, link, left = Link.send, None, 0
+
+    async def send_and_hang(self: Link, data: bytes, *, silence: float | None = None) -> None:
+        nonlocal link, left
+        await send(self, data, silence=silence)
+        if len(data) > MEGABYTE:
+            link = self
+        left += len(data) if self is link else 0
+        if self is link and (not whole or left == size):
+            await anyio.sleep_forever()
+
+    async with fake_server(lambda _: b"") as server:
+        async with StreamBus(RedisBackend(server.url), StreamBusOptions(publish_timeout=0.5)) as bus:
+            backend = bus.backend
+            assert isinstance(backend, RedisBackend)
+            message = Message("t", LARGE)
+            size = len(pack([("XADD", "t", "*", "message", backend._encode(message))]))
+            monkeypatch.setattr(Link, "send", send_and_hang)
+            with pytest.raises(BackendError) as caught:
+                await bus.publish(message)
+            arrived = any(command[0] == b"XADD" for command in server.commands)
+            assert arrived or not whole
+            assert caught.value.may_have_happened == arrived
 
 
 async def test_a_large_message_for_a_server_that_says_nothing_any_more_is_given_up() -> None:

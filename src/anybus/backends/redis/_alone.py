@@ -75,12 +75,14 @@ class Loner:
 
             async def send() -> None:
                 nonlocal failure
+                data = pack(commands)
                 try:
-                    await link.send(pack(commands))
+                    await link.send(data[:-1])
+                    # Without its last byte it is not carried out. Who sends that may be interrupted when it has left.
+                    on_sent()
+                    await link.send(data[-1:])
                 except BROKEN as error:
                     failure = error  # noqa: ASYNC104
-                else:
-                    on_sent()
 
             tasks.start_soon(watch)
             tasks.start_soon(send)
