@@ -30,6 +30,7 @@ from servers import RunningServer
 from sweeps import first_of
 
 from anybus import JsonCodec, Message, retry_stream
+from anybus.backends.redis._keys import delayed
 
 CHILDREN = Path(__file__).with_name("children")
 BOUND = 90.0
@@ -87,7 +88,7 @@ class Site:
             for group in self.client.xinfo_groups(stream):
                 if group["pending"] or group["last-delivered-id"] != info["last-generated-id"]:
                     return False
-        return True
+        return not self.client.zcard(delayed(retry_stream(topic, "g")))
 
     def dead_letters(self, topic: str) -> list[Message]:
         codec = JsonCodec()
