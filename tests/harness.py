@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import anyio
 
 from anybus import EventBusError, ExponentialBackoff, GroupLostError, MemoryBackend, Message, Observer, StreamBusOptions
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import (
     BusEvent,
     FetchedEntry,

@@ -8,7 +8,7 @@ import anyio
 from harness import SOON, Harness, quick, until
 
 from anybus import DeadLetters, Delivery, ExponentialBackoff, Message, StreamBus, SubscriptionConfig
-from anybus._copies import Origin, dead_letter
+from anybus._failure.copies import Origin, dead_letter
 from anybus.abc import StreamBackend
 
 AT = datetime(2026, 5, 6, 7, 8, 9, tzinfo=timezone.utc)

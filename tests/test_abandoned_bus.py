@@ -18,7 +18,7 @@ from processes import BOUND, CHILDREN
 from servers import RunningServer
 
 from anybus import BackendError, Message, connect
-from anybus._cancellation import is_abandoned
+from anybus._ground.cancellation import is_abandoned
 
 CHILD = CHILDREN / "abandoning.py"
 

@@ -16,7 +16,7 @@ import pytest
 from harness import Harness, Recorder, StepByStep, nothing_pending, quick, until
 
 from anybus import Delivery, Message, StreamBus, SubscriptionConfig
-from anybus._runtime._intake import CIRCUIT, ENDING, PAUSED
+from anybus._runtime.intake import CIRCUIT, ENDING, PAUSED
 from anybus.abc import Feature
 
 TIMES = 6

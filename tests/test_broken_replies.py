@@ -35,7 +35,7 @@ from anybus import (
     Subscription,
     SubscriptionConfig,
 )
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import StreamBackend
 from anybus.backends.redis import RedisBackend
 

@@ -49,8 +49,8 @@ from anybus import (
     Subscription,
     SubscriptionConfig,
 )
-from anybus._copies import RETRY_ATTEMPT, retry_stream
-from anybus._options import AckMode
+from anybus._failure.copies import RETRY_ATTEMPT, retry_stream
+from anybus._failure.settlement import AckMode
 from anybus.abc import FetchedEntry, PassSource, Redelivered, StreamBackend, TransferItem
 from anybus.backends.redis import RedisBackend
 

@@ -22,7 +22,7 @@ import pytest
 from harness import Harness, Recorder, StepByStep, nothing_pending, quick, until
 
 from anybus import CircuitBreaker, Delivery, Message, Reject, StreamBus, Subscription, SubscriptionConfig, retry_stream
-from anybus._runtime._circuit import State
+from anybus._runtime.circuit import State
 from anybus.abc import Feature
 
 AT_ONCE = 8

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anybus import JsonCodec, Message, MsgpackCodec, SerializationError
-from anybus._copies import failed_attempts
+from anybus._failure.copies import failed_attempts
 from anybus.abc import ClaimedMessage, Codec, MalformedEntry
 from anybus.backends.redis._decoding import MAX_ENCODED, MAX_RECEIVED, EntryDecoder
 

@@ -21,7 +21,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from anybus import Message
-from anybus._copies import (
+from anybus._failure.copies import (
     MAX_COPY_BYTES,
     MAX_REASON_BYTES,
     Origin,

@@ -29,7 +29,7 @@ from servers import RunningServer
 from sweeps import sampled
 
 from anybus import JsonCodec, Message, retry_stream
-from anybus._copies import Origin, dead_letter
+from anybus._failure.copies import Origin, dead_letter
 
 LETTERS = 3000
 """More in every round."""

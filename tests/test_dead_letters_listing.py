@@ -32,7 +32,7 @@ from anybus import (
     UnsupportedError,
     ValidationError,
 )
-from anybus._dead_letter_pages import ENTRY_BYTES, PAGE_BYTES
+from anybus._dead_letters.pages import ENTRY_BYTES, PAGE_BYTES
 from anybus.abc import StoredEntry
 from anybus.backends.memory import MemoryBackend
 

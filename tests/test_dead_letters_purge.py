@@ -14,7 +14,7 @@ from harness import SOON, Harness, nothing_pending, quick, uids, until
 from letters import AT, bury, give_up_malformed, left, minutes
 
 from anybus import Delivery, Message, ReplayReport, StreamBus, SubscriptionConfig, ValidationError
-from anybus._dead_letter_pages import ENTRY_BYTES
+from anybus._dead_letters.pages import ENTRY_BYTES
 
 MANY = 620
 """More than several pages of them."""

@@ -41,7 +41,7 @@ from anybus import (
     ValidationError,
     retry_stream,
 )
-from anybus._dead_letter_pages import ENTRY_BYTES
+from anybus._dead_letters.pages import ENTRY_BYTES
 from anybus.abc import DeadLetterStore, Move
 from anybus.backends.redis import RedisBackend
 

@@ -19,7 +19,7 @@ from proxy import Act, Hold, name_of, proxied
 from servers import RedisHarness, RunningServer
 
 from anybus import Delivery, JsonCodec, Message, StreamBus, SubscriptionConfig
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import FetchedEntry, StreamBackend
 from anybus.backends.redis import RedisBackend
 

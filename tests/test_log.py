@@ -33,7 +33,7 @@ from anybus import (
     StreamBus,
     SubscriptionConfig,
 )
-from anybus._log import FIELDS
+from anybus._ground.log import FIELDS
 from anybus.abc import BusEvent, FetchedEntry
 
 SECRET = b"secret-payload"
@@ -219,7 +219,7 @@ async def test_a_message_that_wore_out_its_hand_overs_is_a_suspect_first_and_an_
     assert "4 times" in suspect.getMessage()
     (letter,) = log.of(logging.ERROR)
     assert (letter.entry_id, letter.code, letter.exc_info) == (worn_out, "deliveries", None)
-    assert "11 times" in letter.getMessage()
+    assert "10 times" in letter.getMessage()
 
 
 async def test_a_malformed_entry_is_one_error_and_its_dead_letter_an_info(
@@ -599,7 +599,7 @@ class Down(MemoryBackend):
 async def test_an_error_that_comes_again_and_again_is_said_less_and_less_often_and_its_end_is_said(
     topic: str, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anybus._runtime._recovery.recovery_delay", no_delay)
+    monkeypatch.setattr("anybus._runtime.recovery.recovery_delay", no_delay)
     backend = Down(100)
     async with StreamBus(backend, quick()) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), succeed):

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusal import refused
 
-from anybus import Headers, Message, Schema, SerializationError, TraceContext, ValidationError, _message
+from anybus import Headers, Message, Schema, SerializationError, TraceContext, ValidationError
+from anybus._messages import message as _message
 
 MOMENT = datetime(2026, 5, 6, 7, 8, 9, 123456, tzinfo=timezone.utc)
 SURROGATE = "a\ud800b"

@@ -43,7 +43,7 @@ from anybus import (
     connect,
     retry_stream,
 )
-from anybus._dead_letter import LetterFilter
+from anybus._dead_letters.letter import LetterFilter
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._settings import Settings
 

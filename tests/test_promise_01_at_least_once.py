@@ -21,7 +21,7 @@ from anybus import (
     StreamBus,
     SubscriptionConfig,
 )
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 
 
 async def test_a_message_is_acked_only_after_its_handler_has_returned(harness: Harness, topic: str) -> None:

@@ -17,8 +17,8 @@ import pytest
 from harness import SOON, Harness, nothing_pending, quick, until
 
 from anybus import Delivery, Message, StreamBus, SubscriptionConfig
-from anybus._runtime._ledger import Budget, Held, Ledger, Stage
-from anybus._runtime._pull import PullTaker
+from anybus._runtime.ledger import Budget, Held, Ledger, Stage
+from anybus._runtime.pull import PullTaker
 
 
 @pytest.mark.parametrize(

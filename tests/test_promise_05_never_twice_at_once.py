@@ -11,7 +11,7 @@ import anyio
 from harness import QUICK, SOON, Harness, Recorder, StepByStep, nothing_pending, quick, until
 
 from anybus import BackendError, Delivery, Message, StreamBus, SubscriptionConfig
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 
 
 async def test_an_entry_in_a_handler_that_our_own_reclaim_brings_back_is_not_handled_again(

@@ -23,7 +23,7 @@ from anybus import (
     StreamBus,
     SubscriptionConfig,
 )
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import StreamBackend
 
 

@@ -16,7 +16,7 @@ import pytest
 from harness import QUICK, SOON, Harness, Recorder, nothing_pending, quick, until
 
 from anybus import BackendError, Delivery, MemoryBackend, Message, StreamBus, SubscriptionConfig, UnsupportedError
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import PassSource, StreamBackend
 
 

@@ -14,7 +14,7 @@ from proxy import CutAfter, proxied
 from servers import RunningServer
 
 from anybus import BackendError, Delivery, ExponentialBackoff, Message, Retry, StreamBus, SubscriptionConfig
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import ClaimedMessage, Move, Output
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._keys import delayed

@@ -14,7 +14,7 @@ from proxy import Answer, proxied
 from servers import RedisHarness, RunningServer
 
 from anybus import BackendError, Delivery, Message, Reject, ReplayReport, StreamBus, SubscriptionConfig
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import ClaimedMessage, MalformedEntry, Move, Output
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._keys import delayed

@@ -18,7 +18,7 @@ from servers import RedisHarness, RunningServer
 from steps import Steps, living_tasks, watched
 
 from anybus import Delivery, Message, StreamBus, SubscriptionConfig
-from anybus._cancellation import sole
+from anybus._ground.cancellation import sole
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._link import Link
 

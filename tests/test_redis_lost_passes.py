@@ -15,7 +15,7 @@ from harness import SOON, quick, until
 from servers import RedisHarness, RunningServer
 
 from anybus import Delivery, Message, StreamBus, SubscriptionConfig
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.backends.redis import RedisBackend
 
 _AN_ENTRY = b"$7\r\nmessage\r\n"

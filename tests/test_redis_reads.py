@@ -24,7 +24,7 @@ from servers import RedisHarness, RunningServer
 from sweeps import sampled
 
 from anybus import BackendError, EventBusError, GroupLostError, JsonCodec, Message, MsgpackCodec
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, Output, Redelivered
 from anybus.backends.redis import RedisBackend, _taking
 from anybus.backends.redis import _scripts as scripts

@@ -13,7 +13,7 @@ from harness import QUICK, Recorder, quick, until
 from servers import RedisHarness, RunningServer
 
 from anybus import BackendError, Delivery, Message, Reject, Retry, StreamBus, SubscriptionConfig
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.backends.redis import RedisBackend
 
 DOCUMENTED = re.search(

@@ -15,7 +15,7 @@ from letters import bury
 from refusal import refused
 
 from anybus import StreamBus, StreamBusOptions, SubscriptionConfig
-from anybus._settlement import CODES
+from anybus._failure.settlement import CODES
 
 NO_PLACES = ["first", "latest", ">", "-", "+", "$$", "0-", "-0", "1-2-3", "1-x", "1.5", "+1", "\uff11", str(2**64)]
 PLACES = ["$", "0", "0-0", "1714982400000-0", "5", f"{2**64 - 1}-{2**64 - 1}"]

@@ -48,7 +48,7 @@ from anybus import (
     StreamBusOptions,
     SubscriptionConfig,
 )
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import ClaimedMessage, FetchedEntry, TransferItem
 
 CHILD = Path(__file__).with_name("children") / "failing.py"
@@ -439,7 +439,7 @@ class WallClock:
 @pytest.fixture
 def wall_clock(monkeypatch: pytest.MonkeyPatch) -> WallClock:
     clock = WallClock()
-    monkeypatch.setattr("anybus._runtime._judgement._now", clock.now)
+    monkeypatch.setattr("anybus._runtime.judgement._now", clock.now)
     return clock
 
 

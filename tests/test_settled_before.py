@@ -17,7 +17,7 @@ from harness import SOON, Harness, Recorder, nothing_pending, quick, until
 from servers import RedisHarness, RunningServer
 
 from anybus import DROP, BackendError, Delivery, LeaseLostError, Message, Reject, Retry, StreamBus, SubscriptionConfig
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import StreamBackend
 
 BROKEN = BackendError("the connection broke", may_have_happened=True)

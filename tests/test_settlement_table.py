@@ -25,14 +25,14 @@ from hypothesis import strategies as st
 from refusal import refused
 
 from anybus import ExponentialBackoff, Reject, Retry
-from anybus._backoff import RECOVERY, DelayList, recovery_delay
-from anybus._options import ACK_MODES, AckMode
-from anybus._settlement import (
+from anybus._failure.backoff import RECOVERY, DelayList, recovery_delay
+from anybus._failure.settlement import (
     CANCELLED,
     CRASHED,
     RETURNED,
     SUSPECT_AFTER,
     Ack,
+    AckMode,
     DeadLetter,
     Decision,
     Leave,
@@ -47,6 +47,7 @@ from anybus._settlement import (
     decide,
     on_taken,
 )
+from anybus._options import ACK_MODES
 
 NOW = 1000.0
 MAX_RETRY = 3

@@ -17,7 +17,7 @@ import pytest
 from harness import SOON, Harness, StepByStep, nothing_pending, quick, until
 
 from anybus import BackendError, Delivery, MemoryBackend, Message, StreamBus, SubscriptionConfig
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import ClaimedMessage, FetchedEntry, PassSource, Redelivered, StreamBackend
 
 TAKERS = ["read", "retries", "reclaim", "pass"]

@@ -14,21 +14,21 @@ from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
 from ._batch import BatchOutcome
-from ._callables import check_async_function
-from ._cancellation import persist
-from ._checks import refuse
-from ._dead_letter import LetterFilter
-from ._dead_letters import DeadLetters, open_dead_letters
-from ._errors import BackendError, ClosedError, EventBusError, ValidationError
-from ._home import Entered, Home
-from ._message import Message, check_outgoing
+from ._dead_letters.letter import LetterFilter
+from ._dead_letters.view import DeadLetters, open_dead_letters
+from ._ground.callables import check_async_function
+from ._ground.cancellation import persist
+from ._ground.checks import refuse
+from ._ground.errors import BackendError, ClosedError, EventBusError, ValidationError
+from ._ground.home import Entered, Home
+from ._messages.message import Message, check_outgoing
 from ._options import PublishOptions, StreamBusOptions, SubscriptionConfig, dead_letter_topic_of
 from ._reporting import Notices, Reporter
-from ._runtime._assembly import make_context
-from ._runtime._context import Context, SuspectSlot
-from ._runtime._pool import Handler
-from ._runtime._pull import DeliveryStream, PullTaker
-from ._runtime._subscription import ClosedWhileEnteredError, Subscription
+from ._runtime.assembly import make_context
+from ._runtime.context import Context, SuspectSlot
+from ._runtime.pool import Handler
+from ._runtime.pull import DeliveryStream, PullTaker
+from ._runtime.subscription import ClosedWhileEnteredError, Subscription
 from .abc import StreamBackend, TimedPublisher
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ._errors import SerializationError, ValidationError
-from ._message import Headers, Message
+from ._ground.errors import SerializationError, ValidationError
+from ._messages.message import Headers, Message
 from .abc import Codec
 
 _AwareTime = Annotated[datetime, msgspec.Meta(tz=True)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from ._bus import StreamBus
-from ._checks import check_url, refuse
-from ._errors import UnsupportedError
+from ._ground.checks import check_url, refuse
+from ._ground.errors import UnsupportedError
 from ._options import StreamBusOptions
 from .abc import Codec, StreamBackend
-from .backends.memory import MemoryBackend
+from .backends.memory.backend import MemoryBackend
 
 _ALLOWED = (
     "'memory://', 'memory://<name>', 'redis://…', 'rediss://…' (TLS), 'valkey://…', 'valkeys://…' (TLS) or 'unix://…'"

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from ._backoff import ExponentialBackoff
-from ._callables import check_function
-from ._checks import check_choice, check_delay, check_int, check_name, check_start_id, check_topic, refuse
-from ._message import Headers
-from ._policies import Backoff, CircuitBreaker, Rules, check_backoff, check_no_contradiction, check_rules
+from ._failure.backoff import ExponentialBackoff
+from ._failure.policies import Backoff, CircuitBreaker, Rules, check_backoff, check_no_contradiction, check_rules
+from ._failure.settlement import AckMode
+from ._ground.callables import check_function
+from ._ground.checks import check_choice, check_delay, check_int, check_name, check_start_id, check_topic, refuse
+from ._messages.message import Headers
 from .abc._observer import Observer
 
-AckMode = Literal["auto-on-handler-success", "manual", "auto-on-receive"]
 Guarantee = Literal["at-least-once", "at-most-once"]
 OnLeaseLost = Literal["continue", "cancel"]
 

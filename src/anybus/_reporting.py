@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-from ._errors import words
-from ._log import say
-from ._message import Message
+from ._ground.errors import words
+from ._ground.log import say
+from ._messages.message import Message
 from .abc import BusEvent, Observer
 from .abc._observer import ErrorScope
 

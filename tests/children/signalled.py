@@ -30,7 +30,7 @@ from anybus import (
     StreamBusOptions,
     SubscriptionConfig,
 )
-from anybus._copies import retry_stream
+from anybus._failure.copies import retry_stream
 from anybus.abc import BusEvent
 
 TOPIC, GROUP = "work", "g"

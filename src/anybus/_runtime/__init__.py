@@ -1,1 +1,1 @@
-"""The inside of a subscription. Nothing here is public."""
+"""A subscription at work: what it takes, holds, handles and settles."""

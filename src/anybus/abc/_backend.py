@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import anyio
 
-from .._errors import BackendError, EventBusError, UnsupportedError, can_pass, may_have_happened
-from .._message import Message
+from .._ground.errors import BackendError, EventBusError, UnsupportedError, can_pass, may_have_happened
+from .._messages.message import Message
 from ._entries import FetchedEntry, Output, PendingEntry, PublishSpec, Redelivered
 
 if TYPE_CHECKING:

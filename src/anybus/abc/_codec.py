@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 
-from .._message import Message
+from .._messages.message import Message
 
 
 class Codec(abc.ABC):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from .._errors import EventBusError
-from .._message import Message
+from .._ground.errors import EventBusError
+from .._messages.message import Message
 
 RAW_PREFIX = "raw:"
 """The raw fields of a malformed entry stand beside the message of its dead letter under names that begin so."""

@@ -9,8 +9,8 @@ from typing import Union
 
 import msgspec
 
-from .._errors import BackendError
-from .._message import Message
+from .._ground.errors import BackendError
+from .._messages.message import Message
 
 
 class ClaimedMessage(msgspec.Struct, frozen=True, gc=False):

@@ -1,3 +1,3 @@
 """Backends that come with the library."""
 
-from .memory import MemoryBackend as MemoryBackend
+from .memory.backend import MemoryBackend as MemoryBackend

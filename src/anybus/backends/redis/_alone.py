@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 
-from ..._clock import loop_clock
+from ..._ground.clock import loop_clock
 from ._errors import broken
 from ._link import BROKEN, Link, open_link
 from ._multiplexer import Multiplexer

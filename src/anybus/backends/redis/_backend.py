@@ -11,10 +11,10 @@ from typing import Any
 
 import anyio
 
-from ..._checks import check_delay, check_start_id, check_time, is_entry_id
 from ..._codec import JsonCodec
-from ..._errors import BackendError, EventBusError, UnsupportedError, ValidationError
-from ..._message import Message
+from ..._ground.checks import check_delay, check_start_id, check_time, is_entry_id
+from ..._ground.errors import BackendError, EventBusError, UnsupportedError, ValidationError
+from ..._messages.message import Message
 from ...abc import (
     Codec,
     Feature,

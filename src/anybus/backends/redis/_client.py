@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import anyio
 
-from ..._errors import BackendError, GroupLostError
-from ..._log import say
+from ..._ground.errors import BackendError, GroupLostError
+from ..._ground.log import say
 from . import _dead_letter_scripts, _lease_scripts, _rights, _scripts, _taking_scripts
 from ._alone import Loner
 from ._decoding import predecessor

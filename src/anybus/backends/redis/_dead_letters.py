@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from ..._checks import is_entry_id
-from ..._errors import BackendError, EventBusError, ValidationError
+from ..._ground.checks import is_entry_id
+from ..._ground.errors import BackendError, EventBusError, ValidationError
 from ...abc import ClaimedMessage, Codec, DeadLetterStore, MalformedEntry, Move, StoredEntry
 from ...abc._dead_letters import RAW_PREFIX
 from . import _dead_letter_scripts as scripts

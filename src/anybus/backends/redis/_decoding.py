@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any, Final
 
-from ..._checks import is_entry_id
-from ..._errors import SerializationError
-from ..._message import NO_HEADERS, lift_headers
+from ..._ground.checks import is_entry_id
+from ..._ground.errors import SerializationError
+from ..._messages.message import NO_HEADERS, lift_headers
 from ...abc import ClaimedMessage, Codec, FetchedEntry, MalformedEntry, MissingEntry
 
 MAX_ENCODED: Final = 8 * 1024 * 1024

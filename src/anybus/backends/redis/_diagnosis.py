@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
-from ..._errors import words
+from ..._ground.errors import words
 from ._protocol import BrokenProtocolError
 from ._settings import Settings
 

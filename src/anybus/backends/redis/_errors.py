@@ -6,7 +6,7 @@ from copy import copy
 
 import redis.exceptions
 
-from ..._errors import BackendError
+from ..._ground.errors import BackendError
 from ._protocol import ServerError
 
 _PERMANENT_CODES = ("CROSSSLOT", "NOPERM", "WRONGTYPE")

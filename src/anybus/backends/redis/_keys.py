@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ..._copies import stream_base
+from ..._failure.copies import stream_base
 
 LAYOUT: Final = 1
 """The version of the layout of keys, and of the scripts that work on them."""

@@ -11,11 +11,11 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from ..._backoff import recovery_delay
-from ..._cancellation import is_abandoned, is_stray, persist, sole
-from ..._clock import loop_clock
-from ..._errors import BackendError, EventBusError
-from ..._log import say
+from ..._failure.backoff import recovery_delay
+from ..._ground.cancellation import is_abandoned, is_stray, persist, sole
+from ..._ground.clock import loop_clock
+from ..._ground.errors import BackendError, EventBusError
+from ..._ground.log import say
 from ._errors import SENSELESS, again, broken, is_about_credentials, translate
 from ._link import BROKEN, Link, open_link
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack, pack_one

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import redis.exceptions
 
-from ..._errors import BackendError
+from ..._ground.errors import BackendError
 from ._errors import has_code
 from ._keys import delayed, leases, meta
 from ._protocol import Argument, Command, ServerError

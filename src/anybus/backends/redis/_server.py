@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..._errors import UnsupportedError
+from ..._ground.errors import UnsupportedError
 from ._link import Link, ask, tolerate
 from ._protocol import ServerError
 from ._settings import Settings

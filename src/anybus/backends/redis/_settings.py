@@ -11,8 +11,8 @@ from typing import Any, cast
 import redis.connection
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 
-from ..._checks import check_delay, check_text, refuse
-from ..._errors import UnsupportedError
+from ..._ground.checks import check_delay, check_text, refuse
+from ..._ground.errors import UnsupportedError
 from ._url import MAX_DATABASE, checked_url
 
 _TLS_OPTIONS = frozenset(

@@ -11,9 +11,9 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from ..._cancellation import persist
-from ..._errors import BackendError, GroupLostError
-from ..._log import say
+from ..._ground.cancellation import persist
+from ..._ground.errors import BackendError, GroupLostError
+from ..._ground.log import say
 from ...abc import FetchedEntry, MissingEntry, Redelivered
 from . import _scripts as scripts
 from . import _taking_scripts as taking

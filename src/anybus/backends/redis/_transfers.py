@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Union
 
-from ..._errors import BackendError, EventBusError, SerializationError, ValidationError
-from ..._message import Message
+from ..._ground.errors import BackendError, EventBusError, SerializationError, ValidationError
+from ..._messages.message import Message
 from ...abc import Output, TransferItem
 from . import _scripts as scripts
 from ._client import Client

@@ -12,8 +12,8 @@ from collections.abc import Set as AbstractSet
 from typing import Final, NoReturn
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from ..._checks import check_url
-from ..._errors import ValidationError
+from ..._ground.checks import check_url
+from ..._ground.errors import ValidationError
 
 SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey": "redis", "valkeys": "rediss"}
 """What each scheme means to redis-py."""

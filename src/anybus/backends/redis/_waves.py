@@ -9,7 +9,7 @@ from collections import deque
 
 import anyio
 
-from ..._clock import loop_clock
+from ..._ground.clock import loop_clock
 from ._errors import broken
 from ._protocol import Replies
 

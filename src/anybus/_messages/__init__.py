@@ -1,0 +1,1 @@
+"""The message: its fields, headers, trace context, and payloads as JSON."""

@@ -1,0 +1,262 @@
+"""The message: what applications publish and handle. Immutable, its headers too."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from typing import Any, TypeVar, overload
+
+import msgspec
+
+from .._ground.checks import PLAIN_TIMES, check_bytes, check_name, check_text, check_time, check_topic, refuse
+from .._ground.errors import ValidationError
+from . import json as _json
+from .schema import Schema
+from .trace import TraceContext
+
+T = TypeVar("T")
+
+
+class Headers(Mapping[str, str]):
+    """An immutable mapping of header names to values. Names are case-sensitive, as on the wire."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, str] | None = None) -> None:
+        self._items: dict[str, str] = {} if items is None else _plain_headers(dict(items))
+
+    @classmethod
+    def trusted(cls, items: dict[str, str]) -> Headers:
+        """Headers that a decoder has checked already, and that nobody else holds. For codecs."""
+        if not items:
+            return NO_HEADERS
+        headers = cls.__new__(cls)
+        headers._items = items
+        return headers
+
+    def plain(self) -> dict[str, str]:
+        """The dict inside, not to be changed. For codecs."""
+        return self._items
+
+    def __getitem__(self, name: str) -> str:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return f"Headers({self._items!r})"
+
+    def __or__(self, other: Mapping[str, str]) -> Headers:
+        """A copy with the other's headers added; the other wins where a name is in both."""
+        return Headers({**self._items, **other})
+
+
+def _plain_headers(given: dict[str, str]) -> dict[str, str]:
+    for name, value in given.items():
+        if not (type(name) is type(value) is str and name.isascii() and value.isascii()):
+            break
+    else:
+        return given
+    headers = {check_text("header name", name): check_text(f"header {name!r}", value) for name, value in given.items()}
+    if len(headers) != len(given):
+        refuse("headers", given, "a mapping that holds no name twice")
+    return headers
+
+
+NO_HEADERS = Headers()
+
+
+def new_uid() -> str:
+    """A time-ordered UUID (version 7, RFC 9562 section 5.7): 48 bits of Unix milliseconds, 74 random bits."""
+    global _uid_time  # noqa: PLW0603 - a memory, nothing more
+    milliseconds = time.time_ns() // 1_000_000
+    known, prefix = _uid_time
+    if known != milliseconds:
+        # Many messages are made in one millisecond.
+        text = f"{milliseconds:012x}"
+        prefix = f"{text[:8]}-{text[8:]}-7"
+        _uid_time = (milliseconds, prefix)
+    # os.urandom and not the random module: two processes forked from one must never agree.
+    tail = os.urandom(10).hex()
+    return f"{prefix}{tail[:3]}-{_VARIANT[tail[3]]}{tail[4:7]}-{tail[7:19]}"
+
+
+_uid_time = (-1, "")
+
+_VARIANT = {digit: "89ab"[index % 4] for index, digit in enumerate("0123456789abcdef")}
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+class _Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    uid: str = msgspec.field(default_factory=new_uid)
+    key: str = ""
+    kind: str = ""
+    source: str = ""
+    occurred_at: datetime = msgspec.field(default_factory=_now)
+    headers: Mapping[str, str] = NO_HEADERS
+    content_type: str | None = None
+    event_version: str | None = None
+    idempotency_key: str | None = None
+    expires_at: datetime | None = None
+    trace_uid: str | None = None
+    correlation_uid: str | None = None
+
+
+class Message(_Envelope, frozen=True, gc=False):
+    """One message. ``Message(topic, payload, key=...)`` is enough to make one.
+
+    :param topic: where it is published.
+    :param payload: the bytes that the application sends.
+    :param uid: its identity wherever it goes; a time-ordered UUID unless given.
+    :param key: what it is about (an order's number), for ordering and filters.
+    :param kind: the event's type (``OrderCreated``).
+    :param source: who made it.
+    :param occurred_at: when it happened, UTC; now unless given.
+    :param headers: text by name; kept immutable.
+    :param content_type: the payload's media type.
+    :param event_version: the version of the payload's schema.
+    :param idempotency_key: what makes two messages the same to their receiver; not blank, at most 256 bytes.
+    :param expires_at: when it loses its meaning, UTC. Carried, and left to the application.
+    :param trace_uid: the trace it belongs to.
+    :param correlation_uid: the conversation it belongs to.
+    :raises ValidationError: if a field's value is refused; the text names the field and what is allowed.
+    """
+
+    topic: str
+    payload: bytes = b""
+
+    def __post_init__(self) -> None:
+        topic = check_topic("topic", self.topic)
+        if type(self.topic) is not str:
+            _set(self, "topic", topic)
+        if type(self.payload) is not bytes:
+            _set(self, "payload", check_bytes("payload", self.payload, "bytes (for JSON use Message.from_json)"))
+        uid, key, kind, source = self.uid, self.key, self.kind, self.source
+        # The way of nearly every message: plain, and what is ASCII needs no further look.
+        if not (
+            type(uid) is type(key) is type(kind) is type(source) is str
+            and uid.isascii()
+            and key.isascii()
+            and kind.isascii()
+            and source.isascii()
+        ):
+            for field in ("uid", "key", "kind", "source"):
+                _set(self, field, check_text(field, getattr(self, field)))
+        if type(self.headers) is not Headers:
+            if not isinstance(self.headers, Mapping):
+                refuse("headers", self.headers, "a mapping of str to str")
+            _set(self, "headers", Headers(self.headers))
+        if type(self.occurred_at) not in PLAIN_TIMES or self.occurred_at.tzinfo is not timezone.utc:
+            _set(self, "occurred_at", check_time("occurred_at", self.occurred_at))
+        if self.expires_at is not None:
+            _set(self, "expires_at", check_time("expires_at", self.expires_at))
+        if not (self.content_type is self.event_version is self.trace_uid is self.correlation_uid is None):
+            for field in ("content_type", "event_version", "trace_uid", "correlation_uid"):
+                value = getattr(self, field)
+                if value is not None and not (type(value) is str and value.isascii()):
+                    _set(self, field, check_text(field, value))
+        if self.idempotency_key is not None:
+            given = check_text("idempotency_key", self.idempotency_key)
+            _set(self, "idempotency_key", check_name("idempotency_key", given) if given else given)
+
+    @classmethod
+    def from_json(cls, topic: str, obj: Any, **fields: Any) -> Message:
+        """A message whose payload is ``obj`` as JSON, its content type ``application/json`` unless given.
+
+        :param obj: anything msgspec can encode (builtins, dataclasses, Structs, datetimes, UUIDs...), or a model with
+            ``model_dump_json``, as Pydantic's; models may also stand inside the others.
+        :param fields: further fields, as of the class itself.
+        :raises SerializationError: if ``obj`` cannot be written as JSON, which has no NaN and no infinity.
+        """
+        payload = _json.write(obj)
+        fields.setdefault("content_type", "application/json")
+        return cls(topic, payload, **fields)
+
+    @overload
+    def json(self) -> Any: ...
+
+    @overload
+    def json(self, type: type[T]) -> T: ...
+
+    def json(self, type: Any = None) -> Any:
+        """The payload, read as JSON; with ``type`` (a dataclass, a Struct, ``list[int]``...) checked against it.
+
+        :param type: what msgspec can check against, or a class with ``model_validate_json``, as Pydantic's models;
+            models may also stand inside the others (``list[Order]``).
+        :raises SerializationError: if the payload is not JSON, or not of that type, or the type cannot be used. A
+            handler that lets this out for its own message gives it up at once, with the code ``invalid``: trying again
+            would not help.
+        """
+        return _json.read(self.payload, type, self.uid)
+
+    def replace(self, **changes: Any) -> Message:
+        """A copy with some fields changed.
+
+        :raises ValidationError: if a new value is refused, or there is no such field.
+        """
+        try:
+            return msgspec.structs.replace(self, **changes)
+        except TypeError as error:
+            raise ValidationError(f"Message.replace: {error}") from None
+
+    @property
+    def trace_context(self) -> TraceContext | None:
+        """The W3C trace context in the headers; None if there is none, or it is not valid."""
+        return TraceContext.from_headers(self.headers)
+
+    @property
+    def schema(self) -> Schema:
+        """What describes the payload: kind, content type and version."""
+        return Schema(self.kind, self.content_type, self.event_version)
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("uid", self.uid), ("topic", self.topic), ("key", self.key), ("payload_bytes", len(self.payload))]
+
+    def __repr__(self) -> str:
+        # Payload and headers may be large, or secret: neither belongs in a log by accident.
+        return f"<Message {self.uid} topic={self.topic!r} key={self.key!r} payload={len(self.payload)} bytes>"
+
+
+def _set(message: Message, field: str, value: Any) -> None:
+    msgspec.structs.force_setattr(message, field, value)
+
+
+def check_outgoing(message: Any, max_payload_bytes: int) -> Message:
+    """What an application publishes, checked at the door.
+
+    :param max_payload_bytes: 0 = no limit.
+    """
+    if not isinstance(message, Message):
+        refuse("message", message, "an anybus.Message")
+    if max_payload_bytes and len(message.payload) > max_payload_bytes:
+        raise ValidationError(
+            f"payload must be at most {max_payload_bytes} bytes (max_payload_bytes), not {len(message.payload)}"
+        )
+    return message
+
+
+_LIFTED = {"content-type": "content_type", "event-version": "event_version", "idempotency-key": "idempotency_key"}
+
+
+def lift_headers(message: Message) -> Message:
+    """Headers that double a field fill that field where it is unset (never where it is set, even if empty)."""
+    if not message.headers:
+        return message
+    changes = {
+        field: message.headers[header]
+        for header, field in _LIFTED.items()
+        if header in message.headers and getattr(message, field) is None
+    }
+    return message.replace(**changes) if changes else message

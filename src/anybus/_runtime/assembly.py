@@ -1,0 +1,95 @@
+"""From a subscription's configuration to the context that its parts share."""
+
+from __future__ import annotations
+
+import secrets
+
+from .._failure.copies import retry_stream
+from .._failure.policies import FailurePolicy, backoff_table, check_rules
+from .._failure.settlement import Policy
+from .._ground.clock import loop_clock
+from .._ground.home import Home
+from .._options import (
+    DEFAULT_MAX_DELIVERIES,
+    DEFAULT_MAX_RETRY,
+    StreamBusOptions,
+    SubscriptionConfig,
+    ack_mode_of,
+    dead_letter_topic_of,
+)
+from .._reporting import Notices, Reporter
+from ..abc import StreamBackend
+from .context import Context, Counters, LeaseTerm, SuspectSlot
+from .ledger import Budget, Ledger
+
+
+def make_context(
+    config: SubscriptionConfig,
+    *,
+    backend: StreamBackend,
+    options: StreamBusOptions,
+    notices: Notices,
+    suspects: SuspectSlot,
+    home: Home,
+    pulled: bool,
+) -> Context:
+    """Resolve defaults, and make what one subscription has for itself: its name, its ledger, its counters.
+
+    :param pulled: for ``deliveries()``, whose messages are settled by hand.
+    """
+    consumer = f"{config.consumer}-{secrets.token_hex(8)}"
+    policy = Policy(
+        ack_mode="manual" if pulled else ack_mode_of(config),
+        max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
+        max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
+        backoff=backoff_table(config.retry_backoff),
+        counts_crashes=_counts_crashes(backend, notices),
+    )
+    streams = (config.topic, retry_stream(config.topic, config.group))
+    max_pending_acks = config.max_pending_acks or 2 * config.max_in_flight
+    return Context(
+        backend=backend,
+        topic=config.topic,
+        group=config.group,
+        consumer=consumer,
+        policy=policy,
+        failure_policy=FailurePolicy(
+            retry_on=check_rules("retry_on", config.retry_on),
+            give_up_on=check_rules("give_up_on", config.give_up_on),
+            backoff=config.retry_backoff if callable(config.retry_backoff) else None,
+            max_age=config.max_age,
+        ),
+        circuit=config.circuit,
+        options=options,
+        group_start_id=config.group_start_id or options.group_start_id,
+        max_in_flight=config.max_in_flight,
+        dead_letter_topic=dead_letter_topic_of(config),
+        handler_timeout=config.handler_timeout,
+        on_lease_lost=config.on_lease_lost,
+        reporter=Reporter(
+            options.observer,
+            topic=config.topic,
+            group=config.group,
+            consumer=consumer,
+            max_attempts=policy.max_attempts if policy.ack_mode != "auto-on-receive" else 1,
+        ),
+        notices=notices,
+        suspects=suspects,
+        ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
+        counters=Counters(),
+        clock=loop_clock(),
+        term=LeaseTerm(options.claim_idle_timeout),
+        home=home,
+    )
+
+
+def _counts_crashes(backend: StreamBackend, notices: Notices) -> bool:
+    # Without renew our own reclaims would count up what we hold, without release what never started.
+    lacking = [feature for feature in ("delivery_count", "renew", "release") if feature not in backend.features]
+    if lacking:
+        notices.once(
+            f"{type(backend).__name__} cannot count deliveries that ended without an outcome (it lacks "
+            f"{', '.join(lacking)}): max_deliveries has no effect, and a message that kills its process comes back "
+            "for ever"
+        )
+    return not lacking

@@ -1,0 +1,132 @@
+"""What the parts of one subscription share: names, limits, counters, and the ledger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import anyio
+
+from .._failure.copies import retry_stream
+from .._failure.policies import CircuitBreaker, FailurePolicy
+from .._failure.settlement import Policy
+from .._ground.home import Home
+from .._options import OnLeaseLost, StreamBusOptions
+from .._reporting import Notices, Reporter
+from ..abc import StreamBackend
+from .ledger import Held, Ledger, Stage
+
+
+class Counters:
+    """Counts of a subscription's life, for its statistics."""
+
+    __slots__ = (
+        "circuit_opened",
+        "dead_lettered",
+        "failed",
+        "handled",
+        "leases_lost",
+        "received",
+        "reclaimed",
+        "released",
+        "retried",
+    )
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.handled = 0
+        self.failed = 0
+        self.retried = 0
+        self.dead_lettered = 0
+        self.released = 0
+        self.reclaimed = 0
+        self.leases_lost = 0
+        self.circuit_opened = 0
+
+
+class SuspectSlot:
+    """A bus holds one suspect at a time: two that kill the process must not take each other down."""
+
+    def __init__(self) -> None:
+        self._suspect: Held | None = None
+
+    def take(self, held: Held) -> bool:
+        """Make this entry the bus's suspect, unless the last one is still held."""
+        if self._suspect is not None and self._suspect.stage is not Stage.GONE:
+            return False
+        self._suspect = held
+        return True
+
+
+class LeaseTerm:
+    """The lease by which a subscription goes: its own option, until another member changes the group's.
+
+    :ivar changed: set when that happens, and replaced.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.changed = anyio.Event()
+        self._patience = seconds
+        self._patient_until = -math.inf
+
+    def adopt(self, seconds: float) -> None:
+        self.seconds = seconds
+        changed, self.changed = self.changed, anyio.Event()
+        changed.set()
+
+    def be_patient(self, seconds: float, now: float, until: float) -> None:
+        """Until then take over only what has been idle for so long: others still go by that lease."""
+        if now < self._patient_until:  # others perhaps by an earlier one, if it is changed again and again
+            seconds = max(seconds, self._patience)
+            until = max(until, self._patient_until)
+        self._patience = seconds
+        self._patient_until = until
+
+    def min_idle(self, now: float) -> float:
+        return max(self.seconds, self._patience) if now < self._patient_until else self.seconds
+
+
+@dataclass(frozen=True)
+class Context:
+    """Fixed for a subscription's life. ``clock`` is AnyIO's, in seconds."""
+
+    backend: StreamBackend
+    topic: str
+    group: str
+    consumer: str
+    policy: Policy
+    failure_policy: FailurePolicy
+    circuit: CircuitBreaker | None
+    options: StreamBusOptions
+    group_start_id: str
+    max_in_flight: int
+    dead_letter_topic: str | None
+    handler_timeout: float | None
+    on_lease_lost: OnLeaseLost
+    reporter: Reporter
+    notices: Notices
+    suspects: SuspectSlot
+    ledger: Ledger
+    counters: Counters
+    clock: Callable[[], float]
+    term: LeaseTerm
+    home: Home
+
+    @property
+    def retry_stream(self) -> str:
+        return retry_stream(self.topic, self.group)
+
+    @property
+    def lease(self) -> float:
+        return self.term.seconds
+
+    @property
+    def min_idle(self) -> float:
+        """For how long an entry must have been idle to be taken over."""
+        return self.term.min_idle(self.clock())
+
+    @property
+    def streams(self) -> tuple[str, str]:
+        return self.topic, self.retry_stream

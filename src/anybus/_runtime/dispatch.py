@@ -1,0 +1,351 @@
+"""The dispatch: takes settlements to the server by lanes, and enters its answers into the books."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+
+import anyio
+
+from .._failure.settlement import Outcome, Result
+from .._ground.cancellation import as_failure
+from .._ground.errors import ClosedError, GroupLostError, LeaseLostError, can_pass, may_have_happened, words
+from ..abc import Output
+from ..abc._observer import ErrorScope
+from .context import Context
+from .fate import (
+    ACCEPTED,
+    ACKED,
+    ACKED_WITH,
+    DEAD_LETTERED,
+    DROPPED,
+    MISSING,
+    RELEASED,
+    RETRIED,
+    tell_fate,
+    tell_lost,
+    tell_unsettled,
+)
+from .lane import Lane
+from .ledger import SETTLED_BEFORE, Held, Stage
+
+_AT_ONCE = 128
+"""So many settlements make a part of a batch."""
+
+_HANDLED = (ACKED, ACKED_WITH)
+
+
+class Dispatch:
+    """One lane for acknowledgements, one for transfers, one for releases.
+
+    :param on_unsettled: a settlement by hand has failed, and nobody waits for it any more: its handling ended
+        with this result.
+    """
+
+    def __init__(self, context: Context, on_unsettled: Callable[[Held, Result], None]) -> None:
+        self._context = context
+        clock = context.clock
+        options = context.options
+        # A batch that the budget cannot hold would always wait for the interval, and the reads with it.
+        threshold = min(options.ack_batch_size, max(1, context.ledger.budget.limit // 2))
+        self.acks = Lane(self._flush_acks, clock, threshold=threshold, interval=options.ack_flush_interval)
+        self._transfers = Lane(self._flush_transfers, clock)
+        self._releases = Lane(self._flush_releases, clock)
+        self._on_unsettled = on_unsettled
+        self.is_over = False
+        self._ending = False
+        features = context.backend.features
+        self._fence = context.consumer if "fence" in features else None
+        self._can_release = "release" in features
+        name = type(context.backend).__name__
+        if self._fence is None:
+            context.notices.once(f"{name} cannot check who owns an entry: a late ack takes it from its new owner")
+        if not self._can_release:
+            context.notices.once(f"{name} cannot release entries: what is handed back waits for its lease to end")
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        return self.acks, self._transfers, self._releases
+
+    async def drain(self) -> None:
+        """Settle what is left. From now on what fails by hand is released, since nobody can settle it any more."""
+        self._ending = True
+        for lane in self.lanes:
+            lane.begin_drain()
+        while not all(lane.is_empty for lane in self.lanes):  # an answer of one can bring work for another
+            for lane in self.lanes:
+                await lane.drained()
+
+    def finish(self) -> int:
+        """Nothing is sent any more. Whoever waits is told; what is left comes back when its lease is over."""
+        self.is_over = True
+        left = self._context.ledger.all()
+        for held in left:
+            self._answer(held, ClosedError("the subscription ended before the server answered"))
+            ending = held.ending
+            self._context.ledger.remove(held)
+            tell_unsettled(self._context, held, ending)
+        return len(left)
+
+    def ack(self, held: Held, intent: str = ACKED) -> None:
+        """Acknowledge, until the server has it or the lease is over."""
+        held.stage = Stage.SETTLING
+        held.intent = intent
+        self.acks.put(held)
+
+    def release(self, held: Held) -> None:
+        """Hand back, uncounted."""
+        held.stage = Stage.SETTLING
+        held.intent = RELEASED
+        held.outputs = ()
+        held.parked = False
+        if self._can_release:
+            self._releases.put(held)
+        else:
+            self.done(held)
+
+    def transfer(self, held: Held, intent: str, *outputs: Output) -> None:
+        """Append these, and acknowledge, in one step where the backend can."""
+        held.stage = Stage.SETTLING
+        held.intent = intent
+        held.outputs = outputs
+        self._transfers.put(held)
+
+    async def _flush_acks(self, batch: list[Held]) -> None:
+        async def send(stream: str, entries: list[Held]) -> None:
+            context = self._context
+            ids = [held.id for held in entries]
+            refused = await context.backend.ack_many(stream, context.group, ids, consumer=self._fence)
+            if not refused:
+                self._all_done(stream, entries)
+                return
+            not_ours = set(refused)
+            for held in entries:
+                if held.id in not_ours:
+                    self._refused(held, self.acks)
+                else:
+                    self.done(held)
+
+        await self._flush(batch, send, self.acks)
+
+    async def _flush_transfers(self, batch: list[Held]) -> None:
+        async def send(stream: str, entries: list[Held]) -> None:
+            context = self._context
+            items = [(held.id, held.outputs) for held in entries]
+            results = await context.backend.transfer_many(stream, context.group, context.consumer, items)
+            for held, result in zip(entries, results, strict=True):
+                if isinstance(result, Exception):
+                    self._failed(held, result, self._transfers)
+                elif result is None:
+                    self._refused(held, self._transfers)
+                else:
+                    self.done(held)
+                    if held.intent == ACKED_WITH and context.reporter.hears_published:
+                        self._tell_published(held, result)
+
+        await self._flush(batch, send, self._transfers)
+
+    async def _flush_releases(self, batch: list[Held]) -> None:
+        async def send(stream: str, entries: list[Held]) -> None:
+            context = self._context
+            ids = [held.id for held in entries]
+            # What a call brings that was sent before this is no longer ours; what a later one brings is ours again.
+            context.ledger.note_doubt(stream, ids)
+            try:
+                await context.backend.release(stream, context.group, context.consumer, ids)
+            except GroupLostError:  # then nothing is ours any more: there is nothing to hand back
+                context.ledger.group_was_lost(stream)
+            for held in entries:
+                if held.retaken:
+                    # Taken again between the server's release and its reply: it is ours once more.
+                    held.retaken = False
+                    self._releases.put(held)
+                else:
+                    self.done(held)
+
+        await self._flush(batch, send, self._releases)
+
+    async def _flush(self, batch: list[Held], send: Callable[[str, list[Held]], Awaitable[None]], lane: Lane) -> None:
+        by_stream: defaultdict[str, list[Held]] = defaultdict(list)
+        for held in batch:
+            by_stream[held.stream].append(held)
+        for stream, entries in by_stream.items():
+            if len(entries) <= _AT_ONCE:
+                await self._try(send, stream, entries, lane)
+                continue
+            # Side by side: the first answer makes room for a read while the server is busy with the next part.
+            async with anyio.create_task_group() as tasks:
+                for start in range(0, len(entries), _AT_ONCE):
+                    tasks.start_soon(self._try, send, stream, entries[start : start + _AT_ONCE], lane)
+
+    async def _try(
+        self, send: Callable[[str, list[Held]], Awaitable[None]], stream: str, entries: list[Held], lane: Lane
+    ) -> None:
+        try:
+            await send(stream, entries)
+        except BaseException as error:  # noqa: ASYNC103 - raised again in there
+            self._all_failed(entries, as_failure(error), lane)
+        else:
+            if self._context.reporter.failing:
+                self._context.reporter.works(self._part(lane))
+
+    def _all_failed(self, entries: Sequence[Held], error: Exception, lane: Lane) -> None:
+        if isinstance(error, GroupLostError):
+            self._context.ledger.group_was_lost(entries[0].stream)
+        detail = f"settling {len(entries)} entries"
+        self._context.reporter.error("ack-flush", error, detail=detail, part=self._part(lane))
+        for held in entries:
+            if held.stage is Stage.SETTLING:
+                self._failed(held, error, lane, reported=True)
+
+    def _part(self, lane: Lane) -> str:
+        """A lane's name in the log."""
+        return f"ack-flush of {('acks', 'transfers', 'releases')[self.lanes.index(lane)]}"
+
+    def _all_done(self, stream: str, entries: Sequence[Held]) -> None:
+        """``_done`` for each; with what is nearly every message (handled, acked, nobody waits) kept short."""
+        context = self._context
+        if context.reporter.hears_settled:
+            for held in entries:
+                self.done(held)
+            return
+        plain: list[Held] = []
+        for held in entries:
+            if held.intent is ACKED and held.waiter is None and not (held.failed or held.lost or held.retaken):
+                plain.append(held)
+            else:
+                self.done(held)
+        context.counters.handled += len(plain)
+        context.ledger.remove_settled(stream, plain)
+
+    def done(self, held: Held, *, sure: bool = True) -> None:
+        """Enter what the server said into the books.
+
+        :param sure: false for what may still be pending: it is held back here, or counts as settled only since
+            somebody else has it.
+        """
+        context = self._context
+        counters = context.counters
+        intent = held.intent
+        handed_back = intent == RELEASED and not held.outputs  # with a delay, a copy of it waits elsewhere
+        retaken, held.retaken = held.retaken, False
+        held.lost = False
+        if held.failed:
+            counters.failed += 1
+        if intent in _HANDLED:
+            counters.handled += 1
+        elif intent == RETRIED:
+            counters.retried += 1
+        elif intent == RELEASED:
+            counters.released += 1
+        elif intent in (DEAD_LETTERED, DROPPED):
+            counters.dead_lettered += 1
+        if sure and not handed_back:
+            context.ledger.note_settled(held.stream, (held.id,))
+        elif not sure:
+            context.ledger.note_doubt(held.stream, (held.id,))
+        ending = held.ending
+        context.ledger.remove(held)
+        self._answer(held, None)
+        if ending is not None:
+            tell_fate(context, held, ending)
+        if context.reporter.hears_settled:
+            detail = ACKED if intent in (ACKED_WITH, ACCEPTED, MISSING, SETTLED_BEFORE) else intent
+            context.reporter.tell("on_settled", "settled", message_id=held.id, attempt=held.attempt, detail=detail)
+        if intent in (DEAD_LETTERED, DROPPED):
+            self.tell_dead_lettered(held)
+        if retaken and not handed_back:
+            # Handed over anew before this answer was here, by a group made again perhaps: settled it is all the same.
+            again = held.again(held.attempt)
+            again.parked = again.local_attempt = False
+            context.ledger.add(again)
+            self.ack(again, SETTLED_BEFORE)
+
+    def _tell_published(self, held: Held, ids: Sequence[str]) -> None:
+        for output, entry_id in zip(held.outputs, ids, strict=True):
+            self._context.reporter.tell("on_published", "published", topic=output.stream, message_id=entry_id)
+
+    def tell_dead_lettered(self, held: Held) -> None:
+        self._context.reporter.tell(
+            "on_dead_lettered", "dead-lettered", message_id=held.id, attempt=held.attempt, detail=held.reason
+        )
+
+    def _refused(self, held: Held, lane: Lane) -> None:
+        """The server says that it is not ours."""
+        context = self._context
+        if held.retaken:
+            held.retaken = False  # but has become ours since
+            lane.put(held)
+            return
+        if held.intent in (MISSING, SETTLED_BEFORE):
+            # An entry without a body leaves the pending list by itself, and so does what was settled before.
+            self.done(held)
+            return
+        if held.uncertain and held.intent != ACCEPTED:
+            # A try whose reply was lost has settled it, or somebody else has it. Should it come back after all, then
+            # what was handled with success is acked; what was to be appended was not: that is handled anew.
+            self.done(held, sure=False)
+            if held.intent == ACKED:
+                context.ledger.remember_handled(held, SETTLED_BEFORE)
+            return
+        context.ledger.note_vanished(held, context.clock())
+        if held.intent == ACKED:
+            context.ledger.remember_handled(held, ACKED)
+        context.ledger.note_doubt(held.stream, (held.id,))
+        ending = held.ending
+        context.ledger.remove(held)
+        error = LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
+        if held.uncertain:
+            # At most once: either it was acked by that try, or somebody else has it, and may have handled it.
+            self.report("ack-flush", error, held, "the reply to its acknowledgement was lost: it is not handled")
+        self._answer(held, error)
+        self._tell_lost(held, f"not ours when it was to be {held.intent}", ending)
+
+    def _tell_lost(self, held: Held, why: str, ending: Result | None) -> None:
+        if not held.lost:
+            held.lost = True
+            self._context.counters.leases_lost += 1
+            tell_lost(self._context, held, "settled", why)
+        tell_unsettled(self._context, held, ending)
+
+    def _failed(self, held: Held, error: Exception, lane: Lane, *, reported: bool = False) -> None:
+        context = self._context
+        held.uncertain = held.uncertain or may_have_happened(error)
+        if held.waiter is not None:
+            held.stage = held.unsettled
+            held.failed = held.retaken = False
+            held.ending = None  # whatever becomes of it now, it is not what this settlement was for
+            self._answer(held, error)
+            crashed = held.result is not None and held.result.outcome is Outcome.CRASHED
+            if self._ending and not crashed:
+                self.release(held)
+            elif held.result is not None:
+                self._on_unsettled(held, held.result)
+            return
+        if not reported:
+            self.report("ack-flush", error, held, f"the entry could not be {held.intent}", times=held.tries + 1)
+        if held.intent == ACKED_WITH and not can_pass(error):
+            # Whoever asked for it was cancelled, and hears nothing of it; again it would be refused again.
+            held.retaken = False
+            error_type = f"{type(error).__module__}.{type(error).__qualname__}"
+            self._on_unsettled(held, Result(Outcome.FAILED, words(error), error_type, error=error))
+            return
+        if context.clock() < held.lease_until:
+            lane.again(held)
+            return
+        if held.intent in (ACKED, SETTLED_BEFORE):
+            context.ledger.remember_handled(held, held.intent)
+        context.ledger.note_doubt(held.stream, (held.id,))
+        ending = held.ending
+        context.ledger.remove(held)
+        self.report("ack-flush", error, held, f"given up: the lease ended before the entry could be {held.intent}")
+        self._tell_lost(held, f"the lease ended before it could be {held.intent}", ending)
+
+    def _answer(self, held: Held, error: Exception | None) -> None:
+        waiter, held.waiter = held.waiter, None
+        if waiter is not None:
+            waiter.error = error
+            waiter.done.set()
+
+    def report(self, scope: ErrorScope, error: BaseException, held: Held, detail: str, *, times: int = 1) -> None:
+        self._context.reporter.error(scope, error, detail=detail, about=held, times=times)

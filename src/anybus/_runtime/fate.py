@@ -1,0 +1,100 @@
+"""What becomes of a message, in the words of the log: one line each."""
+
+from __future__ import annotations
+
+import logging
+
+from .._failure.settlement import Outcome, Result
+from .._reporting import said
+from .context import Context
+from .ledger import Held, Stage
+
+ACKED, ACKED_WITH, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
+    "acked",
+    "acked with what it publishes",
+    "accepted",
+    "retried",
+    "dead-lettered",
+    "dropped",
+    "released",
+    "missing",
+)
+
+_TOLD = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.GAVE_UP, Outcome.INVALID})
+"""Failures that ``on_error`` has heard of."""
+
+_UNHANDLED = frozenset({Outcome.WORN_OUT, Outcome.EXPIRED, Outcome.MALFORMED})
+
+
+def tell_fate(context: Context, held: Held, ending: Result) -> None:
+    """The server has a retry or a dead letter."""
+    reporter = context.reporter
+    if held.intent == RETRIED:
+        if not (reporter.hears_errors and ending.outcome in _TOLD):
+            text = "retry in %.3g s: %s"
+            reporter.log(
+                logging.WARNING, RETRIED, text, held.delay, _why(context, held, ending), about=held, delay=held.delay
+            )
+        return
+    if held.intent not in (DEAD_LETTERED, DROPPED):
+        return
+    code, _, reason = held.reason.partition(": ")
+    what = "dropped" if context.dead_letter_topic is None else f"dead letter in {context.dead_letter_topic!r}"
+    why = reason if ending.outcome in _UNHANDLED else _why(context, held, ending)
+    if ending.outcome is Outcome.MALFORMED:
+        # Its error was told when it was taken. Nobody knows its uid.
+        reporter.log(logging.INFO, held.intent, "%s (%s): %s", what, code, why, entry_id=held.id, code=code)
+    elif not (reporter.hears_errors and reporter.hears_dead_letters):
+        text = "%s (%s): %s"
+        reporter.log(logging.ERROR, held.intent, text, what, code, why, about=held, error=ending.error, code=code)
+
+
+def tell_lost(context: Context, held: Held, scope: str, why: str) -> None:
+    """An entry is no longer ours."""
+    reporter = context.reporter
+    reporter.log(logging.WARNING, "lease-lost", "lease lost: %s", why, about=held)
+    reporter.tell("on_lease_lost", scope, message_id=held.id, attempt=held.attempt, detail=why)
+
+
+def tell_let_go(context: Context, held: Held) -> None:
+    """In manual mode a handler returned, and nobody has settled its delivery."""
+    text = "let go: its handler returned, and nobody has settled it in time; it comes back"
+    context.reporter.log(logging.WARNING, "let-go", text, about=held)
+
+
+def tell_suspect(context: Context, held: Held) -> None:
+    """An entry may have killed processes, and is handled alone."""
+    text = "suspect: handed over %d times, this time included, without an outcome; handled alone (max_deliveries=%d)"
+    limit = context.policy.max_deliveries
+    context.reporter.log(logging.WARNING, "suspect", text, held.deliveries or 0, limit, about=held)
+
+
+def tell_handled(context: Context, held: Held) -> None:
+    """A handling is over."""
+    took = (context.clock() - held.started_at) * 1000
+    what = held.intent if held.stage in (Stage.GONE, Stage.OPEN) else f"to be {held.intent}"
+    if held.stage is Stage.RETURNED:
+        what = "not settled yet"
+    text = "handled: attempt %d of %d took %.3g ms: %s"
+    maximum = context.reporter.max_attempts
+    context.reporter.log(logging.DEBUG, "handled", text, held.attempt, maximum, took, what, about=held)
+
+
+def tell_unsettled(context: Context, held: Held, ending: Result | None) -> None:
+    """What a handling came to could not be stored. The entry comes back, perhaps elsewhere."""
+    reporter = context.reporter
+    if ending is None or ending.outcome in _UNHANDLED or (reporter.hears_errors and ending.outcome in _TOLD):
+        return
+    text = "it could not be %s: %s"
+    reporter.log(
+        logging.ERROR, "unsettled", text, held.intent, _why(context, held, ending), about=held, error=ending.error
+    )
+
+
+def _why(context: Context, held: Held, ending: Result) -> str:
+    attempt = f"attempt {held.attempt} of {context.reporter.max_attempts}"
+    if ending.outcome is Outcome.REJECTED:
+        return f"rejected on {attempt}: {ending.reason or 'without a reason'}"
+    if ending.outcome is Outcome.RETRY:
+        return f"a retry was asked for on {attempt}: {ending.reason or 'without a reason'}"
+    return f"the handler failed on {attempt}: {said(ending.error) if ending.error is not None else ending.reason}"

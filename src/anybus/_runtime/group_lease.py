@@ -1,0 +1,88 @@
+"""One lease for a group: agreed on when a member begins, and looked after while it runs."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import anyio
+
+from .._ground.errors import EventBusError, ValidationError, can_pass
+from ..abc import LeaseKeeper
+from .context import Context
+from .leases import Leases
+
+_SIGN_INTERVAL: Final = 5.0
+_DOCS: Final = "docs/promises.md, 'One lease for a group'"
+
+
+class GroupLease:
+    """This member's part in it. Without a backend that keeps leases it does nothing, and says so once."""
+
+    def __init__(self, context: Context, leases: Leases) -> None:
+        self._context = context
+        self._leases = leases
+        backend = context.backend
+        self._keeper = backend if isinstance(backend, LeaseKeeper) else None
+        self._before: float | None = None
+        self.may_be_member = False
+        """Whether the server may know this member already."""
+        if self._keeper is None:
+            context.notices.once(
+                f"{type(backend).__name__} does not keep a group's lease: nobody notices that members of one group "
+                "have different values of claim_idle_timeout, which makes them handle messages twice at once"
+            )
+
+    async def agree(self) -> None:
+        """
+        :raises ValidationError: if members run that have another lease, and it is not to be changed.
+        """
+        context = self._context
+        if self._keeper is None:
+            return
+        self.may_be_member = True
+        lease, change = context.lease, context.options.change_lease
+        running = await self._keeper.agree_lease(context.topic, context.group, context.consumer, lease)
+        if running != lease and not change:
+            self.may_be_member = False
+            raise ValidationError(
+                f"claim_idle_timeout must be that of the group's running members, {running:g} s for {context.group!r} "
+                f"on {context.topic!r}, not {lease:g} s: stop them first, or change it for all of them with "
+                f"StreamBusOptions(change_lease=True) ({_DOCS})"
+            )
+        if running != lease:
+            # Kept from here on: after a lost reply the lease of before is not to be had from the server any more.
+            self._before = running
+            args = context.topic, context.group, context.consumer, lease
+            self._before = max(running, await self._keeper.agree_lease(*args, change=True))
+        if self._before is not None:
+            self._be_patient(self._before)
+
+    def _be_patient(self, before: float) -> None:
+        """The others look three times in that time. Until then they renew by the lease of before."""
+        now = self._context.clock()
+        self._context.term.be_patient(before, now, now + min(before, 3 * _SIGN_INTERVAL))
+
+    async def run(self) -> None:
+        """Tell the others that this member runs, and notice that the group's lease has been changed."""
+        while self._keeper is not None:
+            await anyio.sleep(min(self._context.lease / 3, _SIGN_INTERVAL))
+            await self._look(self._keeper)
+
+    async def _look(self, keeper: LeaseKeeper) -> None:
+        context = self._context
+        try:
+            kept = await keeper.kept_lease(context.topic, context.group, context.consumer, context.lease)
+        except Exception as error:
+            if isinstance(error, EventBusError) or can_pass(error):
+                return  # the read and the pass meet it, too, and report it
+            raise
+        if kept == context.lease:
+            return
+        own = context.options.claim_idle_timeout
+        changed = ValidationError(
+            f"another member has changed the lease of group {context.group!r} to {kept:g} s; claim_idle_timeout is "
+            f"{own:g} s here, which is refused when this member begins again ({_DOCS})"
+        )
+        context.reporter.error("renew", changed, detail=f"the lease is {kept:g} s from now on, not {context.lease:g} s")
+        self._be_patient(context.lease)
+        self._leases.adopt(kept)

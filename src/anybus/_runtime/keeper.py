@@ -1,0 +1,66 @@
+"""What the deliveries of one subscription ask: their state, their settlement, their lease."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .._failure.settlement import Result
+from .._ground.checks import refuse
+from .._ground.errors import AlreadySettledError, LeaseLostError
+from .._messages.message import Message, check_outgoing
+from ..abc import Output
+from .context import Context
+from .delivery import DeliveryState
+from .leases import Leases
+from .ledger import Held, Stage
+from .settler import Settler
+
+
+class EntryKeeper:
+    """The :class:`~anybus._runtime.delivery.Keeper` of one subscription."""
+
+    def __init__(self, context: Context, settler: Settler, leases: Leases) -> None:
+        self._context = context
+        self._settler = settler
+        self._leases = leases
+
+    def describe(self, entry: Held, /) -> DeliveryState:
+        return DeliveryState(
+            attempt=entry.attempt,
+            max_attempts=self._context.policy.max_attempts,
+            deliveries=entry.deliveries,
+            published_at=entry.published_at,
+            received_at=entry.received_at,
+            redelivered=entry.attempt > 1 or entry.by_reclaim or (entry.deliveries or 1) > 1,
+        )
+
+    def is_lease_lost(self, entry: Held, /) -> bool:
+        if entry.stage is Stage.GONE:
+            return entry.lost
+        return entry.lost or self._context.clock() >= entry.lease_until
+
+    async def settle(self, entry: Held, result: Result | None, /) -> None:
+        self._context.home.check("the delivery")
+        await self._settler.settle(entry, result)
+
+    async def ack_with(self, entry: Held, publish: Iterable[Message], /) -> None:
+        context = self._context
+        context.home.check("the delivery")
+        if isinstance(publish, Message) or not isinstance(publish, Iterable):
+            refuse("publish", publish, "an iterable of anybus.Message")
+        limit = context.options.max_payload_bytes
+        checked = [check_outgoing(message, limit) for message in publish]
+        outputs = [Output(message.topic, message, limited=True) for message in checked]
+        if context.policy.ack_mode == "auto-on-receive":
+            raise AlreadySettledError(
+                f"entry {entry.id} of {entry.stream!r} was acknowledged on receipt (auto-on-receive): use bus.publish"
+            )
+        await self._settler.settle(entry, None, outputs)
+
+    async def extend(self, entry: Held, /) -> None:
+        self._context.home.check("the delivery")
+        if entry.stage not in (Stage.OPEN, Stage.RETURNED):
+            if entry.lost:
+                raise LeaseLostError(f"entry {entry.id} of {entry.stream!r} is no longer ours")
+            raise AlreadySettledError(f"entry {entry.id} of {entry.stream!r} has been settled already")
+        await self._leases.extend(entry)

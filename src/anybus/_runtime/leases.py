@@ -1,0 +1,136 @@
+"""Leases: what is held is renewed every third of a lease, and what was lost all the same is noticed.
+
+A lease counts from when the call was sent that took or renewed the entry. After a freeze, or with a reply that was held
+up, it is over by then: what has not started is handed back instead, if it is still ours.
+"""
+
+from __future__ import annotations
+
+import random
+
+import anyio
+
+from .._failure.backoff import recovery_delay
+from .._ground.cancellation import as_failure
+from .._ground.errors import GroupLostError, LeaseLostError, UnsupportedError, can_pass
+from .context import Context
+from .fate import tell_let_go, tell_lost
+from .ledger import Held, Stage
+from .settler import Settler
+
+_RENEWED = (Stage.WAITING, Stage.OPEN, Stage.SETTLING)
+
+
+class Leases:
+    """The renewal task."""
+
+    def __init__(self, context: Context, settler: Settler) -> None:
+        self._context = context
+        self._settler = settler
+        self._can_renew = "renew" in context.backend.features
+        if not self._can_renew:
+            context.notices.once(
+                f"{type(context.backend).__name__} cannot renew leases: a message that waits and is handled for longer "
+                f"than claim_idle_timeout ({context.lease} s) in all is delivered again, perhaps elsewhere"
+            )
+
+    def adopt(self, lease: float) -> None:
+        """The group's lease is another one: go by it, and renew what is held at once."""
+        context = self._context
+        context.term.adopt(lease)
+        until = context.clock() + lease
+        for entry in context.ledger.all():
+            entry.lease_until = min(entry.lease_until, until)
+
+    async def run(self) -> None:
+        failures = 0
+        while True:
+            pause = self._context.lease / 3
+            changed = self._context.term.changed
+            with anyio.move_on_after(pause if not failures else min(pause, recovery_delay(failures, random.random()))):
+                await changed.wait()
+            renewed = True
+            if self._can_renew:
+                for stream in self._context.streams:
+                    renewed = await self._renew(stream) and renewed
+            failures = 0 if renewed else failures + 1
+            self._look_for_expired()
+
+    async def _renew(self, stream: str) -> bool:
+        context = self._context
+        held = [entry for entry in context.ledger.tables[stream].values() if entry.stage in _RENEWED]
+        if not held:
+            return True
+        started = context.clock()
+        owned: set[str] = set()
+        try:
+            with anyio.move_on_after(context.lease / 3) as scope:
+                owned = set(
+                    await context.backend.renew(stream, context.group, context.consumer, [entry.id for entry in held])
+                )
+            if scope.cancelled_caught:
+                raise TimeoutError(f"no answer within a third of the lease ({context.lease / 3:.3g} s)")
+        except BaseException as raised:  # noqa: ASYNC103 - raised again in there
+            error = as_failure(raised)
+            if isinstance(error, GroupLostError):
+                context.ledger.group_was_lost(stream)
+            context.reporter.error("renew", error, detail=f"renewing {len(held)} leases of {stream!r}", part="renew")
+            if not can_pass(error):
+                raise error from None  # noqa: ASYNC104
+            return False  # noqa: ASYNC104
+        if context.reporter.failing:
+            context.reporter.works("renew")
+        for entry in held:
+            if entry.id in owned:
+                entry.lease_until = started + context.lease
+                entry.lost = False
+            elif entry.stage in (Stage.WAITING, Stage.OPEN):
+                # What is being settled meanwhile may rightly be missing; its settlement gets the server's own answer.
+                context.ledger.note_vanished(entry, context.clock())
+                self._lose(entry, "the server says that it is no longer ours")
+        return True
+
+    def _lose(self, entry: Held, why: str) -> None:
+        context = self._context
+        if not entry.lost:
+            entry.lost = True
+            context.counters.leases_lost += 1
+            tell_lost(context, entry, "renew", why)
+        if entry.stage is Stage.WAITING:
+            context.ledger.note_doubt(entry.stream, (entry.id,))
+            context.ledger.remove(entry)
+        elif entry.scope is not None and context.on_lease_lost == "cancel":
+            entry.scope.cancel()
+
+    def _look_for_expired(self) -> None:
+        now = self._context.clock()
+        for entry in self._context.ledger.all():
+            if entry.lease_until > now:
+                continue
+            if entry.stage is Stage.RETURNED:
+                # Nobody settled it in time: let go without an outcome, and the server's count says so.
+                entry.lost = True
+                tell_let_go(self._context, entry)
+                self._context.ledger.remove(entry)
+            elif entry.stage is Stage.WAITING and (self._can_renew or not entry.parked):
+                self._settler.release(entry)
+            elif entry.stage is Stage.OPEN and not entry.lost:
+                self._lose(entry, "it could not be renewed for a whole lease")
+
+    async def extend(self, entry: Held) -> None:
+        """Renew one entry now.
+
+        :raises LeaseLostError: if it is no longer ours.
+        :raises UnsupportedError: if the backend cannot renew.
+        """
+        context = self._context
+        if not self._can_renew:
+            raise UnsupportedError(f"{type(context.backend).__name__} cannot renew leases")
+        started = context.clock()
+        owned = await context.backend.renew(entry.stream, context.group, context.consumer, [entry.id])
+        if entry.id not in owned:
+            if entry.stage in (Stage.OPEN, Stage.RETURNED):
+                self._lose(entry, "the server says that it is no longer ours")
+            raise LeaseLostError(f"entry {entry.id} of {entry.stream!r} is no longer ours")
+        entry.lease_until = started + context.lease
+        entry.lost = False

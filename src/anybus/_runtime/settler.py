@@ -1,0 +1,333 @@
+"""The settler: carries out what the settlement table decides of a handling, and of what was taken."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+
+import anyio
+
+from .._failure.backoff import recovery_delay
+from .._failure.copies import RETRY_FIRST_ID, Origin, dead_letter, retry_copy
+from .._failure.settlement import (
+    CRASHED,
+    RETURNED,
+    Ack,
+    DeadLetter,
+    Decision,
+    Leave,
+    LetGo,
+    Outcome,
+    Release,
+    Report,
+    Result,
+    RetryAt,
+    decide,
+)
+from .._ground.cancellation import is_crash
+from .._ground.errors import AlreadySettledError, ClosedError, LeaseLostError
+from ..abc import Output
+from .context import Context
+from .dispatch import Dispatch
+from .fate import (
+    ACCEPTED,
+    ACKED,
+    ACKED_WITH,
+    DEAD_LETTERED,
+    DROPPED,
+    MISSING,
+    RELEASED,
+    RETRIED,
+    tell_fate,
+    tell_unsettled,
+)
+from .judgement import Judgement
+from .ledger import Held, Stage, Waiter
+
+_FAILURES = frozenset(
+    {Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.INVALID, Outcome.REJECTED}
+)
+_OPEN, _SETTLING = Stage.OPEN, Stage.SETTLING  # read for every message
+
+
+class Settler:
+    """Owns the way of every entry from its outcome to the dispatch."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.judgement = Judgement(context)
+        self.dispatch = Dispatch(context, self.apply)
+        self._put_ack = self.dispatch.acks.put
+        self._held_back: list[tuple[float, int, Held]] = []
+        self._tickets = itertools.count()
+        self._held_back_changed = anyio.Event()
+        self.on_due: Callable[[Held], None] = self.release
+        self.handed_back = 0
+        """Releases by handlers, and of what may not start: taking them again at once would spin."""
+        self.watch: Callable[[Outcome], None] | None = None
+        """Told how each handling ends whose message was acknowledged before it."""
+        features = context.backend.features
+        self._can_delay = "delay" in features
+        self._can_keep_raw = "raw" in features
+        # The same for every message, whatever its attempt and the time: asked of the table once.
+        self._acks_returned = isinstance(
+            decide(RETURNED, attempt=1, deliveries=None, policy=context.policy, now=0, draw=0), Ack
+        )
+        name = type(context.backend).__name__
+        if "atomic_transfer" not in features:
+            context.notices.once(
+                f"{name} cannot append and acknowledge in one step (atomic_transfer): a crash between the two doubles "
+                "a retry or a dead letter"
+            )
+        if not self._can_keep_raw:
+            context.notices.once(
+                f"{name} cannot keep raw fields beside a message: of a malformed entry its dead letter keeps only the "
+                "bytes of the field 'message'"
+            )
+        if not self._can_delay:
+            context.notices.once(
+                f"{name} cannot delay messages: retries wait in this process, and a crash loses their backoff"
+            )
+
+    async def run_held_back(self) -> None:
+        """Bring back what waits here for its retry, for a backend that cannot delay."""
+        context = self._context
+        while True:
+            while self._held_back and self._held_back[0][0] <= context.clock():
+                held = heapq.heappop(self._held_back)[2]
+                held.parked = False
+                if held.stage is Stage.WAITING:
+                    if "renew" not in context.backend.features:
+                        # No clock of ours knows whose it is: it is tried, and the settlement asks the server.
+                        held.lease_until = context.clock() + context.lease
+                    self.on_due(held)
+            wait = self._held_back[0][0] - context.clock() if self._held_back else None
+            self._held_back_changed = anyio.Event()
+            if wait is None:
+                await self._held_back_changed.wait()
+            else:
+                with anyio.move_on_after(wait):
+                    await self._held_back_changed.wait()
+
+    def conclude(self, held: Held, result: Result) -> None:
+        """A handler has ended. What it has not settled is settled now."""
+        if held.stage is _OPEN:
+            if result is RETURNED and self._acks_returned:
+                held.stage = _SETTLING
+                held.intent = ACKED
+                self._put_ack(held)
+            else:
+                self.apply(held, result)
+        elif held.stage is Stage.SETTLING and held.waiter is not None:
+            held.result = result  # for the case that the settlement under way fails
+
+    def crashed(self, held: Held, error: BaseException) -> None:
+        """The handling raised what is no ``Exception``: it counts as a hand-over without an outcome.
+
+        After ``KeyboardInterrupt`` the entry is released with the others when the subscription ends.
+        """
+        if isinstance(error, Exception) or not is_crash(error):
+            return
+        if held.stage is Stage.WAITING:
+            self.apply(held, CRASHED)
+        else:
+            self.conclude(held, CRASHED)
+
+    def ack(self, held: Held, intent: str = ACKED) -> None:
+        """Acknowledge, until the server has it or the lease is over."""
+        self.dispatch.ack(held, intent)
+
+    def release(self, held: Held) -> None:
+        """Hand back, uncounted."""
+        self.dispatch.release(held)
+
+    async def ack_first(self, held: Held) -> bool:
+        """Acknowledge before the start (auto-on-receive). False: not ours, or the lease ended before it worked."""
+        failures = 0
+        while True:
+            held.waiter = waiter = Waiter()
+            self.ack(held, ACCEPTED)
+            await waiter.done.wait()
+            if waiter.error is None:
+                return True
+            if isinstance(waiter.error, LeaseLostError) or self._context.clock() >= held.lease_until:
+                self._context.ledger.remove(held)
+                return False
+            failures += 1
+            await anyio.sleep(recovery_delay(failures, random.random()))
+
+    async def settle(self, held: Held, result: Result | None, outputs: Sequence[Output] = ()) -> None:
+        """Settle by hand, and wait for the server's answer.
+
+        :param result: None = acknowledge...
+        :param outputs: ...and append these in the same step.
+        """
+        if self.dispatch.is_over:
+            raise ClosedError("the subscription has ended; what was not settled by then has been released")
+        if held.stage not in (Stage.OPEN, Stage.RETURNED):
+            if held.lost and held.stage is Stage.GONE:
+                raise LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
+            raise AlreadySettledError(f"entry {held.id} of {held.stream!r} has been settled already")
+        held.unsettled = held.stage
+        held.waiter = waiter = Waiter()
+        self._begin(held, result, outputs)
+        try:
+            await waiter.done.wait()
+        except anyio.get_cancelled_exc_class():
+            if waiter.error is not None and held.stage is held.unsettled:
+                # It failed in the moment of the cancellation, and nobody hears of it: it is begun again.
+                self._begin(held, result, outputs)
+            raise
+        finally:
+            # Cancelled while the server was being asked: from here on the settlement is an automatic one.
+            if held.waiter is waiter:
+                held.waiter = None
+        if waiter.error is not None:
+            raise waiter.error
+
+    def _begin(self, held: Held, result: Result | None, outputs: Sequence[Output]) -> None:
+        if result is None and outputs:
+            self.dispatch.transfer(held, ACKED_WITH, *outputs)
+        elif result is None:
+            self.ack(held)
+        else:
+            if result.outcome is Outcome.RELEASED and not result.delay:
+                self.handed_back += 1
+            self.apply(held, result)
+
+    async def publish_rejected(self, held: Held, result: Result) -> None:
+        """A message rejected after its ack (auto-on-receive) becomes a dead letter by a plain publish."""
+        context = self._context
+        decision = self._decide(held, result)
+        assert isinstance(decision, DeadLetter)
+        held.reason = f"{decision.code}: {decision.reason}"
+        if context.dead_letter_topic is None:
+            held.intent = DROPPED
+            self._rejected_is_kept(held, result)
+            return
+        held.intent = DEAD_LETTERED
+        output = self._dead_letter(held, decision, context.dead_letter_topic)
+        try:
+            # Shielded: of what was acknowledged before, this is all that is left.
+            with anyio.fail_after(context.options.publish_timeout, shield=True):
+                await context.backend.publish(output.stream, output.message)
+        except Exception as error:
+            self.dispatch.report("publish", error, held, "the dead letter of a message acknowledged on receipt is lost")
+            tell_unsettled(context, held, result)
+            return
+        self._rejected_is_kept(held, result)
+
+    def _rejected_is_kept(self, held: Held, result: Result) -> None:
+        self._context.counters.dead_lettered += 1
+        tell_fate(self._context, held, result)
+        self.dispatch.tell_dead_lettered(held)
+
+    def _decide(self, held: Held, result: Result) -> Decision:
+        return decide(
+            result,
+            attempt=held.attempt,
+            deliveries=held.deliveries,
+            policy=self._context.policy,
+            now=self._context.clock(),
+            draw=random.random(),
+            expires_in=self.judgement.expires_in(held),
+        )
+
+    def apply(self, held: Held, result: Result, *, raw: Mapping[str, bytes] | None = None) -> None:
+        """Do what the table decides.
+
+        :param raw: the fields of a malformed entry, kept beside its dead letter.
+        """
+        result = self.judgement.weigh(held, result)
+        decision = self._decide(held, result)
+        held.failed = result.outcome in _FAILURES
+        held.ending = None
+        if isinstance(decision, Ack):
+            self.ack(held, MISSING if result.outcome is Outcome.MISSING else ACKED)
+        elif isinstance(decision, Release):
+            self.release(held)
+        elif isinstance(decision, DeadLetter):
+            held.ending = result
+            self._give_up(held, decision, raw)
+        elif isinstance(decision, RetryAt):
+            held.ending = result
+            held.delay = decision.delay
+            self._retry(held, decision, counted=result.outcome is not Outcome.RELEASED)
+        elif isinstance(decision, Leave):
+            held.stage = Stage.RETURNED
+        elif isinstance(decision, LetGo):
+            held.lost = True
+            self._context.ledger.note_crashed(held)
+            self._context.ledger.remove(held)
+        else:
+            assert isinstance(decision, Report)
+
+    def expire(self, held: Held) -> bool:
+        """Give up on what is too old to be handled. False: it is not."""
+        result = self.judgement.expired(held)
+        if result is not None:
+            self.apply(held, result)
+        return result is not None
+
+    def _give_up(self, held: Held, decision: DeadLetter, raw: Mapping[str, bytes] | None) -> None:
+        context = self._context
+        held.reason = f"{decision.code}: {decision.reason}"
+        if context.dead_letter_topic is None:
+            self.ack(held, DROPPED)
+            return
+        output = self._dead_letter(held, decision, context.dead_letter_topic)
+        if raw is not None and self._can_keep_raw:
+            output = Output(output.stream, output.message, raw=raw)
+        self.dispatch.transfer(held, DEAD_LETTERED, output)
+
+    def _retry(self, held: Held, decision: RetryAt, *, counted: bool) -> None:
+        if not self._can_delay:
+            self._hold_back(held, decision, RETRIED if counted else RELEASED)
+            return
+        copy = retry_copy(
+            held.message,
+            failures=decision.attempt - 1,
+            reason=decision.reason if counted else None,
+            first_id=self._first_id(held),
+            published_at=self.judgement.published_at(held),
+        )
+        self.dispatch.transfer(
+            held, RETRIED if counted else RELEASED, Output(self._context.retry_stream, copy, decision.delay)
+        )
+
+    def _hold_back(self, held: Held, decision: RetryAt, intent: str) -> None:
+        """Keep the entry here until it is due. A new record: the old delivery is settled for good."""
+        again = held.again(decision.attempt)
+        held.intent = intent
+        self.dispatch.done(held, sure=False)
+        self._context.ledger.add(again)
+        heapq.heappush(self._held_back, (decision.due, next(self._tickets), again))
+        self._held_back_changed.set()
+
+    def _first_id(self, held: Held) -> str:
+        return held.message.headers.get(RETRY_FIRST_ID, held.id) if held.stream != self._context.topic else held.id
+
+    def _dead_letter(self, held: Held, decision: DeadLetter, topic: str) -> Output:
+        context = self._context
+        unhandled = held.stage is Stage.WAITING
+        origin = Origin(
+            topic=context.topic,
+            id=self._first_id(held),
+            group=context.group,
+            consumer=context.consumer,
+            attempts=held.attempt - 1 if unhandled else held.attempt,
+            deliveries=held.deliveries,
+        )
+        message = dead_letter(
+            held.message,
+            topic,
+            origin,
+            code=decision.code,
+            reason=decision.reason,
+            error_type=decision.error_type,
+            at=datetime.now(timezone.utc),
+        )
+        return Output(topic, message)

@@ -1,0 +1,231 @@
+"""The data of the memory backend: streams, groups and pending entries. Nothing here awaits but a waiting reader."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Final
+
+import anyio
+
+from ..._messages.message import Message
+from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
+
+RETURNED: Final = "anybus:returned"
+"""The parking consumer: it owns what was released and waits to be reclaimed."""
+
+
+LEASE_SIGN: Final = 15.0
+"""So many seconds at most a member counts as running without a new sign."""
+
+_COMPACT_AT: Final = 256
+
+
+class Entry:
+    """What a stream stores under an id."""
+
+    __slots__ = ("deleted", "id", "message", "published_at", "raw", "sequence")
+
+    def __init__(self, sequence: int, message: Message | None, raw: Mapping[str, bytes]) -> None:
+        self.sequence = sequence
+        self.id = f"{sequence}-0"
+        self.message = message
+        self.raw = raw
+        self.published_at = datetime.now(timezone.utc)
+        self.deleted = False
+
+
+class Pending:
+    """An entry delivered and not acknowledged: whose it is, since when, and how often it was handed over."""
+
+    __slots__ = ("consumer", "deliveries", "entry", "since")
+
+    def __init__(self, entry: Entry, consumer: str, since: float) -> None:
+        self.entry = entry
+        self.consumer = consumer
+        self.since = since
+        self.deliveries = 1
+
+    def hand_over(self, consumer: str, now: float) -> None:
+        self.consumer = consumer
+        self.since = now
+        self.deliveries += 1
+
+    def hand_back(self) -> None:
+        self.consumer = RETURNED
+        self.since = -math.inf
+        self.deliveries = max(self.deliveries - 1, 0)
+
+
+class Group:
+    """A consumer group: its position, what is pending, and who waits for entries."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+        self.pending: dict[str, Pending] = {}
+        self.cursors: dict[str, int] = {}
+        self.consumers: set[str] = set()
+        self._waiters: deque[anyio.Event] = deque()
+
+    def owned(self, consumer: str, message_ids: Sequence[str]) -> Iterator[Pending]:
+        for message_id in message_ids:
+            pending = self.pending.get(message_id)
+            if pending is not None and pending.consumer == consumer:
+                yield pending
+
+    def floor(self) -> int:
+        """The position below which every member had settled everything."""
+        return min((pending.entry.sequence - 1 for pending in self.pending.values()), default=self.position)
+
+    def drop_if_empty(self, consumer: str) -> None:
+        if consumer in self.consumers and all(pending.consumer != consumer for pending in self.pending.values()):
+            self.consumers.discard(consumer)
+
+    async def wait_for_entry(self, stream: Stream) -> None:
+        waiter = anyio.Event()
+        self._waiters.append(waiter)
+        try:
+            await waiter.wait()
+        except BaseException:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            else:
+                # Woken and cancelled in the same moment: somebody else must get the entry.
+                self.pass_on(stream)
+            raise
+
+    def pass_on(self, stream: Stream) -> None:
+        """Wake one waiting reader if there is something for it. One at a time: each passes on what it leaves."""
+        if self._waiters and stream.last > self.position:
+            self._waiters.popleft().set()
+
+    def wake_all(self) -> None:
+        while self._waiters:
+            self._waiters.popleft().set()
+
+
+class GroupLease:
+    """The lease of a group, and until when each of its members counts as running."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self.members: dict[str, float] = {}
+
+    def sign(self, consumer: str, lease: float, now: float) -> None:
+        """The consumer runs, and goes by this lease."""
+        self.members = {name: until for name, until in self.members.items() if until > now}
+        self.members[consumer] = now + min(lease, LEASE_SIGN)
+
+    def others(self, consumer: str, now: float) -> bool:
+        return any(until > now for name, until in self.members.items() if name != consumer)
+
+
+class Stream:
+    """Entries in the order of their ids, and the groups that read them."""
+
+    def __init__(self, base: int) -> None:
+        self._base = base
+        self._log: list[Entry] = []
+        self._deletions = 0
+        self._due: list[tuple[float, int, Message, Mapping[str, bytes]]] = []
+        self._tickets = itertools.count(1)
+        self.groups: dict[str, Group] = {}
+        self.floors: dict[str, int] = {}
+        self.leases: defaultdict[str, GroupLease] = defaultdict(GroupLease)
+
+    @property
+    def last(self) -> int:
+        return self._base + len(self._log)
+
+    def append(self, message: Message | None, raw: Mapping[str, bytes]) -> Entry:
+        entry = Entry(self._base + len(self._log) + 1, message, raw)
+        self._log.append(entry)
+        return entry
+
+    def wake_readers(self) -> None:
+        for group in self.groups.values():
+            group.pass_on(self)
+
+    def after(self, position: int, count: int) -> list[Entry]:
+        start = max(position - self._base, 0)
+        if not self._deletions:
+            return self._log[start : start + count]
+        alive = (entry for entry in itertools.islice(self._log, start, None) if not entry.deleted)
+        return list(itertools.islice(alive, count))
+
+    def alive(self) -> list[Entry]:
+        return [entry for entry in self._log if not entry.deleted]
+
+    def between(self, after: int, until: int) -> Iterator[Entry]:
+        first, end = (min(max(position - self._base, 0), len(self._log)) for position in (after, until))
+        return (self._log[index] for index in range(first, end) if not self._log[index].deleted)
+
+    def backwards(self) -> Iterator[Entry]:
+        return (entry for entry in reversed(self._log) if not entry.deleted)
+
+    def find(self, entry_id: str) -> Entry | None:
+        digits = entry_id.removesuffix("-0")
+        # Longer numbers are no entry's, and Python would refuse to read the longest.
+        index = int(digits) - self._base - 1 if digits.isascii() and digits.isdigit() and len(digits) < 20 else -1
+        entry = self._log[index] if 0 <= index < len(self._log) else None
+        return None if entry is None or entry.deleted or entry.id != entry_id else entry
+
+    def delete(self, entry_id: str) -> bool:
+        """Delete an entry's body; false = it is gone already."""
+        entry = self.find(entry_id)
+        if entry is None:
+            return False
+        self._delete(entry)
+        return True
+
+    def _delete(self, entry: Entry) -> None:
+        entry.deleted, entry.message, entry.raw = True, None, {}
+        self._deletions += 1
+        if self._deletions >= _COMPACT_AT and self._deletions * 2 > len(self._log):
+            self._compact()
+
+    def acked(self, stream: str, entry: Entry) -> None:
+        """A retry stream has one group only: what that has acknowledged is of no use any more."""
+        if stream.startswith("anybus:") and not entry.deleted:
+            self._delete(entry)
+
+    def _compact(self) -> None:
+        gone = next((index for index, entry in enumerate(self._log) if not entry.deleted), len(self._log))
+        del self._log[:gone]
+        self._base += gone
+        self._deletions -= gone
+
+    def fetch(self, entry: Entry, deliveries: int) -> FetchedEntry:
+        if entry.message is not None:
+            return ClaimedMessage(entry.id, entry.message, deliveries, entry.published_at)
+        if entry.deleted:
+            return MissingEntry(entry.id)
+        return MalformedEntry(entry.id, entry.raw, "the entry has no message that can be decoded", deliveries)
+
+    def schedule(self, due: float, message: Message, raw: Mapping[str, bytes]) -> str:
+        ticket = next(self._tickets)
+        heapq.heappush(self._due, (due, ticket, message, raw))
+        return f"later-{ticket}"
+
+    def unschedule(self, schedule_id: str) -> bool:
+        kept = [item for item in self._due if f"later-{item[1]}" != schedule_id]
+        found = len(kept) != len(self._due)
+        self._due = kept
+        heapq.heapify(self._due)
+        return found
+
+    def next_due(self) -> float:
+        return self._due[0][0] if self._due else math.inf
+
+    def move_due(self, now: float) -> None:
+        moved = False
+        while self._due and self._due[0][0] <= now:
+            _, _, message, raw = heapq.heappop(self._due)
+            self.append(message, raw)
+            moved = True
+        if moved:
+            self.wake_readers()
