@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from harness import SOON, new_topic
+from harness import SOON, new_topic, until
 from servers import RunningServer
 
 from anybus import BackendError, Message
@@ -103,8 +104,19 @@ async def test_what_does_not_fit_is_met_at_all(server: RunningServer, monkeypatc
     monkeypatch.setattr(Link, "send_nowait", watched)
     async with RedisBackend(server.url, command_timeout=60) as backend:
         text = b"x" * 5 * LARGE
-        with anyio.fail_after(4 * SOON):
+
+        async def echo() -> None:
             assert await backend._client.call("ECHO", text) == text
+
+        with anyio.fail_after(4 * SOON):
+            async with anyio.create_task_group() as tasks:
+                # A server that reads meanwhile may let the kernel take everything.
+                os.kill(server.pid, signal.SIGSTOP)
+                try:
+                    tasks.start_soon(echo)
+                    await until(lambda: bool(took_part))
+                finally:
+                    os.kill(server.pid, signal.SIGCONT)
             assert await backend._client.call("ECHO", b"small") == b"small"
         assert backend._client.mux.is_connected
         assert took_part

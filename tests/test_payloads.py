@@ -279,7 +279,7 @@ async def test_a_payload_that_cannot_be_read_is_a_dead_letter_at_once(
     letter, attempts = await fates(harness, topic, handler, recorder)
     assert attempts == [1]
     assert (letter.code, letter.attempts) == ("invalid", 1)
-    assert letter.error_type == "anybus._ground.errors.SerializationError"
+    assert letter.error_type == "anybus.SerializationError"
     assert f"the payload of message {letter.message.uid} " in letter.reason
     assert len(recorder.of("on_error")) == 1
     async with StreamBus(harness.make_backend(), quick()) as bus:

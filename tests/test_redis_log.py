@@ -37,7 +37,7 @@ async def test_a_server_that_goes_and_comes_back_is_told_in_lines_that_say_each_
     def texts(level: int) -> list[str]:
         return [record.getMessage() for record in caplog.records if record.levelno == level]
 
-    async with StreamBus(backend, quick()) as bus:
+    async with StreamBus(backend, quick(publish_timeout=SHORT)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g"), nothing):
             await until(lambda: f"connected to {place}" in texts(logging.INFO))
             await to_thread.run_sync(own_server.kill)

@@ -139,7 +139,7 @@ def test_the_pages_workers_error_at_the_start_comes_out_bare(loop: str) -> None:
     with program(*worker(loop, f"redis://127.0.0.1:{free_port()}")) as started:
         err = started.end()
     assert started.process.returncode == 1
-    check_bare(err, r"anybus\._errors\.BackendError: no connection to ")
+    check_bare(err, r"anybus\.BackendError: no connection to ")
 
 
 @pytest.mark.parametrize("loop", [*LOOPS, "uvloop"])
@@ -149,7 +149,7 @@ def test_the_pages_workers_failing_subscription_comes_out_bare(loop: str, server
         become_a_string(client, "orders")
         err = started.end()
     assert started.process.returncode == 1
-    check_bare(err, r"anybus\._errors\.BackendError: the server refused: WRONGTYPE ")
+    check_bare(err, r"anybus\.BackendError: the server refused: WRONGTYPE ")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -187,7 +187,7 @@ def test_an_error_at_the_start_comes_out_bare(loop: str) -> None:
     with program(str(EXAMPLE), loop, f"redis://127.0.0.1:{free_port()}") as started:
         err = started.end()
     assert started.process.returncode == 1
-    check_bare(err, r"anybus\._errors\.BackendError: no connection to ")
+    check_bare(err, r"anybus\.BackendError: no connection to ")
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -200,7 +200,7 @@ def test_a_subscription_that_cannot_begin_comes_out_bare(loop: str, server: Runn
         finally:
             client.delete("numbers")
     assert started.process.returncode == 1
-    check_bare(err, r"anybus\._errors\.BackendError: the server refused: WRONGTYPE ")
+    check_bare(err, r"anybus\.BackendError: the server refused: WRONGTYPE ")
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -215,7 +215,7 @@ def test_a_subscription_that_fails_while_it_works_comes_out_bare(loop: str, serv
         finally:
             client.delete("numbers")
     assert started.process.returncode == 1
-    check_bare(err, r"anybus\._errors\.BackendError: the server refused: WRONGTYPE ")
+    check_bare(err, r"anybus\.BackendError: the server refused: WRONGTYPE ")
 
 
 @pytest.mark.parametrize("loop", LOOPS)

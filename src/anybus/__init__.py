@@ -47,6 +47,12 @@ from .abc import BusEvent as BusEvent
 from .abc import Observer as Observer
 from .backends.memory.backend import MemoryBackend as MemoryBackend
 
+for _public in tuple(globals().values()):
+    if isinstance(_public, type) and issubclass(_public, Exception):
+        # Tracebacks, pickles and the headers of dead letters name them as applications do, wherever they are defined.
+        _public.__module__ = __name__
+del _public
+
 __version__: str
 """The version of the installed package."""
 
