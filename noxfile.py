@@ -29,19 +29,19 @@ def python_files(session: nox.Session, *folders: str) -> list[str]:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests on all event loops, on Valkey. Takes about 4 minutes on two cores; long sweeps are in `thorough`.
+    """The tests on all event loops, on Valkey. Takes about 6 minutes on two cores; long sweeps are in `thorough`.
 
     Arguments go to pytest, which then runs with these alone.
     """
-    session.log("This takes about 4 minutes on two cores. (The long sweeps are a session of their own: thorough.)")
+    session.log("This takes about 6 minutes on two cores. (The long sweeps are a session of their own: thorough.)")
     install(session, "tests")
     session.run("pytest", *(session.posargs or [*AT_ONCE, *QUICK]))
 
 
 @nox.session
 def thorough(session: nox.Session) -> None:
-    """What `tests` leaves out: long sweeps, Redis 8.2, branch coverage. Takes about 14 minutes on two cores."""
-    session.log("This takes about 14 minutes on two cores.")
+    """What `tests` leaves out: long sweeps, Redis 8.2, branch coverage. Takes about 17 minutes on two cores."""
+    session.log("This takes about 17 minutes on two cores.")
     install(session, "tests", "redis82")
     failed = 0
     for arguments, env in (
