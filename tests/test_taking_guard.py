@@ -165,6 +165,7 @@ async def test_what_was_released_while_a_reply_was_on_its_way_does_not_start_whi
             await until(lambda: subscription.statistics().held == 0)
             await bus.publish(Message(topic, b"last"))
             await until(lambda: b"last" in handled)
+            await until(lambda: subscription.statistics().held == 0)
             assert [entry.consumer for entry in await harness.pending(stale.stream, "g")] == ["peer"]
     assert handled == [b"mine", b"last"]
 
