@@ -17,7 +17,9 @@ import pytest
 from harness import SOON, Harness, nothing_pending, quick, until
 
 from anybus import Delivery, Message, StreamBus, SubscriptionConfig
-from anybus._runtime.ledger import Budget, Held, Ledger, Stage
+from anybus._runtime.budget import Budget
+from anybus._runtime.entry import Held, Stage
+from anybus._runtime.ledger import Ledger
 from anybus._runtime.pull import PullTaker
 
 
@@ -148,23 +150,28 @@ async def test_a_read_that_holds_out_for_room_is_not_kept_waiting_by_what_was_lo
     held = [Held("t", str(n), Message("t"), 1, 1, now, now, 60.0, False) for n in range(12)]
     for one in held:
         ledger.add(one)
-        one.stage = Stage.OPEN
     last, lost = held[-2:]
-    last.stage = lost.stage = Stage.WAITING
-    ledger.waiting += [last, lost]
+    for one in held[:-2]:
+        one.stage = Stage.OPEN
+    ledger.some_wait()
     ledger.remove(lost)
     context: Any = SimpleNamespace(ledger=ledger, clock=lambda: 0.0, max_in_flight=1)
     unused: Any = None
     rooms: list[int] = []
+    send, ready = anyio.create_memory_object_stream[list[Held]](1)
 
     async def read() -> None:
-        rooms.append(await ledger.wait_for_read_room())
+        await ledger.wait_for_read_room()
+        rooms.append(ledger.budget.read_room())
 
-    async with anyio.create_task_group() as tasks:
+    async with anyio.create_task_group() as tasks, send, ready:
         tasks.start_soon(read)
         await anyio.wait_all_tasks_blocked()
         assert rooms == []
-        assert PullTaker(context, unused, unused).next_entry() is last
+        send.send_nowait([last, lost])
+        taker = PullTaker(context, unused, unused, ready, send)
+        await taker._receive()
+        assert taker.next_entry() is last
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
     assert rooms == [1]

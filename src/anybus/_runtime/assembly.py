@@ -19,8 +19,10 @@ from .._options import (
 )
 from .._reporting import Notices, Reporter
 from ..abc import StreamBackend
-from .context import Context, Counters, LeaseTerm, SuspectSlot
-from .ledger import Budget, Ledger
+from .budget import Budget
+from .context import Context, LeaseTerm, SuspectSlot
+from .ledger import Ledger
+from .statistics import Counters
 
 
 def make_context(

@@ -7,17 +7,18 @@ opens it again.
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Callable, Sequence
 
 import anyio
+from anyio.streams.memory import MemoryObjectSendStream
 
 from .._failure.policies import CircuitBreaker
-from .._failure.settlement import RETURNED, Outcome, Result
-from ..abc import Output
+from .._failure.settlement import Outcome
+from .budget import Trial
 from .context import Context
-from .ledger import Held, Stage, Trial
-from .settler import Settler
+from .entry import Held
+from .intake import CIRCUIT, Intake
 
 _FAILURES = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY})
 
@@ -29,32 +30,24 @@ class State(enum.Enum):
 
 
 class Circuit:
-    """Counts, and says when to pause. Of one subscription, in memory.
+    """Counts, and pauses the intake. Of one subscription, in memory.
 
-    :param shut: take nothing more, and hand back what waits.
-    :param reopen: take messages again.
-    :param wake: what waits may begin again.
+    :param ready: leads to the handlers' workers, who are told here when they may go on.
     """
 
     def __init__(
-        self,
-        breaker: CircuitBreaker,
-        context: Context,
-        shut: Callable[[], None],
-        reopen: Callable[[], None],
-        wake: Callable[[], None],
+        self, breaker: CircuitBreaker, context: Context, intake: Intake, ready: MemoryObjectSendStream[list[Held]]
     ) -> None:
         self._breaker = breaker
         self._context = context
+        self._intake = intake
+        self._ready = ready
         self._state = State.CLOSED
         self._in_a_row = 0
         self._recovered = False
         self._stopped = False
         self._opened_at = 0.0
         self._tripped = anyio.Event()
-        self._shut = shut
-        self._reopen = reopen
-        self._wake = wake
 
     def saw(self, outcome: Outcome) -> None:
         """A handling has ended. A rejection speaks of its message, a release or a cancellation of nothing."""
@@ -66,12 +59,18 @@ class Circuit:
     def stop(self) -> None:
         """The subscription ends: nothing is to be paused any more."""
         self._stopped = True
+        self._ready.close()
+
+    def _wake(self) -> None:
+        """An empty batch makes a worker look again at what waits."""
+        with contextlib.suppress(anyio.WouldBlock, anyio.ClosedResourceError):
+            self._ready.send_nowait([])
 
     def _succeeded(self) -> None:
         self._in_a_row = 0
         self._recovered = True
         if self._state is State.ON_TRIAL:
-            self._context.ledger.budget.trial = None
+            self._context.ledger.budget.end_trial()
             self._context.ledger.changed()
             self._wake()
             self._close()
@@ -82,7 +81,7 @@ class Circuit:
         if self._stopped or self._state is State.OPEN:
             return
         if self._state is State.ON_TRIAL:
-            self._context.ledger.budget.trial = None
+            self._context.ledger.budget.end_trial()
             self._trip("a failure on trial")
         elif self._in_a_row >= self._breaker.failures:
             self._trip(f"{self._in_a_row} failures in a row")
@@ -92,7 +91,7 @@ class Circuit:
         self._state = State.OPEN
         self._opened_at = context.clock()
         context.counters.circuit_opened += 1
-        self._shut()
+        self._intake.shut(CIRCUIT)
         self._tripped.set()
         detail = f"{why}: nothing is taken for {self._breaker.pause} s"
         context.reporter.notice("on_circuit_opened", "circuit-opened", detail)
@@ -114,24 +113,5 @@ class Circuit:
                 self._close()
             else:
                 self._state = State.ON_TRIAL
-                context.ledger.budget.trial = Trial(context.ledger)
-            self._reopen()
-
-
-class WatchedSettler(Settler):
-    """A settler that tells the circuit how handlings end."""
-
-    def __init__(self, context: Context, circuit: Circuit) -> None:
-        super().__init__(context)
-        self._circuit = circuit
-        self.watch = circuit.saw
-
-    def conclude(self, held: Held, result: Result) -> None:
-        unsettled = held.stage is Stage.OPEN
-        super().conclude(held, result)
-        if unsettled and (result is not RETURNED or self._acks_returned):
-            self._circuit.saw(result.outcome)
-
-    async def settle(self, held: Held, result: Result | None, outputs: Sequence[Output] = ()) -> None:
-        await super().settle(held, result, outputs)
-        self._circuit.saw(Outcome.RETURNED if result is None else result.outcome)
+                context.ledger.budget.begin_trial(Trial(context.ledger.all, self._wake))
+            self._intake.open(CIRCUIT)

@@ -15,34 +15,9 @@ from .._ground.home import Home
 from .._options import OnLeaseLost, StreamBusOptions
 from .._reporting import Notices, Reporter
 from ..abc import StreamBackend
-from .ledger import Held, Ledger, Stage
-
-
-class Counters:
-    """Counts of a subscription's life, for its statistics."""
-
-    __slots__ = (
-        "circuit_opened",
-        "dead_lettered",
-        "failed",
-        "handled",
-        "leases_lost",
-        "received",
-        "reclaimed",
-        "released",
-        "retried",
-    )
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.handled = 0
-        self.failed = 0
-        self.retried = 0
-        self.dead_lettered = 0
-        self.released = 0
-        self.reclaimed = 0
-        self.leases_lost = 0
-        self.circuit_opened = 0
+from .entry import Held, Stage
+from .ledger import Ledger
+from .statistics import Counters
 
 
 class SuspectSlot:

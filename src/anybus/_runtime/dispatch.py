@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
-from .._failure.settlement import Outcome, Result
+from .._failure.settlement import DeadLetter, Decision, Outcome, Result
 from .._ground.cancellation import as_failure
 from .._ground.errors import ClosedError, GroupLostError, LeaseLostError, can_pass, may_have_happened, words
 from ..abc import Output
 from ..abc._observer import ErrorScope
 from .context import Context
-from .fate import (
+from .entry import (
     ACCEPTED,
     ACKED,
     ACKED_WITH,
@@ -22,17 +22,21 @@ from .fate import (
     MISSING,
     RELEASED,
     RETRIED,
-    tell_fate,
-    tell_lost,
-    tell_unsettled,
+    SETTLED_BEFORE,
+    Held,
+    Settlement,
+    Stage,
 )
+from .fate import tell_fate, tell_lost, tell_unsettled
 from .lane import Lane
-from .ledger import SETTLED_BEFORE, Held, Stage
 
 _AT_ONCE = 128
 """So many settlements make a part of a batch."""
 
 _HANDLED = (ACKED, ACKED_WITH)
+_FAILURES = frozenset(
+    {Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.INVALID, Outcome.REJECTED}
+)
 
 
 class Dispatch:
@@ -82,33 +86,38 @@ class Dispatch:
         left = self._context.ledger.all()
         for held in left:
             self._answer(held, ClosedError("the subscription ended before the server answered"))
-            ending = held.ending
-            self._context.ledger.remove(held)
-            tell_unsettled(self._context, held, ending)
+            tell_unsettled(self._context, held, self._remove(held))
         return len(left)
 
-    def ack(self, held: Held, intent: str = ACKED) -> None:
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.close()
+
+    def ack(
+        self, held: Held, intent: str = ACKED, *, result: Result | None = None, decision: Decision | None = None
+    ) -> None:
         """Acknowledge, until the server has it or the lease is over."""
-        held.stage = Stage.SETTLING
-        held.intent = intent
+        held.settle(intent, (), result, decision)
         self.acks.put(held)
 
     def release(self, held: Held) -> None:
-        """Hand back, uncounted."""
-        held.stage = Stage.SETTLING
-        held.intent = RELEASED
-        held.outputs = ()
-        held.parked = False
+        """Give it back to the group, uncounted."""
+        held.settle(RELEASED)
         if self._can_release:
             self._releases.put(held)
         else:
             self.done(held)
 
-    def transfer(self, held: Held, intent: str, *outputs: Output) -> None:
-        """Append these, and acknowledge, in one step where the backend can."""
-        held.stage = Stage.SETTLING
-        held.intent = intent
-        held.outputs = outputs
+    def transfer(
+        self,
+        held: Held,
+        intent: str,
+        *outputs: Output,
+        result: Result | None = None,
+        decision: Decision | None = None,
+    ) -> None:
+        """Append the outputs, and acknowledge, in one step where the backend can."""
+        held.settle(intent, outputs, result, decision)
         self._transfers.put(held)
 
     async def _flush_acks(self, batch: list[Held]) -> None:
@@ -131,7 +140,7 @@ class Dispatch:
     async def _flush_transfers(self, batch: list[Held]) -> None:
         async def send(stream: str, entries: list[Held]) -> None:
             context = self._context
-            items = [(held.id, held.outputs) for held in entries]
+            items = [(held.id, _outputs(held)) for held in entries]
             results = await context.backend.transfer_many(stream, context.group, context.consumer, items)
             for held, result in zip(entries, results, strict=True):
                 if isinstance(result, Exception):
@@ -173,13 +182,25 @@ class Dispatch:
             if len(entries) <= _AT_ONCE:
                 await self._try(send, stream, entries, lane)
                 continue
-            # Side by side: the first answer makes room for a read while the server is busy with the next part.
-            async with anyio.create_task_group() as tasks:
-                for start in range(0, len(entries), _AT_ONCE):
-                    tasks.start_soon(self._try, send, stream, entries[start : start + _AT_ONCE], lane)
+            parts = [entries[start : start + _AT_ONCE] for start in range(0, len(entries), _AT_ONCE)]
+            under_way = list(parts)
+            try:
+                # Side by side: the first answer makes room for a read while the server is busy with the next part.
+                async with anyio.create_task_group() as tasks:
+                    for part in parts:
+                        tasks.start_soon(self._try, send, stream, part, lane, under_way.remove)
+            except BaseException as error:  # noqa: ASYNC103 - raised again in there
+                failure = as_failure(error)
+                for part in under_way:
+                    self._all_failed(part, failure, lane)
 
     async def _try(
-        self, send: Callable[[str, list[Held]], Awaitable[None]], stream: str, entries: list[Held], lane: Lane
+        self,
+        send: Callable[[str, list[Held]], Awaitable[None]],
+        stream: str,
+        entries: list[Held],
+        lane: Lane,
+        over: Callable[[list[Held]], None] | None = None,
     ) -> None:
         try:
             await send(stream, entries)
@@ -188,6 +209,8 @@ class Dispatch:
         else:
             if self._context.reporter.failing:
                 self._context.reporter.works(self._part(lane))
+        if over is not None:
+            over(entries)
 
     def _all_failed(self, entries: Sequence[Held], error: Exception, lane: Lane) -> None:
         if isinstance(error, GroupLostError):
@@ -203,7 +226,7 @@ class Dispatch:
         return f"ack-flush of {('acks', 'transfers', 'releases')[self.lanes.index(lane)]}"
 
     def _all_done(self, stream: str, entries: Sequence[Held]) -> None:
-        """``_done`` for each; with what is nearly every message (handled, acked, nobody waits) kept short."""
+        """:meth:`done` for each; what is nearly every message (handled, acked, nobody waits) is kept short."""
         context = self._context
         if context.reporter.hears_settled:
             for held in entries:
@@ -211,7 +234,7 @@ class Dispatch:
             return
         plain: list[Held] = []
         for held in entries:
-            if held.intent is ACKED and held.waiter is None and not (held.failed or held.lost or held.retaken):
+            if held.settlement is None and held.waiter is None and not (held.lost or held.retaken):
                 plain.append(held)
             else:
                 self.done(held)
@@ -226,11 +249,11 @@ class Dispatch:
         """
         context = self._context
         counters = context.counters
-        intent = held.intent
-        handed_back = intent == RELEASED and not held.outputs  # with a delay, a copy of it waits elsewhere
+        intent, result = held.intent, _result(held)
+        handed_back = intent == RELEASED and not _outputs(held)  # with a delay, a copy of it waits elsewhere
         retaken, held.retaken = held.retaken, False
         held.lost = False
-        if held.failed:
+        if result is not None and result.outcome in _FAILURES:
             counters.failed += 1
         if intent in _HANDLED:
             counters.handled += 1
@@ -244,8 +267,7 @@ class Dispatch:
             context.ledger.note_settled(held.stream, (held.id,))
         elif not sure:
             context.ledger.note_doubt(held.stream, (held.id,))
-        ending = held.ending
-        context.ledger.remove(held)
+        ending = self._remove(held)
         self._answer(held, None)
         if ending is not None:
             tell_fate(context, held, ending)
@@ -255,51 +277,53 @@ class Dispatch:
         if intent in (DEAD_LETTERED, DROPPED):
             self.tell_dead_lettered(held)
         if retaken and not handed_back:
-            # Handed over anew before this answer was here, by a group made again perhaps: settled it is all the same.
-            again = held.again(held.attempt)
-            again.parked = again.local_attempt = False
+            # Delivered again before this answer was here, by a recreated group perhaps. It has been settled.
+            again = held.again(held.attempt, Stage.WAITING)
             context.ledger.add(again)
             self.ack(again, SETTLED_BEFORE)
 
     def _tell_published(self, held: Held, ids: Sequence[str]) -> None:
-        for output, entry_id in zip(held.outputs, ids, strict=True):
+        for output, entry_id in zip(_outputs(held), ids, strict=True):
             self._context.reporter.tell("on_published", "published", topic=output.stream, message_id=entry_id)
 
     def tell_dead_lettered(self, held: Held) -> None:
-        self._context.reporter.tell(
-            "on_dead_lettered", "dead-lettered", message_id=held.id, attempt=held.attempt, detail=held.reason
-        )
+        decision = held.settlement.decision if held.settlement is not None else None
+        if isinstance(decision, DeadLetter):
+            detail = f"{decision.code}: {decision.reason}"
+            self._context.reporter.tell(
+                "on_dead_lettered", "dead-lettered", message_id=held.id, attempt=held.attempt, detail=detail
+            )
 
     def _refused(self, held: Held, lane: Lane) -> None:
         """The server says that it is not ours."""
-        context = self._context
+        context, intent = self._context, held.intent
+        uncertain = held.settlement is not None and held.settlement.uncertain
         if held.retaken:
             held.retaken = False  # but has become ours since
             lane.put(held)
             return
-        if held.intent in (MISSING, SETTLED_BEFORE):
+        if intent in (MISSING, SETTLED_BEFORE):
             # An entry without a body leaves the pending list by itself, and so does what was settled before.
             self.done(held)
             return
-        if held.uncertain and held.intent != ACCEPTED:
-            # A try whose reply was lost has settled it, or somebody else has it. Should it come back after all, then
-            # what was handled with success is acked; what was to be appended was not: that is handled anew.
+        if uncertain and intent != ACCEPTED:
+            # A try whose reply was lost has settled it, or somebody else has it. If it is redelivered after all, what
+            # was handled with success is acked; what was to be appended was not: that is handled again.
             self.done(held, sure=False)
-            if held.intent == ACKED:
+            if intent == ACKED:
                 context.ledger.remember_handled(held, SETTLED_BEFORE)
             return
         context.ledger.note_vanished(held, context.clock())
-        if held.intent == ACKED:
+        if intent == ACKED:
             context.ledger.remember_handled(held, ACKED)
         context.ledger.note_doubt(held.stream, (held.id,))
-        ending = held.ending
-        context.ledger.remove(held)
+        ending = self._remove(held)
         error = LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
-        if held.uncertain:
+        if uncertain:
             # At most once: either it was acked by that try, or somebody else has it, and may have handled it.
             self.report("ack-flush", error, held, "the reply to its acknowledgement was lost: it is not handled")
         self._answer(held, error)
-        self._tell_lost(held, f"not ours when it was to be {held.intent}", ending)
+        self._tell_lost(held, f"not ours when it was to be {intent}", ending)
 
     def _tell_lost(self, held: Held, why: str, ending: Result | None) -> None:
         if not held.lost:
@@ -309,23 +333,26 @@ class Dispatch:
         tell_unsettled(self._context, held, ending)
 
     def _failed(self, held: Held, error: Exception, lane: Lane, *, reported: bool = False) -> None:
-        context = self._context
-        held.uncertain = held.uncertain or may_have_happened(error)
-        if held.waiter is not None:
-            held.stage = held.unsettled
-            held.failed = held.retaken = False
-            held.ending = None  # whatever becomes of it now, it is not what this settlement was for
+        context, intent, waiter = self._context, held.intent, held.waiter
+        settlement = held.settlement
+        if settlement is None:
+            held.settlement = settlement = Settlement(ACKED)
+        settlement.uncertain = settlement.uncertain or may_have_happened(error)
+        if waiter is not None:
+            held.stage = waiter.stage
+            held.retaken = False
+            settlement.result = None  # whatever becomes of it now, it is not what this settlement was for
             self._answer(held, error)
-            crashed = held.result is not None and held.result.outcome is Outcome.CRASHED
+            crashed = waiter.result is not None and waiter.result.outcome is Outcome.CRASHED
             if self._ending and not crashed:
                 self.release(held)
-            elif held.result is not None:
-                self._on_unsettled(held, held.result)
+            elif waiter.result is not None:
+                self._on_unsettled(held, waiter.result)
             return
         if not reported:
-            self.report("ack-flush", error, held, f"the entry could not be {held.intent}", times=held.tries + 1)
-        if held.intent == ACKED_WITH and not can_pass(error):
-            # Whoever asked for it was cancelled, and hears nothing of it; again it would be refused again.
+            self.report("ack-flush", error, held, f"the entry could not be {intent}", times=settlement.tries + 1)
+        if intent == ACKED_WITH and not can_pass(error):
+            # Whoever asked for it was cancelled, and hears nothing of it; it would be refused every time.
             held.retaken = False
             error_type = f"{type(error).__module__}.{type(error).__qualname__}"
             self._on_unsettled(held, Result(Outcome.FAILED, words(error), error_type, error=error))
@@ -333,13 +360,18 @@ class Dispatch:
         if context.clock() < held.lease_until:
             lane.again(held)
             return
-        if held.intent in (ACKED, SETTLED_BEFORE):
-            context.ledger.remember_handled(held, held.intent)
+        if intent in (ACKED, SETTLED_BEFORE):
+            context.ledger.remember_handled(held, intent)
         context.ledger.note_doubt(held.stream, (held.id,))
-        ending = held.ending
-        context.ledger.remove(held)
-        self.report("ack-flush", error, held, f"given up: the lease ended before the entry could be {held.intent}")
-        self._tell_lost(held, f"the lease ended before it could be {held.intent}", ending)
+        ending = self._remove(held)
+        self.report("ack-flush", error, held, f"given up: the lease ended before the entry could be {intent}")
+        self._tell_lost(held, f"the lease ended before it could be {intent}", ending)
+
+    def _remove(self, held: Held) -> Result | None:
+        """Out of the books. Returns what it was to be settled for, which the ledger forgets."""
+        result = _result(held)
+        self._context.ledger.remove(held)
+        return result
 
     def _answer(self, held: Held, error: Exception | None) -> None:
         waiter, held.waiter = held.waiter, None
@@ -349,3 +381,11 @@ class Dispatch:
 
     def report(self, scope: ErrorScope, error: BaseException, held: Held, detail: str, *, times: int = 1) -> None:
         self._context.reporter.error(scope, error, detail=detail, about=held, times=times)
+
+
+def _outputs(held: Held) -> Sequence[Output]:
+    return held.settlement.outputs if held.settlement is not None else ()
+
+
+def _result(held: Held) -> Result | None:
+    return held.settlement.result if held.settlement is not None else None

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from .._failure.settlement import Outcome, Result
+from .._failure.settlement import DeadLetter, Outcome, Result, RetryAt
 from .._reporting import said
 from .context import Context
-from .ledger import Held, Stage
-
-ACKED, ACKED_WITH, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING = (
-    "acked",
-    "acked with what it publishes",
-    "accepted",
-    "retried",
-    "dead-lettered",
-    "dropped",
-    "released",
-    "missing",
-)
+from .entry import RETRIED, Held, Stage
 
 _TOLD = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.GAVE_UP, Outcome.INVALID})
 """Failures that ``on_error`` has heard of."""
@@ -27,26 +16,26 @@ _UNHANDLED = frozenset({Outcome.WORN_OUT, Outcome.EXPIRED, Outcome.MALFORMED})
 
 
 def tell_fate(context: Context, held: Held, ending: Result) -> None:
-    """The server has a retry or a dead letter."""
-    reporter = context.reporter
-    if held.intent == RETRIED:
+    """The server has a retry or a dead letter.
+
+    :param ending: what it is for. (The ledger has let go of it by now.)
+    """
+    reporter, intent = context.reporter, held.intent
+    decision = held.settlement.decision if held.settlement is not None else None
+    if isinstance(decision, RetryAt) and intent == RETRIED:
         if not (reporter.hears_errors and ending.outcome in _TOLD):
-            text = "retry in %.3g s: %s"
-            reporter.log(
-                logging.WARNING, RETRIED, text, held.delay, _why(context, held, ending), about=held, delay=held.delay
-            )
-        return
-    if held.intent not in (DEAD_LETTERED, DROPPED):
-        return
-    code, _, reason = held.reason.partition(": ")
-    what = "dropped" if context.dead_letter_topic is None else f"dead letter in {context.dead_letter_topic!r}"
-    why = reason if ending.outcome in _UNHANDLED else _why(context, held, ending)
-    if ending.outcome is Outcome.MALFORMED:
-        # Its error was told when it was taken. Nobody knows its uid.
-        reporter.log(logging.INFO, held.intent, "%s (%s): %s", what, code, why, entry_id=held.id, code=code)
-    elif not (reporter.hears_errors and reporter.hears_dead_letters):
-        text = "%s (%s): %s"
-        reporter.log(logging.ERROR, held.intent, text, what, code, why, about=held, error=ending.error, code=code)
+            text, delay = "retry in %.3g s: %s", decision.delay
+            reporter.log(logging.WARNING, RETRIED, text, delay, _why(context, held, ending), about=held, delay=delay)
+    elif isinstance(decision, DeadLetter):
+        code = decision.code
+        what = "dropped" if context.dead_letter_topic is None else f"dead letter in {context.dead_letter_topic!r}"
+        why = decision.reason if ending.outcome in _UNHANDLED else _why(context, held, ending)
+        if ending.outcome is Outcome.MALFORMED:
+            # Its error was told when it was taken. Nobody knows its uid.
+            reporter.log(logging.INFO, intent, "%s (%s): %s", what, code, why, entry_id=held.id, code=code)
+        elif not (reporter.hears_errors and reporter.hears_dead_letters):
+            text = "%s (%s): %s"
+            reporter.log(logging.ERROR, intent, text, what, code, why, about=held, error=ending.error, code=code)
 
 
 def tell_lost(context: Context, held: Held, scope: str, why: str) -> None:

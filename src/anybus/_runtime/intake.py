@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timezone
 
 import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from .._failure.copies import failed_attempts, undecodable
 from .._failure.settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
@@ -15,8 +17,10 @@ from .._ground.errors import BackendError, SerializationError
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
 from ..abc._observer import ErrorScope
 from .context import Context
+from .entry import Held, Stage
 from .fate import tell_let_go, tell_suspect
-from .ledger import Held, Stage, Taking
+from .ledger import Taking
+from .postponed import Postponed
 from .recovery import Recovery
 from .settler import Settler
 
@@ -28,12 +32,25 @@ _NOTHING: set[str] = set()
 
 
 class Intake:
-    """The read task and the reclaim task, and the gate that both respect."""
+    """The read task and the reclaim task, and the gate that both respect.
 
-    def __init__(self, context: Context, settler: Settler, wake: Callable[[], None]) -> None:
+    :param ready: what may start goes in here, in batches; closed at the end.
+    :param unread: the other end of it, from which is taken back what has been released.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        settler: Settler,
+        postponed: Postponed,
+        ready: MemoryObjectSendStream[list[Held]],
+        unread: MemoryObjectReceiveStream[list[Held]],
+    ) -> None:
         self._context = context
         self._settler = settler
-        self._wake = wake
+        self._postponed = postponed
+        self._ready = ready
+        self._unread = unread
         self._ledger = context.ledger
         self._clock = context.clock
         self._budget = context.ledger.budget
@@ -49,16 +66,27 @@ class Intake:
         self.ended = anyio.Event()
 
     def shut(self, reason: str) -> None:
-        """Take nothing more; what waits is handed back, and so is what a call under way still brings."""
+        """Take nothing more; what waits is released, and so is what a call under way still brings."""
         self._shut_by.add(reason)
-        self._ledger.waiting.clear()
         for held in self._ledger.all():
-            # What waits here for its retry would lose its backoff by a pause: when it is due is early enough.
-            stays = (held.suspect and reason == SUSPECT) or (held.parked and reason in (PAUSED, CIRCUIT))
-            if held.stage is Stage.WAITING and not stays:
+            if held.stage is Stage.WAITING or (held.stage is Stage.PARKED and not _stays_parked(held, reason)):
                 self._settler.release(held)
+        self._ledger.none_wait()
         if self._reading is not None:
             self._reading.cancel()
+        if reason == ENDING:
+            self._ready.close()
+            self._unread.close()
+        elif ENDING not in self._shut_by:
+            self._empty_channel()
+
+    def _empty_channel(self) -> None:
+        """All that lies in it has been released, and would leave no room for more if this came again and again."""
+        if self._unread.statistics().current_buffer_used:
+            with contextlib.suppress(anyio.WouldBlock):
+                while True:
+                    self._unread.receive_nowait()
+            self._ready.send_nowait([])  # one of them may have called a worker
 
     def open(self, reason: str) -> None:
         self._shut_by.discard(reason)
@@ -69,12 +97,14 @@ class Intake:
     async def run(self) -> None:
         try:
             with self.scope:
-                if self._budget.takes_turns:
-                    await persist(self._take_turns)
-                else:
-                    async with anyio.create_task_group() as tasks:
+                async with anyio.create_task_group() as tasks:
+                    if self._budget.takes_turns:
+                        tasks.start_soon(persist, self._take_turns)
+                    else:
                         tasks.start_soon(persist, self._keep_reading)
                         tasks.start_soon(persist, self._keep_reclaiming)
+                    if "delay" not in self._context.backend.features:
+                        tasks.start_soon(persist, self._keep_bringing_back)
         finally:
             self.ended.set()
 
@@ -129,7 +159,7 @@ class Intake:
             left_behind = full and before == releases
 
     def _releases(self) -> int:
-        return self._settler.handed_back + self._suspects_released
+        return self._settler.given_back + self._suspects_released
 
     def _taking(self, room: int, *, by_reclaim: bool) -> Taking:
         """Every call that takes entries is made in here, and what it brought is accepted by what this notes."""
@@ -151,9 +181,7 @@ class Intake:
             finally:
                 self._reading = None
         # Searched: after a broken connection a read looks for what it was given unseen, and may find what is held.
-        suspect = self._accept(taking, context.topic, entries, by_reclaim=False, searched=True)
-        if suspect is not None:
-            await self._handle_alone(suspect)
+        await self._accept(taking, context.topic, entries, by_reclaim=False, searched=True)
         return bool(entries)
 
     async def _pass(self) -> bool:
@@ -185,17 +213,13 @@ class Intake:
                 topic, retries, context.group, context.consumer, min_idle=context.min_idle, count=room
             )
         context.counters.reclaimed += len(taken.reclaimed) + len(taken.reclaimed_retries)
-        suspects = [
-            self._accept(taking, stream, entries, by_reclaim=True, searched=taken.searched)
-            for stream, entries in (
-                (topic, taken.reclaimed),
-                (retries, taken.retries),
-                (retries, taken.reclaimed_retries),
-            )
+        brought = ((topic, taken.reclaimed), (retries, taken.retries), (retries, taken.reclaimed_retries))
+        entered = [
+            self._enter(taking, stream, entries, by_reclaim=True, searched=taken.searched)
+            for stream, entries in brought
         ]
-        for suspect in suspects:
-            if suspect is not None:
-                await self._handle_alone(suspect)
+        for batch, suspect in entered:
+            await self._pass_on(batch, suspect)
         if taken.lost is not None:
             raise taken.lost
         return taken.more or len(taken.reclaimed) + len(taken.retries) + len(taken.reclaimed_retries) >= room
@@ -204,9 +228,7 @@ class Intake:
         room = min(room, self._context.options.claim_scan_batch_size)
         with self._taking(room, by_reclaim=True) as taking:
             stream, entries = await fetch(room)
-        suspect = self._accept(taking, stream, entries, by_reclaim=True)
-        if suspect is not None:
-            await self._handle_alone(suspect)
+        await self._accept(taking, stream, entries, by_reclaim=True)
         return len(entries) >= room
 
     async def _reclaim_topic(self, room: int) -> tuple[str, list[FetchedEntry]]:
@@ -228,7 +250,7 @@ class Intake:
         stream = context.retry_stream
         return stream, await context.backend.read_new(stream, context.group, context.consumer, count=room, timeout=0)
 
-    def _accept(
+    async def _accept(
         self,
         taking: Taking,
         stream: str,
@@ -236,30 +258,58 @@ class Intake:
         *,
         by_reclaim: bool,
         searched: bool = False,
-    ) -> Held | None:
-        """Enter what was taken into the ledger. Returns a suspect that has the bus's one place, not yet started.
+    ) -> None:
+        batch, suspect = self._enter(taking, stream, entries, by_reclaim=by_reclaim, searched=searched)
+        await self._pass_on(batch, suspect)
 
-        :param searched: what is held here anyway may be among it.
+    async def _pass_on(self, batch: list[Held], suspect: Held | None = None) -> None:
+        if batch and not self._shut_by:  # else it has been released by now
+            self._ledger.some_wait()
+            await self._send(batch)
+        if suspect is not None:
+            await self._handle_alone(suspect)
+
+    async def _send(self, batch: list[Held]) -> None:
+        """To the handlers. The channel is full only while entries lie in it that were released meanwhile."""
+        try:
+            try:
+                self._ready.send_nowait(batch)
+            except anyio.WouldBlock:
+                await self._ready.send(batch)
+        except BaseException:
+            for held in batch:
+                if held.stage is Stage.WAITING:
+                    self._settler.release(held)
+            raise
+
+    def _enter(
+        self, taking: Taking, stream: str, entries: Sequence[FetchedEntry], *, by_reclaim: bool, searched: bool
+    ) -> tuple[list[Held], Held | None]:
+        """Enter what was taken into the ledger.
+
+        :param searched: what is held here already may be among it.
+        :returns: what may start; and a suspect that has the bus's one place, not yet started.
         """
         context = self._context
         ledger = self._ledger
-        if ledger.vanished and ledger.was_made_again(stream, entries, context.clock()):
+        if ledger.vanished and ledger.was_recreated(stream, entries, context.clock()):
             ledger.group_was_lost(stream)
         settled = taking.settled.get(stream)
-        if settled:  # by what the server said later: this reply is older (or of a group made again: acked anew, then)
+        if settled:  # by what the server said later: this reply is older (or of a recreated group: then acked anew)
             entries = [entry for entry in entries if entry.id not in settled or ledger.was_handled(stream, entry.id)]
         if not entries:
-            return None
+            return [], None
         table = ledger.tables[stream]
         received_at = datetime.now(timezone.utc)
         lease_until = taking.began + context.lease
         is_retry = stream != context.topic
         suspect: Held | None = None
         taken: list[Held] = []
+        batch: list[Held] = []
         refused: list[tuple[Held, MalformedEntry | MissingEntry]] = []
         doubtful = taking.doubtful.get(stream, _NOTHING) if self._can_release else _NOTHING
-        quick = not doubtful and self._is_unremarkable(is_retry)
-        waiting, count = ledger.waiting, 0
+        quick = not doubtful and self._is_unremarkable(stream)
+        quickly = 0
         for entry in entries:
             known = table.get(entry.id)
             if (
@@ -280,9 +330,9 @@ class Intake:
                     lease_until,
                     by_reclaim,
                 )
-                waiting.append(held)
+                batch.append(held)
                 taken.append(held)
-                count += 1
+                quickly += 1
                 continue
             if known is not None:
                 if known.stage is Stage.RETURNED:
@@ -316,7 +366,6 @@ class Intake:
                 by_reclaim,
             )
             ledger.add(held)
-            held.local_attempt = attempt > 1 and not is_retry
             taken.append(held)
             settled_by = ledger.recall_handled(stream, entry.id)
             if settled_by is not None:
@@ -324,23 +373,21 @@ class Intake:
             elif isinstance(entry, ClaimedMessage):
                 if self._admit(held):
                     suspect = held
+                elif held.stage is Stage.WAITING:
+                    batch.append(held)
             else:
                 refused.append((held, entry))
                 self._refuse(held, entry)
-            quick = not doubtful and self._is_unremarkable(is_retry)
+            quick = not doubtful and self._is_unremarkable(stream)
         context.counters.received += len(taken)
-        if by_reclaim:
-            self._budget.by_reclaim += count
-        else:
-            self._budget.by_read += count
-        if ledger.waiting:
-            self._wake()
+        self._budget.use(quickly, by_reclaim=by_reclaim)
         self._tell(taken, refused)
-        return suspect
+        return batch, suspect
 
-    def _is_unremarkable(self, is_retry: bool) -> bool:
+    def _is_unremarkable(self, stream: str) -> bool:
         """Whether nothing is known that could make an entry other than a first handling."""
-        return not (is_retry or self._ages or self._shut_by or self._ledger.remembers)
+        is_retry = stream != self._context.topic
+        return not (is_retry or self._ages or self._shut_by or self._ledger.remembers(stream))
 
     def _tell(self, taken: Sequence[Held], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]) -> None:
         """Hooks come last: one that pauses or closes the subscription finds everything in its place."""
@@ -362,28 +409,34 @@ class Intake:
                 error = SerializationError(entry.error)
                 reporter.error(scope, error, detail="a malformed entry becomes a dead letter", message_id=held.id)
 
-    def accept_due(self, held: Held) -> None:
-        """What waited here for its retry is due."""
-        if self._shut_by:
-            self._settler.release(held)
-        elif not (self._ages and self._settler.expire(held)):
-            self._ledger.waiting.append(held)
-            self._wake()
+    async def _keep_bringing_back(self) -> None:
+        """What waits in this process for its retry, until it is due."""
+        context = self._context
+        while True:
+            held = await self._postponed.next_due()
+            if held.stage is not Stage.PARKED:
+                continue
+            held.stage = Stage.WAITING
+            if "renew" not in context.backend.features:
+                # No clock of ours knows whose it is: it is tried, and the settlement asks the server.
+                held.lease_until = context.clock() + context.lease
+            if self._shut_by:
+                self._settler.release(held)
+            elif not (self._ages and self._settler.expire(held)):
+                await self._pass_on([held])
 
     def _admit(self, held: Held) -> bool:
-        """Let an entry wait for its handler, unless something speaks against it. True: it is the bus's suspect now."""
+        """Whether an entry is the bus's suspect now. If it still waits after this, nothing speaks against a start."""
         context = self._context
         verdict = on_taken(held.deliveries, context.policy)
         if verdict is Verdict.GIVE_UP:
             self._settler.apply(held, _WORN_OUT)
         elif self._shut_by:
             self._settler.release(held)
-        elif self._ages and self._settler.expire(held):
+        elif (self._ages and self._settler.expire(held)) or verdict is Verdict.HANDLE:
             return False
-        elif verdict is Verdict.HANDLE:
-            self._ledger.waiting.append(held)
         elif context.clock() >= self._no_suspect_before and context.suspects.take(held):
-            held.suspect = True
+            held.stage = Stage.PARKED
             held.gone = anyio.Event()
             tell_suspect(context, held)
             self.shut(SUSPECT)
@@ -407,14 +460,23 @@ class Intake:
         try:
             assert suspect.gone is not None
             with anyio.move_on_after(context.lease):
-                await self._ledger.wait_for_only(suspect)
-            if len(self._ledger) > 1 and suspect.stage is Stage.WAITING:
-                self._no_suspect_before = context.clock() + context.lease
-                self._suspects_released += 1
-                self._settler.release(suspect)
-            elif suspect.stage is Stage.WAITING:
-                self._ledger.waiting.append(suspect)
-                self._wake()
+                while len(self._ledger) > 1 and suspect.stage is Stage.PARKED:
+                    await self._ledger.wait_for_change()
+            if suspect.stage is Stage.PARKED:
+                if len(self._ledger) > 1:
+                    self._no_suspect_before = context.clock() + context.lease
+                    self._suspects_released += 1
+                    self._settler.release(suspect)
+                else:
+                    suspect.stage = Stage.WAITING
+                    await self._send([suspect])
             await suspect.gone.wait()
         finally:
             self.open(SUSPECT)
+
+
+def _stays_parked(held: Held, reason: str) -> bool:
+    if held.gone is not None:
+        return reason == SUSPECT
+    # A retry that waits here would lose its backoff by a pause: when it is due is early enough.
+    return reason in (PAUSED, CIRCUIT)

@@ -13,7 +13,7 @@ from .._failure.settlement import Outcome, Result
 from .._ground.checks import check_delay
 from .._ground.errors import SerializationError
 from .context import Context
-from .ledger import Held
+from .entry import Held
 
 _WEIGHED = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY})
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from .._failure.settlement import Result
+from .._failure.settlement import Outcome, Result
 from .._ground.checks import refuse
 from .._ground.errors import AlreadySettledError, LeaseLostError
 from .._messages.message import Message, check_outgoing
 from ..abc import Output
+from .circuit import Circuit
 from .context import Context
 from .delivery import DeliveryState
+from .entry import Held, Stage
 from .leases import Leases
-from .ledger import Held, Stage
 from .settler import Settler
 
 
 class EntryKeeper:
     """The :class:`~anybus._runtime.delivery.Keeper` of one subscription."""
 
-    def __init__(self, context: Context, settler: Settler, leases: Leases) -> None:
+    def __init__(self, context: Context, settler: Settler, leases: Leases, circuit: Circuit | None) -> None:
         self._context = context
         self._settler = settler
         self._leases = leases
+        self._circuit = circuit
 
     def describe(self, entry: Held, /) -> DeliveryState:
         return DeliveryState(
@@ -41,7 +43,7 @@ class EntryKeeper:
 
     async def settle(self, entry: Held, result: Result | None, /) -> None:
         self._context.home.check("the delivery")
-        await self._settler.settle(entry, result)
+        await self._settle(entry, result)
 
     async def ack_with(self, entry: Held, publish: Iterable[Message], /) -> None:
         context = self._context
@@ -55,7 +57,12 @@ class EntryKeeper:
             raise AlreadySettledError(
                 f"entry {entry.id} of {entry.stream!r} was acknowledged on receipt (auto-on-receive): use bus.publish"
             )
-        await self._settler.settle(entry, None, outputs)
+        await self._settle(entry, None, outputs)
+
+    async def _settle(self, entry: Held, result: Result | None, outputs: Sequence[Output] = ()) -> None:
+        await self._settler.settle(entry, result, outputs)
+        if self._circuit is not None:
+            self._circuit.saw(Outcome.RETURNED if result is None else result.outcome)
 
     async def extend(self, entry: Held, /) -> None:
         self._context.home.check("the delivery")

@@ -1,4 +1,4 @@
-"""A lane: settlements of one kind on their way to the server, batched, repeated while they fail.
+"""A lane: settlements of one kind on their way to the server, collected into batches, repeated while they fail.
 
 A manual settlement has somebody waiting and is tried once; an automatic one is repeated with backoff while the lease
 is ours.
@@ -6,26 +6,28 @@ is ours.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Awaitable, Callable
 
 import anyio
 
 from .._failure.backoff import recovery_delay
-from .ledger import Held
+from .entry import Held
 
 Flush = Callable[[list[Held]], Awaitable[None]]
 
 
 class Lane:
-    """A bounded queue (by the ledger's budget) and the task that empties it.
+    """A channel that carries batches, and the collector that receives and sends them.
 
-    :param flush: sends a batch; it never raises for a failure of the backend.
-    :param threshold: so many waiting are sent at once...
-    :param interval: ...else when so many seconds have passed since the last flush. The first after a pause goes
-        at once.
+    A batch is flushed on size (``threshold``) or on time (``interval`` seconds after the last flush). The first
+    settlement after a pause is flushed at once. The ledger's budget bounds what is in a lane.
+
+    :param flush: sends a batch to the server; it never raises for a failure of the backend.
     """
 
     def __init__(self, flush: Flush, clock: Callable[[], float], *, threshold: int = 1, interval: float = 0.0) -> None:
@@ -33,41 +35,43 @@ class Lane:
         self._clock = clock
         self._threshold = threshold
         self._interval = interval
-        self._queue: list[Held] = []
+        self._batch: list[Held] = []
+        self._wanted_at: float = math.inf
+        self._send, self._receive = anyio.create_memory_object_stream[list[Held]](1)
         self._delayed: list[tuple[float, int, Held]] = []
         self._tickets = itertools.count()
-        self._wake: anyio.Event | None = None
-        self._wake_at = 1
-        self._sending = False
+        self._flushing = False
         self._draining = False
         self._drained: anyio.Event | None = None
 
     def put(self, held: Held) -> None:
-        self._queue.append(held)
-        if self._wake is not None and len(self._queue) >= self._wake_at:
-            self._wake.set()
+        self._batch.append(held)
+        if len(self._batch) >= self._wanted_at:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        self._wanted_at = math.inf
+        with contextlib.suppress(anyio.WouldBlock):  # then the collector has not yet received the last one
+            self._send.send_nowait(self._batch)
 
     def again(self, held: Held) -> None:
         """Try it again, later with every try."""
-        held.tries += 1
-        due = self._clock() + recovery_delay(held.tries, random.random())
+        assert held.settlement is not None
+        held.settlement.tries += 1
+        due = self._clock() + recovery_delay(held.settlement.tries, random.random())
         heapq.heappush(self._delayed, (due, next(self._tickets), held))
 
     @property
     def is_empty(self) -> bool:
-        return not (self._queue or self._delayed or self._sending)
+        return not (self._batch or self._delayed or self._flushing)
 
     def begin_drain(self) -> None:
         """Send without waiting for more from now on. What was to be repeated is repeated at once, then by backoff."""
         self._draining = True
-        self._queue += [item[2] for item in self._delayed]
+        self._batch += [item[2] for item in self._delayed]
         self._delayed.clear()
-        if self._wake is not None:
-            self._wake.set()
-
-    def unsent(self) -> list[Held]:
-        """What waits here, or waits to be tried again."""
-        return self._queue + [item[2] for item in self._delayed]
+        if self._wanted_at < math.inf:
+            self._pass_on()
 
     async def drained(self) -> None:
         """Wait until nothing is left here."""
@@ -75,44 +79,47 @@ class Lane:
             self._drained = anyio.Event()
             await self._drained.wait()
 
+    def close(self) -> None:
+        self._send.close()
+        self._receive.close()
+
     async def run(self) -> None:
         last = -self._interval
         while True:
-            await self._wait(last)
-            batch, self._queue = self._queue, []
-            self._sending = True
+            batch = await self._collect(last)
+            self._flushing = True
             try:
                 await self._flush(batch)
             finally:
-                self._sending = False
+                self._flushing = False
             last = self._clock()
             if self._drained is not None and self.is_empty:
                 self._drained.set()
 
-    async def _wait(self, last: float) -> None:
-        """Until there is something to send, and it is time to send it."""
+    async def _collect(self, last: float) -> list[Held]:
+        """The next batch, when it is time to flush it."""
         # Compared with a point in time, not with a difference: at a late hour of the clock that can round to less than
         # the interval, and the rest be too short to sleep for.
         due = last + self._interval
         while True:
             now = self._clock()
             while self._delayed and self._delayed[0][0] <= now:
-                self._queue.append(heapq.heappop(self._delayed)[2])
-            if self._queue and (self._draining or len(self._queue) >= self._threshold or now >= due):
-                return
-            if self._queue:
-                await self._sleep(self._threshold, due - now)
+                self._batch.append(heapq.heappop(self._delayed)[2])
+            if self._batch and (self._draining or len(self._batch) >= self._threshold or now >= due):
+                batch, self._batch = self._batch, []
+                return batch
+            if self._batch:
+                await self._wait(self._threshold, due - now)
             else:
-                await self._sleep(1, self._delayed[0][0] - now if self._delayed else None)
+                await self._wait(1, self._delayed[0][0] - now if self._delayed else math.inf)
 
-    async def _sleep(self, wake_at: int, seconds: float | None) -> None:
-        self._wake = anyio.Event()
-        self._wake_at = wake_at
+    async def _wait(self, size: int, seconds: float) -> None:
+        """Until a batch of this size is received, or for so many seconds. (The channel carries the batch itself, not a
+        copy: if the receive is cancelled, nothing is lost.)
+        """
+        self._wanted_at = size
         try:
-            if seconds is None:
-                await self._wake.wait()
-            else:
-                with anyio.move_on_after(seconds):
-                    await self._wake.wait()
+            with anyio.move_on_after(seconds):
+                await self._receive.receive()
         finally:
-            self._wake = None
+            self._wanted_at = math.inf

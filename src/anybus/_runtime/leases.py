@@ -14,11 +14,12 @@ from .._failure.backoff import recovery_delay
 from .._ground.cancellation import as_failure
 from .._ground.errors import GroupLostError, LeaseLostError, UnsupportedError, can_pass
 from .context import Context
+from .entry import Held, Stage
 from .fate import tell_let_go, tell_lost
-from .ledger import Held, Stage
 from .settler import Settler
 
-_RENEWED = (Stage.WAITING, Stage.OPEN, Stage.SETTLING)
+_UNSTARTED = (Stage.PARKED, Stage.WAITING)
+_RENEWED = (*_UNSTARTED, Stage.OPEN, Stage.SETTLING)
 
 
 class Leases:
@@ -84,7 +85,7 @@ class Leases:
             if entry.id in owned:
                 entry.lease_until = started + context.lease
                 entry.lost = False
-            elif entry.stage in (Stage.WAITING, Stage.OPEN):
+            elif entry.stage is Stage.OPEN or entry.stage in _UNSTARTED:
                 # What is being settled meanwhile may rightly be missing; its settlement gets the server's own answer.
                 context.ledger.note_vanished(entry, context.clock())
                 self._lose(entry, "the server says that it is no longer ours")
@@ -96,7 +97,7 @@ class Leases:
             entry.lost = True
             context.counters.leases_lost += 1
             tell_lost(context, entry, "renew", why)
-        if entry.stage is Stage.WAITING:
+        if entry.stage in _UNSTARTED:
             context.ledger.note_doubt(entry.stream, (entry.id,))
             context.ledger.remove(entry)
         elif entry.scope is not None and context.on_lease_lost == "cancel":
@@ -112,7 +113,7 @@ class Leases:
                 entry.lost = True
                 tell_let_go(self._context, entry)
                 self._context.ledger.remove(entry)
-            elif entry.stage is Stage.WAITING and (self._can_renew or not entry.parked):
+            elif entry.stage is Stage.WAITING or (entry.stage is Stage.PARKED and self._can_renew):
                 self._settler.release(entry)
             elif entry.stage is Stage.OPEN and not entry.lost:
                 self._lose(entry, "it could not be renewed for a whole lease")

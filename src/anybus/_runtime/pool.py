@@ -1,14 +1,14 @@
 """The handlers' pool: as many workers as there is work for, and no more than ``max_in_flight``.
 
-A worker takes what is ready without waiting; before it calls the handler it makes sure that one spare worker exists
-if more is waiting; when nothing is ready it ends, a few excepted that wait for more. So handlers that never wait are
-called in a plain loop, and handlers that do wait run side by side. A fixed pool would be woken one by one for every
-batch, and a task for every message costs more than most handlers.
+A worker takes what is ready without waiting. Before it calls the handler it makes sure that another worker comes for
+what else is ready, or waits for what is sent next. When nothing is ready, a few workers wait for more, and the others
+end. So handlers that never wait are called in a plain loop, and handlers that do wait run side by side. A fixed pool
+would be woken one by one for every batch, and a task for every message costs more than most handlers.
 """
 
 from __future__ import annotations
 
-import abc
+import contextlib
 import contextvars
 import logging
 from collections.abc import Awaitable, Callable
@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from .._failure.settlement import CANCELLED, RETURNED, Outcome, Result
 from .._failure.verdicts import Reject, Retry
@@ -30,18 +31,19 @@ from .._ground.cancellation import (
 )
 from .._ground.errors import HandlerTimeoutError, words
 from .._ground.log import logger
+from .circuit import Circuit
 from .context import Context
 from .delivery import Delivery
+from .entry import Held, Stage
 from .fate import tell_handled
 from .keeper import EntryKeeper
-from .ledger import Held, Ledger, Stage
 from .settler import Settler
+from .taker import Taker
 
 Handler = Callable[[Delivery], Awaitable[None]]
 
-_WAITING, _OPEN = Stage.WAITING, Stage.OPEN  # read for every message
 _STREAK = 64
-_PARKED = 4
+_IDLE = 4
 """So many workers wait for more; a new task costs more than waking one of them."""
 
 
@@ -59,137 +61,78 @@ handled_by: contextvars.ContextVar[frozenset[Place]] = contextvars.ContextVar("a
 """The workers in whose handlers the current code runs, or was started."""
 
 
-def _raise(error: BaseException) -> None:
-    raise error
-
-
-class Taker(abc.ABC):
-    """Takes what waits: what pool and pull stream have in common."""
-
-    def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper) -> None:
-        self._context = context
-        self._ledger: Ledger = context.ledger
-        self._budget = context.ledger.budget
-        self._waiting = context.ledger.waiting
-        self._settler = settler
-        self._keeper = keeper
-        self._clock = context.clock
-        self._stopping = anyio.Event()
-        self._stopped = False
-        self.scope = anyio.CancelScope(shield=True)
-        self.ended = anyio.Event()
-        self.running: set[Held] = set()
-        self.on_fatal: Callable[[BaseException], None] = _raise
-
-    def next_entry(self) -> Held | None:
-        """The next entry that may start; its lease is looked at, since a process can be frozen at any moment."""
-        waiting = self._waiting
-        trial = self._budget.trial
-        while waiting and not self._stopped:
-            if trial is not None and not trial.may_begin(self.running):
-                return None
-            held = waiting.popleft()
-            if held.stage is not _WAITING:
-                continue
-            if not waiting or waiting[0].stage is not _WAITING:
-                self._ledger.all_taken()
-            held.started_at = now = self._clock()
-            if now >= held.lease_until:
-                self._settler.handed_back += 1
-                self._settler.release(held)
-                continue
-            held.stage = _OPEN
-            self.running.add(held)
-            if trial is not None:
-                trial.begins(held)
-            return held
-        return None
-
-    def stop(self) -> None:
-        """Take nothing more."""
-        self._stopped = True
-        self._stopping.set()
-
-    @abc.abstractmethod
-    def wake(self) -> None:
-        """There is something to take."""
-
-    @abc.abstractmethod
-    async def run(self) -> None:
-        """Until stopped, and nothing is in flight."""
-
-    def in_flight(self) -> int:
-        return len(self.running)
-
-    def oldest(self) -> float | None:
-        """For how many seconds the oldest entry has been in flight."""
-        started = [held.started_at for held in self.running]
-        return self._clock() - min(started) if started else None
-
-
 class HandlerPool(Taker):
-    """Calls the handler."""
+    """Calls the handler.
 
-    def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper, handler: Handler) -> None:
-        super().__init__(context, settler, keeper)
+    :param ready: what may start comes out of here.
+    :param again: leads to the same place: an empty batch in it calls an idle worker.
+    :param fail: ends the subscription with what is no ``Exception``.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        settler: Settler,
+        keeper: EntryKeeper,
+        circuit: Circuit | None,
+        ready: MemoryObjectReceiveStream[list[Held]],
+        again: MemoryObjectSendStream[list[Held]],
+        handler: Handler,
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        super().__init__(context, settler, ready)
+        self._keeper = keeper
+        self._circuit = circuit
+        self._again = again
         self._handler = handler
+        self._fail = fail
+        self._conclude = settler.conclude if circuit is None else self._conclude_watched
         self._limit = context.max_in_flight
         self._needs_scope = context.handler_timeout is not None or context.on_lease_lost == "cancel"
         self._on_receive = context.policy.ack_mode == "auto-on-receive"
         self._is_plain = not (self._on_receive or self._needs_scope)
         self._workers = 0
-        self._spares = 0
-        self._parked: list[anyio.Event] = []
+        self._idle = 0
+        self._called = False
         self._tasks: TaskGroup | None = None
         self._home: contextvars.Context | None = None
-        if context.circuit is not None:
-            context.ledger.on_removed = self.wake  # on trial, the next may begin
-
-    def wake(self) -> None:
-        if (
-            self._tasks is not None
-            and not self._spares
-            and self._workers < self._limit
-            and not self._stopped
-            and self._ledger.has_waiting()
-            and (self._budget.trial is None or self._budget.trial.may_begin(self.running))
-        ):
-            self._add_worker()
 
     def stop(self) -> None:
         super().stop()
-        while self._parked:
-            self._parked.pop().set()
+        self._again.close()
 
     async def run(self) -> None:
-        # Workers start from here, whoever wakes them: no handler inherits what another one put in its context.
+        # Workers start from here, whoever calls them: no handler inherits what another one put in its context.
         self._home = contextvars.copy_context()
         try:
             with self.scope:
                 await self._run_workers()
                 while not self._stopped:
                     # A stray cancellation that hit a worker at its very end has taken the group along, without a word.
+                    self._look_up_waiting()
                     await self._run_workers()
         finally:
             self._tasks = None
             self.ended.set()
 
     async def _run_workers(self) -> None:
-        self._workers = self._spares = 0
-        self._parked.clear()
+        self._workers = self._idle = 0
+        self._called = False
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
-            self.wake()
+            self._call()
             await persist(self._stopping.wait)
 
-    def _add_worker(self) -> None:
-        assert self._tasks is not None
-        assert self._home is not None
-        self._workers += 1
-        self._spares += 1
-        if self._parked:
-            self._parked.pop().set()
-        else:
+    def _call(self) -> None:
+        """Have somebody come for what is ready: an idle worker, or a new one."""
+        if self._called or self._stopped or self._workers >= self._limit:
+            return
+        if self._idle:
+            self._called = True
+            with contextlib.suppress(anyio.WouldBlock):  # then whoever is idle next finds a batch at once
+                self._again.send_nowait([])
+        elif self._tasks is not None and self._home is not None:
+            self._called = True
             self._home.run(self._tasks.start_soon, self._work)
 
     async def _work(self) -> None:
@@ -197,44 +140,47 @@ class HandlerPool(Taker):
         handled_by.set(handled_by.get() | {place})
         clean = contextvars.copy_context()
         goes_on = True
-        while goes_on:
-            self._spares -= 1
-            try:
-                goes_on = await self._work_off(place, clean)
-            finally:
-                self._workers -= 1
-            self.wake()
-            goes_on = goes_on and await self._called_again()
+        while goes_on and not self._stopped:
+            self._called = False
+            if self._workers < self._limit:
+                self._workers += 1
+                try:
+                    goes_on = await self._work_off(place, clean)
+                finally:
+                    self._workers -= 1
+            goes_on = goes_on and await self._is_called_again()
+        if self._backlog or not self._idle:
+            self._call()
 
-    async def _called_again(self) -> bool:
-        """Wait until there is more to do, if not enough others wait already."""
-        if self._stopped or len(self._parked) >= _PARKED:
+    async def _is_called_again(self) -> bool:
+        """Wait for more, unless enough others do so already."""
+        if self._stopped or self._idle >= _IDLE:
             return False
-        called = anyio.Event()
-        self._parked.append(called)
+        self._idle += 1
         try:
-            await called.wait()
+            batch = await self._ready.receive()
+        except anyio.EndOfStream:
+            return False
         except BaseException as error:  # noqa: ASYNC103 - a real cancellation goes on
-            if called in self._parked:
-                self._parked.remove(called)
-            elif not self._stopped:
-                # Called and cut off in one moment: somebody else has to go.
-                self._workers -= 1
-                self._spares -= 1
-                self.wake()
+            self._called = False
+            self._look_up_waiting()
             if not is_stray(error):
                 raise
             return False  # noqa: ASYNC104 - meant for what this worker did before, or for nobody: only it ends
-        return not self._stopped
+        finally:
+            self._idle -= 1
+        self._backlog += batch
+        return True
 
     async def _work_off(self, place: Place, clean: contextvars.Context) -> bool:
         """Handle what is ready. False: this worker must not go on."""
         streak = 0
         debug = logger.isEnabledFor(logging.DEBUG)
-        ledger, handler, keeper, conclude = self._ledger, self._handler, self._keeper, self._settler.conclude
+        handler, keeper = self._handler, self._keeper
+        conclude = self._conclude
         while (held := self.next_entry()) is not None:
-            if not self._spares and ledger.waiting and self._workers < self._limit:
-                self._add_worker()
+            if not self._called and (self._backlog or not self._idle):
+                self._call()
             place.busy = True
             try:
                 if self._is_plain:
@@ -256,7 +202,7 @@ class HandlerPool(Taker):
             except BaseException as error:
                 # Ctrl-C, or an exit. Not out of this task: asyncio would let it out of its loop at once.
                 self._settler.crashed(held, error)
-                self.on_fatal(error)
+                self._fail(error)
                 return False
             finally:
                 place.busy = False
@@ -271,28 +217,36 @@ class HandlerPool(Taker):
                 await checkpoint()
         return True
 
+    def _conclude_watched(self, held: Held, result: Result) -> None:
+        """Settle, and tell the circuit how the handling has ended."""
+        assert self._circuit is not None
+        was_open = held.stage is Stage.OPEN
+        self._settler.conclude(held, result)
+        if was_open and (result is not RETURNED or self._settler.acks_returned):
+            self._circuit.saw(result.outcome)
+
     def _raised(self, held: Held, error: BaseException) -> None:
         try:
             result = self._judge(held, error)
         except anyio.get_cancelled_exc_class():
             self._settler.conclude(held, CANCELLED)
             raise
-        self._settler.conclude(held, result)
+        self._conclude(held, result)
 
     async def _handle(self, held: Held) -> None:
         try:
-            result = await self._call(held)
+            result = await self._call_handler(held)
         except anyio.get_cancelled_exc_class():
             self._settler.conclude(held, CANCELLED)
             raise
-        self._settler.conclude(held, result)
+        self._conclude(held, result)
 
     async def _handle_acked(self, held: Held) -> None:
         if not await self._settler.ack_first(held):
             return
-        result = await self._call(held)
-        if self._settler.watch is not None:
-            self._settler.watch(result.outcome)
+        result = await self._call_handler(held)
+        if self._circuit is not None:
+            self._circuit.saw(result.outcome)
         if result is RETURNED:
             self._context.counters.handled += 1
             return
@@ -300,7 +254,7 @@ class HandlerPool(Taker):
         if result.outcome is Outcome.REJECTED:
             await self._settler.publish_rejected(held, result)
 
-    async def _call(self, held: Held) -> Result:
+    async def _call_handler(self, held: Held) -> Result:
         """Call the handler; return how it ended. Only a real cancellation comes out, and what is no ``Exception``."""
         delivery = Delivery(held, self._keeper)
         try:

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import anyio
 from anyio.abc import ObjectReceiveStream
 from anyio.lowlevel import checkpoint
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from .._ground.cancellation import persist
 from .._ground.home import Home
 from .context import Context
 from .delivery import Delivery
+from .entry import Held, Stage
 from .keeper import EntryKeeper
-from .ledger import Stage
-from .pool import Taker
 from .settler import Settler
+from .taker import Taker
 
 
 class PullTaker(Taker):
-    """Hands out deliveries to whoever asks; at most ``max_in_flight`` are out unsettled."""
+    """Gives deliveries to whoever asks; at most ``max_in_flight`` are out unsettled.
 
-    def __init__(self, context: Context, settler: Settler, keeper: EntryKeeper) -> None:
-        super().__init__(context, settler, keeper)
+    :param again: leads to the same place: an empty batch in it wakes the next who waits.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        settler: Settler,
+        keeper: EntryKeeper,
+        ready: MemoryObjectReceiveStream[list[Held]],
+        again: MemoryObjectSendStream[list[Held]],
+    ) -> None:
+        super().__init__(context, settler, ready)
+        self._keeper = keeper
+        self._again = again
         self._limit = context.max_in_flight
-        self._changed = anyio.Event()
-        context.ledger.on_removed = self.wake
-
-    def wake(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+        self._idle = 0
 
     def stop(self) -> None:
         super().stop()
-        self.wake()
-
-    @property
-    def is_stopping(self) -> bool:
-        return self._stopping.is_set()
+        self._again.close()
+        self._ledger.changed()
 
     def _forget_settled(self) -> None:
         self.running = {held for held in self.running if held.stage in (Stage.OPEN, Stage.SETTLING)}
@@ -45,13 +51,37 @@ class PullTaker(Taker):
     async def take(self) -> Delivery | None:
         """The next delivery; None when there will be none. Between taking and returning nothing is awaited."""
         await checkpoint()
-        while not self.is_stopping:
+        while not self._stopped:
             if len(self.running) >= self._limit:
                 self._forget_settled()
-            if len(self.running) < self._limit and (held := self.next_entry()) is not None:
+            if len(self.running) >= self._limit:
+                await self._ledger.wait_for_change()
+            elif (held := self.next_entry()) is not None:
+                self._wake_next()
                 return Delivery(held, self._keeper)
-            await self._changed.wait()
+            else:
+                await self._receive()
         return None
+
+    async def _receive(self) -> None:
+        self._idle += 1
+        try:
+            batch = await self._ready.receive()
+        except anyio.EndOfStream:
+            return
+        except BaseException:
+            self._look_up_waiting()
+            raise
+        finally:
+            self._idle -= 1
+            self._wake_next()
+        self._backlog += batch
+
+    def _wake_next(self) -> None:
+        """Somebody else may wait for what is left of a batch."""
+        if self._backlog and self._idle:
+            with contextlib.suppress(anyio.WouldBlock, anyio.ClosedResourceError):
+                self._again.send_nowait([])
 
     def in_flight(self) -> int:
         self._forget_settled()
@@ -64,13 +94,16 @@ class PullTaker(Taker):
     async def run(self) -> None:
         try:
             with self.scope:
-                await persist(self._stopping.wait)
-                self._forget_settled()
-                while self.running:
-                    await self._changed.wait()
-                    self._forget_settled()
+                await persist(self._until_settled)
         finally:
             self.ended.set()
+
+    async def _until_settled(self) -> None:
+        await self._stopping.wait()
+        self._forget_settled()
+        while self.running:
+            await self._ledger.wait_for_change()
+            self._forget_settled()
 
 
 class DeliveryStream(ObjectReceiveStream[Delivery]):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 
 import anyio
@@ -32,7 +30,7 @@ from .._ground.errors import AlreadySettledError, ClosedError, LeaseLostError
 from ..abc import Output
 from .context import Context
 from .dispatch import Dispatch
-from .fate import (
+from .entry import (
     ACCEPTED,
     ACKED,
     ACKED_WITH,
@@ -41,34 +39,32 @@ from .fate import (
     MISSING,
     RELEASED,
     RETRIED,
-    tell_fate,
-    tell_unsettled,
+    Held,
+    Settlement,
+    Stage,
+    Waiter,
 )
+from .fate import tell_fate, tell_unsettled
 from .judgement import Judgement
-from .ledger import Held, Stage, Waiter
+from .postponed import Postponed
 
-_FAILURES = frozenset(
-    {Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY, Outcome.GAVE_UP, Outcome.INVALID, Outcome.REJECTED}
-)
 _OPEN, _SETTLING = Stage.OPEN, Stage.SETTLING  # read for every message
 
 
 class Settler:
-    """Owns the way of every entry from its outcome to the dispatch."""
+    """Owns the way of every entry from its outcome to the dispatch.
 
-    def __init__(self, context: Context) -> None:
+    :param postponed: where retries wait, for a backend that cannot delay them.
+    """
+
+    def __init__(self, context: Context, postponed: Postponed) -> None:
         self._context = context
-        self.judgement = Judgement(context)
+        self._postponed = postponed
+        self._judgement = Judgement(context)
         self.dispatch = Dispatch(context, self.apply)
         self._put_ack = self.dispatch.acks.put
-        self._held_back: list[tuple[float, int, Held]] = []
-        self._tickets = itertools.count()
-        self._held_back_changed = anyio.Event()
-        self.on_due: Callable[[Held], None] = self.release
-        self.handed_back = 0
+        self.given_back = 0
         """Releases by handlers, and of what may not start: taking them again at once would spin."""
-        self.watch: Callable[[Outcome], None] | None = None
-        """Told how each handling ends whose message was acknowledged before it."""
         features = context.backend.features
         self._can_delay = "delay" in features
         self._can_keep_raw = "raw" in features
@@ -92,37 +88,23 @@ class Settler:
                 f"{name} cannot delay messages: retries wait in this process, and a crash loses their backoff"
             )
 
-    async def run_held_back(self) -> None:
-        """Bring back what waits here for its retry, for a backend that cannot delay."""
-        context = self._context
-        while True:
-            while self._held_back and self._held_back[0][0] <= context.clock():
-                held = heapq.heappop(self._held_back)[2]
-                held.parked = False
-                if held.stage is Stage.WAITING:
-                    if "renew" not in context.backend.features:
-                        # No clock of ours knows whose it is: it is tried, and the settlement asks the server.
-                        held.lease_until = context.clock() + context.lease
-                    self.on_due(held)
-            wait = self._held_back[0][0] - context.clock() if self._held_back else None
-            self._held_back_changed = anyio.Event()
-            if wait is None:
-                await self._held_back_changed.wait()
-            else:
-                with anyio.move_on_after(wait):
-                    await self._held_back_changed.wait()
+    @property
+    def acks_returned(self) -> bool:
+        """Whether a handler that returns has succeeded. (In manual mode that says nothing.)"""
+        return self._acks_returned
 
     def conclude(self, held: Held, result: Result) -> None:
         """A handler has ended. What it has not settled is settled now."""
         if held.stage is _OPEN:
-            if result is RETURNED and self._acks_returned:
+            if result is RETURNED and self._acks_returned and held.settlement is None:
                 held.stage = _SETTLING
-                held.intent = ACKED
                 self._put_ack(held)
             else:
                 self.apply(held, result)
-        elif held.stage is Stage.SETTLING and held.waiter is not None:
-            held.result = result  # for the case that the settlement under way fails
+        elif held.stage is _SETTLING:
+            waiter = held.waiter
+            if waiter is not None:
+                waiter.result = result  # for the case that the settlement under way fails
 
     def crashed(self, held: Held, error: BaseException) -> None:
         """The handling raised what is no ``Exception``: it counts as a hand-over without an outcome.
@@ -131,7 +113,7 @@ class Settler:
         """
         if isinstance(error, Exception) or not is_crash(error):
             return
-        if held.stage is Stage.WAITING:
+        if held.stage in (Stage.PARKED, Stage.WAITING):
             self.apply(held, CRASHED)
         else:
             self.conclude(held, CRASHED)
@@ -141,14 +123,19 @@ class Settler:
         self.dispatch.ack(held, intent)
 
     def release(self, held: Held) -> None:
-        """Hand back, uncounted."""
+        """Give it back to the group, uncounted."""
+        self.dispatch.release(held)
+
+    def give_back(self, held: Held) -> None:
+        """Release what could be taken again at once."""
+        self.given_back += 1
         self.dispatch.release(held)
 
     async def ack_first(self, held: Held) -> bool:
         """Acknowledge before the start (auto-on-receive). False: not ours, or the lease ended before it worked."""
         failures = 0
         while True:
-            held.waiter = waiter = Waiter()
+            held.waiter = waiter = Waiter(Stage.OPEN)
             self.ack(held, ACCEPTED)
             await waiter.done.wait()
             if waiter.error is None:
@@ -171,13 +158,12 @@ class Settler:
             if held.lost and held.stage is Stage.GONE:
                 raise LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
             raise AlreadySettledError(f"entry {held.id} of {held.stream!r} has been settled already")
-        held.unsettled = held.stage
-        held.waiter = waiter = Waiter()
+        held.waiter = waiter = Waiter(held.stage)
         self._begin(held, result, outputs)
         try:
             await waiter.done.wait()
         except anyio.get_cancelled_exc_class():
-            if waiter.error is not None and held.stage is held.unsettled:
+            if waiter.error is not None and held.stage is waiter.stage:
                 # It failed in the moment of the cancellation, and nobody hears of it: it is begun again.
                 self._begin(held, result, outputs)
             raise
@@ -195,7 +181,7 @@ class Settler:
             self.ack(held)
         else:
             if result.outcome is Outcome.RELEASED and not result.delay:
-                self.handed_back += 1
+                self.given_back += 1
             self.apply(held, result)
 
     async def publish_rejected(self, held: Held, result: Result) -> None:
@@ -203,13 +189,12 @@ class Settler:
         context = self._context
         decision = self._decide(held, result)
         assert isinstance(decision, DeadLetter)
-        held.reason = f"{decision.code}: {decision.reason}"
-        if context.dead_letter_topic is None:
-            held.intent = DROPPED
+        topic = context.dead_letter_topic
+        held.settlement = Settlement(DROPPED if topic is None else DEAD_LETTERED, (), result, decision)
+        if topic is None:
             self._rejected_is_kept(held, result)
             return
-        held.intent = DEAD_LETTERED
-        output = self._dead_letter(held, decision, context.dead_letter_topic)
+        output = self._dead_letter(held, decision, topic)
         try:
             # Shielded: of what was acknowledged before, this is all that is left.
             with anyio.fail_after(context.options.publish_timeout, shield=True):
@@ -233,7 +218,7 @@ class Settler:
             policy=self._context.policy,
             now=self._context.clock(),
             draw=random.random(),
-            expires_in=self.judgement.expires_in(held),
+            expires_in=self._judgement.expires_in(held),
         )
 
     def apply(self, held: Held, result: Result, *, raw: Mapping[str, bytes] | None = None) -> None:
@@ -241,21 +226,16 @@ class Settler:
 
         :param raw: the fields of a malformed entry, kept beside its dead letter.
         """
-        result = self.judgement.weigh(held, result)
+        result = self._judgement.weigh(held, result)
         decision = self._decide(held, result)
-        held.failed = result.outcome in _FAILURES
-        held.ending = None
         if isinstance(decision, Ack):
             self.ack(held, MISSING if result.outcome is Outcome.MISSING else ACKED)
         elif isinstance(decision, Release):
             self.release(held)
         elif isinstance(decision, DeadLetter):
-            held.ending = result
-            self._give_up(held, decision, raw)
+            self._give_up(held, result, decision, raw)
         elif isinstance(decision, RetryAt):
-            held.ending = result
-            held.delay = decision.delay
-            self._retry(held, decision, counted=result.outcome is not Outcome.RELEASED)
+            self._retry(held, result, decision)
         elif isinstance(decision, Leave):
             held.stage = Stage.RETURNED
         elif isinstance(decision, LetGo):
@@ -267,52 +247,48 @@ class Settler:
 
     def expire(self, held: Held) -> bool:
         """Give up on what is too old to be handled. False: it is not."""
-        result = self.judgement.expired(held)
+        result = self._judgement.expired(held)
         if result is not None:
             self.apply(held, result)
         return result is not None
 
-    def _give_up(self, held: Held, decision: DeadLetter, raw: Mapping[str, bytes] | None) -> None:
-        context = self._context
-        held.reason = f"{decision.code}: {decision.reason}"
-        if context.dead_letter_topic is None:
-            self.ack(held, DROPPED)
+    def _give_up(self, held: Held, result: Result, decision: DeadLetter, raw: Mapping[str, bytes] | None) -> None:
+        topic = self._context.dead_letter_topic
+        if topic is None:
+            self.dispatch.ack(held, DROPPED, result=result, decision=decision)
             return
-        output = self._dead_letter(held, decision, context.dead_letter_topic)
+        output = self._dead_letter(held, decision, topic)
         if raw is not None and self._can_keep_raw:
             output = Output(output.stream, output.message, raw=raw)
-        self.dispatch.transfer(held, DEAD_LETTERED, output)
+        self.dispatch.transfer(held, DEAD_LETTERED, output, result=result, decision=decision)
 
-    def _retry(self, held: Held, decision: RetryAt, *, counted: bool) -> None:
+    def _retry(self, held: Held, result: Result, decision: RetryAt) -> None:
+        counted = result.outcome is not Outcome.RELEASED
+        intent = RETRIED if counted else RELEASED
         if not self._can_delay:
-            self._hold_back(held, decision, RETRIED if counted else RELEASED)
+            # A new record waits here until it is due: the old delivery is settled.
+            again = held.again(decision.attempt, Stage.PARKED)
+            held.settle(intent, (), result, decision)
+            self.dispatch.done(held, sure=False)
+            self._context.ledger.add(again)
+            self._postponed.put(decision.due, again)
             return
         copy = retry_copy(
             held.message,
             failures=decision.attempt - 1,
             reason=decision.reason if counted else None,
             first_id=self._first_id(held),
-            published_at=self.judgement.published_at(held),
+            published_at=self._judgement.published_at(held),
         )
-        self.dispatch.transfer(
-            held, RETRIED if counted else RELEASED, Output(self._context.retry_stream, copy, decision.delay)
-        )
-
-    def _hold_back(self, held: Held, decision: RetryAt, intent: str) -> None:
-        """Keep the entry here until it is due. A new record: the old delivery is settled for good."""
-        again = held.again(decision.attempt)
-        held.intent = intent
-        self.dispatch.done(held, sure=False)
-        self._context.ledger.add(again)
-        heapq.heappush(self._held_back, (decision.due, next(self._tickets), again))
-        self._held_back_changed.set()
+        output = Output(self._context.retry_stream, copy, decision.delay)
+        self.dispatch.transfer(held, intent, output, result=result, decision=decision)
 
     def _first_id(self, held: Held) -> str:
         return held.message.headers.get(RETRY_FIRST_ID, held.id) if held.stream != self._context.topic else held.id
 
     def _dead_letter(self, held: Held, decision: DeadLetter, topic: str) -> Output:
         context = self._context
-        unhandled = held.stage is Stage.WAITING
+        unhandled = held.stage in (Stage.PARKED, Stage.WAITING)
         origin = Origin(
             topic=context.topic,
             id=self._first_id(held),

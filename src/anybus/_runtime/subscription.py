@@ -10,6 +10,7 @@ shielded, notices a cancellation from outside and turns it into an abort.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -24,17 +25,19 @@ from .._ground.cancellation import as_failure, is_stray, leaves, persist
 from .._ground.errors import ClosedError, EventBusError, can_pass
 from .._reporting import said
 from ..abc import RightsChecker, StreamInspector
-from .circuit import Circuit, WatchedSettler
+from .circuit import Circuit
 from .context import Context
+from .entry import Held, Stage
 from .group_lease import GroupLease
-from .intake import CIRCUIT, ENDING, PAUSED, Intake
+from .intake import ENDING, PAUSED, Intake
 from .keeper import EntryKeeper
 from .leases import Leases
-from .ledger import Stage
-from .pool import Handler, HandlerPool, Taker, handled_by
+from .pool import Handler, HandlerPool, handled_by
+from .postponed import Postponed
 from .pull import PullTaker
 from .settler import Settler
 from .statistics import SubscriptionStatistics
+from .taker import Taker
 
 T = TypeVar("T")
 
@@ -48,34 +51,30 @@ class Subscription:
 
     def __init__(self, context: Context, handler: Handler | None) -> None:
         self._context = context
+        # From the intake to the handlers. Every batch has at least one entry: there are never more than the limit.
+        send, ready = anyio.create_memory_object_stream[list[Held]](context.ledger.budget.limit)
+        postponed = Postponed(context.clock)
+        self._settler = Settler(context, postponed)
+        self._intake = Intake(context, self._settler, postponed, send, ready.clone())
         self._circuit: Circuit | None = None
         if context.circuit is not None:
-            self._circuit = Circuit(
-                context.circuit,
-                context,
-                lambda: self._intake.shut(CIRCUIT),
-                lambda: self._intake.open(CIRCUIT),
-                lambda: self._taker.wake(),  # noqa: PLW0108 - it is made below
-            )
-        self._settler = Settler(context) if self._circuit is None else WatchedSettler(context, self._circuit)
+            self._circuit = Circuit(context.circuit, context, self._intake, send.clone())
         self._leases = Leases(context, self._settler)
         self._group_lease = GroupLease(context, self._leases)
-        keeper = EntryKeeper(context, self._settler, self._leases)
+        keeper = EntryKeeper(context, self._settler, self._leases, self._circuit)
         self._taker: Taker
         if handler is None:
-            self._taker = PullTaker(context, self._settler, keeper)
+            self._taker = PullTaker(context, self._settler, keeper, ready, send.clone())
         else:
-            self._taker = HandlerPool(context, self._settler, keeper, handler)
-        self._intake = Intake(context, self._settler, self._taker.wake)
-        self._taker.on_fatal = self._fail
-        self._settler.on_due = self._intake.accept_due
+            self._taker = HandlerPool(
+                context, self._settler, keeper, self._circuit, ready, send.clone(), handler, self._fail
+            )
         self._entering = anyio.CancelScope()
         self._body = anyio.CancelScope()
         background: tuple[Callable[[], Awaitable[None]], ...] = (
             *(lane.run for lane in self._settler.dispatch.lanes),
             self._leases.run,
             self._group_lease.run,
-            self._settler.run_held_back,
         )
         if self._circuit is not None:
             background = (*background, self._circuit.run)
@@ -105,22 +104,13 @@ class Subscription:
     def statistics(self) -> SubscriptionStatistics:
         """Counts and gauges as of now, as an immutable value."""
         self._is_at_work()
-        counters = self._context.counters
         held = self._context.ledger.all()
         return SubscriptionStatistics(
-            waiting=sum(entry.stage is Stage.WAITING for entry in held),
+            waiting=sum(entry.stage in (Stage.PARKED, Stage.WAITING) for entry in held),
             in_flight=self._taker.in_flight(),
             held=len(held),
             oldest_in_flight=self._taker.oldest(),
-            received=counters.received,
-            handled=counters.handled,
-            failed=counters.failed,
-            retried=counters.retried,
-            dead_lettered=counters.dead_lettered,
-            released=counters.released,
-            reclaimed=counters.reclaimed,
-            leases_lost=counters.leases_lost,
-            circuit_opened=counters.circuit_opened,
+            **dataclasses.asdict(self._context.counters),
         )
 
     def pause(self) -> None:
@@ -217,7 +207,13 @@ class Subscription:
             async with self._running():
                 yield self
         finally:
+            self._close_channels()
             self._ended.set()
+
+    def _close_channels(self) -> None:
+        self._begin_end()
+        self._taker.close()
+        self._settler.dispatch.close()
 
     @asynccontextmanager
     async def _running(self) -> AsyncGenerator[None, None]:
@@ -375,7 +371,7 @@ class Subscription:
         self._release(Stage.RETURNED)
         await self._cancel_handlers()
         await self._intake.ended.wait()
-        self._release(Stage.WAITING, Stage.OPEN, Stage.RETURNED)
+        self._release(Stage.PARKED, Stage.WAITING, Stage.OPEN, Stage.RETURNED)
         with anyio.move_on_after(context.options.cleanup_timeout):
             await self._settler.dispatch.drain()
         left = self._settler.dispatch.finish()
