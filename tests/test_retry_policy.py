@@ -439,7 +439,7 @@ class WallClock:
 @pytest.fixture
 def wall_clock(monkeypatch: pytest.MonkeyPatch) -> WallClock:
     clock = WallClock()
-    monkeypatch.setattr("anybus._runtime.judgement._now", clock.now)
+    monkeypatch.setattr("anybus._failure.judgement._now", clock.now)
     return clock
 
 

@@ -38,7 +38,7 @@ from ._options import PublishOptions as PublishOptions
 from ._options import StreamBusOptions as StreamBusOptions
 from ._options import SubscriptionConfig as SubscriptionConfig
 from ._runtime.delivery import Delivery as Delivery
-from ._runtime.delivery import DeliveryState as DeliveryState
+from ._runtime.keeper import DeliveryState as DeliveryState
 from ._runtime.pool import Handler as Handler
 from ._runtime.pull import DeliveryStream as DeliveryStream
 from ._runtime.statistics import SubscriptionStatistics as SubscriptionStatistics

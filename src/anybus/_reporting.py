@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import Final, Protocol
 
 from ._ground.errors import words
 from ._ground.log import say
 from ._messages.message import Message
-from .abc import BusEvent, Observer
+from .abc import BusEvent, Feature, LeaseKeeper, Observer, StreamBackend
 from .abc._observer import ErrorScope
 
 _TEXTS = 8
 """So many different errors of one part are each logged when they come first."""
+
+
+_WITHOUT: Final[dict[Feature, str]] = {
+    "atomic_transfer": "cannot append and acknowledge in one step (atomic_transfer): a crash between the two doubles a "
+    "retry or a dead letter",
+    "raw": "cannot keep raw fields beside a message: of a malformed entry its dead letter keeps only the bytes of the "
+    "field 'message'",
+    "delay": "cannot delay messages: retries wait in this process, and a crash loses their backoff",
+    "fence": "cannot check who owns an entry: a late ack takes it from its new owner",
+    "release": "cannot release entries: what is handed back waits for its lease to end",
+    "renew": "cannot renew leases: a message that waits and is handled for longer than claim_idle_timeout ({lease} s) "
+    "in all is delivered again, perhaps elsewhere",
+}
+"""What the bus cannot do without a feature of the backend."""
 
 
 class Subject(Protocol):
@@ -199,3 +213,24 @@ class Notices:
         if text not in self._said:
             self._said.add(text)
             say(logging.WARNING, "%s", text)
+
+    def mention_limits(self, backend: StreamBackend, lease: float) -> None:
+        """What the bus cannot do on this backend.
+
+        :param lease: ``claim_idle_timeout``, in seconds.
+        """
+        name = type(backend).__name__
+        for feature, text in _WITHOUT.items():
+            if feature not in backend.features:
+                self.once(f"{name} {text.format(lease=lease)}")
+        lacking = [feature for feature in ("delivery_count", "renew", "release") if feature not in backend.features]
+        if lacking:
+            self.once(
+                f"{name} cannot count deliveries that ended without an outcome (it lacks {', '.join(lacking)}): "
+                "max_deliveries has no effect, and a message that kills its process comes back for ever"
+            )
+        if not isinstance(backend, LeaseKeeper):
+            self.once(
+                f"{name} does not keep a group's lease: nobody notices that members of one group have different values "
+                "of claim_idle_timeout, which makes them handle messages twice at once"
+            )

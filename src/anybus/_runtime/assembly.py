@@ -45,8 +45,9 @@ def make_context(
         max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
         max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
         backoff=backoff_table(config.retry_backoff),
-        counts_crashes=_counts_crashes(backend, notices),
+        counts_crashes={"delivery_count", "renew", "release"} <= backend.features,
     )
+    notices.mention_limits(backend, options.claim_idle_timeout)
     streams = (config.topic, retry_stream(config.topic, config.group))
     max_pending_acks = config.max_pending_acks or 2 * config.max_in_flight
     return Context(
@@ -83,15 +84,3 @@ def make_context(
         term=LeaseTerm(options.claim_idle_timeout),
         home=home,
     )
-
-
-def _counts_crashes(backend: StreamBackend, notices: Notices) -> bool:
-    # Without renew our own reclaims would count up what we hold, without release what never started.
-    lacking = [feature for feature in ("delivery_count", "renew", "release") if feature not in backend.features]
-    if lacking:
-        notices.once(
-            f"{type(backend).__name__} cannot count deliveries that ended without an outcome (it lacks "
-            f"{', '.join(lacking)}): max_deliveries has no effect, and a message that kills its process comes back "
-            "for ever"
-        )
-    return not lacking

@@ -3,61 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Protocol, TypeVar
 
 from .._failure.settlement import Outcome, Result
 from .._ground.checks import check_delay, check_text
 from .._messages.message import Message
-
-
-@dataclass(frozen=True)
-class DeliveryState:
-    """How a delivery stands. Times are UTC.
-
-    :ivar attempt: which handling of the message by this group it is, from 1; releases do not count.
-    :ivar max_attempts: the last one before it becomes a dead letter (``max_retry`` + 1).
-    :ivar deliveries: how often the server has handed this entry over, this time included; None = it does not count.
-    :ivar published_at: when the backend stored the entry; None = it does not say.
-    :ivar received_at: when this process took it.
-    :ivar redelivered: whether anybody may have handled it before.
-    """
-
-    attempt: int
-    max_attempts: int
-    deliveries: int | None
-    published_at: datetime | None
-    received_at: datetime
-    redelivered: bool
-
-
-class Entry(Protocol):
-    """What a delivery shows of the entry that it stands for."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def message(self) -> Message: ...
-
-
-EntryT = TypeVar("EntryT", bound=Entry)
-EntryT_contra = TypeVar("EntryT_contra", bound=Entry, contravariant=True)
-
-
-class Keeper(Protocol[EntryT_contra]):
-    """What a delivery needs of the runtime that made it."""
-
-    def describe(self, entry: EntryT_contra, /) -> DeliveryState: ...
-
-    def is_lease_lost(self, entry: EntryT_contra, /) -> bool: ...
-
-    async def settle(self, entry: EntryT_contra, result: Result | None, /) -> None: ...
-
-    async def ack_with(self, entry: EntryT_contra, publish: Iterable[Message], /) -> None: ...
-
-    async def extend(self, entry: EntryT_contra, /) -> None: ...
+from .entry import Held
+from .keeper import DeliveryState, EntryKeeper
 
 
 class Delivery:
@@ -70,22 +21,21 @@ class Delivery:
 
     __slots__ = ("_entry", "_keeper")
 
-    def __init__(self, entry: EntryT, keeper: Keeper[EntryT]) -> None:
-        self._entry: Any = entry
-        self._keeper: Keeper[Any] = keeper
+    def __init__(self, entry: Held, keeper: EntryKeeper) -> None:
+        self._entry = entry
+        self._keeper = keeper
 
     def __repr__(self) -> str:
         return f"<Delivery {self.id} attempt={self.state.attempt} of {self.message!r}>"
 
     @property
     def message(self) -> Message:
-        message: Message = self._entry.message
-        return message
+        return self._entry.message
 
     @property
     def id(self) -> str:
         """The entry's id in the stream that it was read from."""
-        return str(self._entry.id)
+        return self._entry.id
 
     @property
     def state(self) -> DeliveryState:

@@ -20,6 +20,7 @@ from .entry import (
     DEAD_LETTERED,
     DROPPED,
     MISSING,
+    PLAIN,
     RELEASED,
     RETRIED,
     SETTLED_BEFORE,
@@ -61,11 +62,6 @@ class Dispatch:
         features = context.backend.features
         self._fence = context.consumer if "fence" in features else None
         self._can_release = "release" in features
-        name = type(context.backend).__name__
-        if self._fence is None:
-            context.notices.once(f"{name} cannot check who owns an entry: a late ack takes it from its new owner")
-        if not self._can_release:
-            context.notices.once(f"{name} cannot release entries: what is handed back waits for its lease to end")
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -140,7 +136,7 @@ class Dispatch:
     async def _flush_transfers(self, batch: list[Held]) -> None:
         async def send(stream: str, entries: list[Held]) -> None:
             context = self._context
-            items = [(held.id, _outputs(held)) for held in entries]
+            items = [(held.id, (held.settlement or PLAIN).outputs) for held in entries]
             results = await context.backend.transfer_many(stream, context.group, context.consumer, items)
             for held, result in zip(entries, results, strict=True):
                 if isinstance(result, Exception):
@@ -249,8 +245,9 @@ class Dispatch:
         """
         context = self._context
         counters = context.counters
-        intent, result = held.intent, _result(held)
-        handed_back = intent == RELEASED and not _outputs(held)  # with a delay, a copy of it waits elsewhere
+        settlement = held.settlement or PLAIN
+        intent, result = settlement.intent, settlement.result
+        handed_back = intent == RELEASED and not settlement.outputs  # with a delay, a copy of it waits elsewhere
         retaken, held.retaken = held.retaken, False
         held.lost = False
         if result is not None and result.outcome in _FAILURES:
@@ -283,11 +280,11 @@ class Dispatch:
             self.ack(again, SETTLED_BEFORE)
 
     def _tell_published(self, held: Held, ids: Sequence[str]) -> None:
-        for output, entry_id in zip(_outputs(held), ids, strict=True):
+        for output, entry_id in zip((held.settlement or PLAIN).outputs, ids, strict=True):
             self._context.reporter.tell("on_published", "published", topic=output.stream, message_id=entry_id)
 
     def tell_dead_lettered(self, held: Held) -> None:
-        decision = held.settlement.decision if held.settlement is not None else None
+        decision = (held.settlement or PLAIN).decision
         if isinstance(decision, DeadLetter):
             detail = f"{decision.code}: {decision.reason}"
             self._context.reporter.tell(
@@ -297,7 +294,7 @@ class Dispatch:
     def _refused(self, held: Held, lane: Lane) -> None:
         """The server says that it is not ours."""
         context, intent = self._context, held.intent
-        uncertain = held.settlement is not None and held.settlement.uncertain
+        uncertain = (held.settlement or PLAIN).uncertain
         if held.retaken:
             held.retaken = False  # but has become ours since
             lane.put(held)
@@ -369,7 +366,7 @@ class Dispatch:
 
     def _remove(self, held: Held) -> Result | None:
         """Out of the books. Returns what it was to be settled for, which the ledger forgets."""
-        result = _result(held)
+        result = (held.settlement or PLAIN).result
         self._context.ledger.remove(held)
         return result
 
@@ -381,11 +378,3 @@ class Dispatch:
 
     def report(self, scope: ErrorScope, error: BaseException, held: Held, detail: str, *, times: int = 1) -> None:
         self._context.reporter.error(scope, error, detail=detail, about=held, times=times)
-
-
-def _outputs(held: Held) -> Sequence[Output]:
-    return held.settlement.outputs if held.settlement is not None else ()
-
-
-def _result(held: Held) -> Result | None:
-    return held.settlement.result if held.settlement is not None else None

@@ -87,7 +87,8 @@ class Settlement(msgspec.Struct, eq=False):
     uncertain: bool = False
 
 
-_PLAIN = Settlement(ACKED)
+PLAIN = Settlement(ACKED)
+"""Of an entry that is acked at its first try, like nearly all: it has no settlement of its own."""
 
 
 class Held(msgspec.Struct, eq=False):
@@ -119,7 +120,7 @@ class Held(msgspec.Struct, eq=False):
 
     @property
     def intent(self) -> str:
-        return (self.settlement or _PLAIN).intent
+        return (self.settlement or PLAIN).intent
 
     def settle(
         self,

@@ -7,7 +7,7 @@ import logging
 from .._failure.settlement import DeadLetter, Outcome, Result, RetryAt
 from .._reporting import said
 from .context import Context
-from .entry import RETRIED, Held, Stage
+from .entry import PLAIN, RETRIED, Held, Stage
 
 _TOLD = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.GAVE_UP, Outcome.INVALID})
 """Failures that ``on_error`` has heard of."""
@@ -21,7 +21,7 @@ def tell_fate(context: Context, held: Held, ending: Result) -> None:
     :param ending: what it is for. (The ledger has let go of it by now.)
     """
     reporter, intent = context.reporter, held.intent
-    decision = held.settlement.decision if held.settlement is not None else None
+    decision = (held.settlement or PLAIN).decision
     if isinstance(decision, RetryAt) and intent == RETRIED:
         if not (reporter.hears_errors and ending.outcome in _TOLD):
             text, delay = "retry in %.3g s: %s", decision.delay

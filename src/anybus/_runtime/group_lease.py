@@ -16,7 +16,7 @@ _DOCS: Final = "docs/promises.md, 'One lease for a group'"
 
 
 class GroupLease:
-    """This member's part in it. Without a backend that keeps leases it does nothing, and says so once."""
+    """This member's part in it. Without a backend that keeps leases it does nothing."""
 
     def __init__(self, context: Context, leases: Leases) -> None:
         self._context = context
@@ -26,11 +26,6 @@ class GroupLease:
         self._before: float | None = None
         self.may_be_member = False
         """Whether the server may know this member already."""
-        if self._keeper is None:
-            context.notices.once(
-                f"{type(backend).__name__} does not keep a group's lease: nobody notices that members of one group "
-                "have different values of claim_idle_timeout, which makes them handle messages twice at once"
-            )
 
     async def agree(self) -> None:
         """

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from datetime import datetime, timezone
+from collections.abc import Sequence
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from .._failure.copies import failed_attempts, undecodable
-from .._failure.settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
 from .._ground.cancellation import persist
-from .._ground.errors import BackendError, SerializationError
-from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, PassSource
-from ..abc._observer import ErrorScope
+from ..abc import FetchedEntry, PassSource
+from .admission import Admission
 from .context import Context
 from .entry import Held, Stage
-from .fate import tell_let_go, tell_suspect
 from .ledger import Taking
 from .postponed import Postponed
 from .recovery import Recovery
 from .settler import Settler
 
 SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
-
-_WORN_OUT = Result(Outcome.WORN_OUT)
-_MISSING = Result(Outcome.MISSING)
-_NOTHING: set[str] = set()
 
 
 class Intake:
@@ -48,20 +39,17 @@ class Intake:
     ) -> None:
         self._context = context
         self._settler = settler
+        self._admission = Admission(context, settler)
         self._postponed = postponed
         self._ready = ready
         self._unread = unread
         self._ledger = context.ledger
         self._clock = context.clock
         self._budget = context.ledger.budget
-        self._can_release = "release" in context.backend.features
-        self._ages = context.failure_policy.max_age is not None
         self._shut_by: set[str] = set()
         self._opened = anyio.Event()
         self._reading: anyio.CancelScope | None = None
         self._step = 0
-        self._suspects_released = 0
-        self._no_suspect_before = -math.inf
         self.scope = anyio.CancelScope()
         self.ended = anyio.Event()
 
@@ -131,11 +119,11 @@ class Intake:
 
     async def _keep_reclaiming(self) -> None:
         recovery = Recovery(self._context, "reclaim")
-        releases = self._releases()
+        releases = self._settler.given_back
         while True:
             await self._until_open()
             full = await recovery.attempt(self._pass)
-            before, releases = releases, self._releases()
+            before, releases = releases, self._settler.given_back
             if full and before == releases:
                 await self._ledger.wait_for_reclaim_room()
             else:
@@ -145,7 +133,7 @@ class Intake:
     async def _take_turns(self) -> None:
         """Nothing lies beyond ``max_in_flight``: a pass after each read, which blocks no longer than that may wait."""
         read, reclaim = Recovery(self._context, "read"), Recovery(self._context, "reclaim")
-        releases = self._releases()
+        releases = self._settler.given_back
         left_behind = False
         while True:
             await self._until_open()
@@ -155,11 +143,8 @@ class Intake:
             await self._until_open()
             await self._ledger.wait_for_reclaim_room()
             full = await reclaim.attempt(self._pass)
-            before, releases = releases, self._releases()
+            before, releases = releases, self._settler.given_back
             left_behind = full and before == releases
-
-    def _releases(self) -> int:
-        return self._settler.given_back + self._suspects_released
 
     def _taking(self, room: int, *, by_reclaim: bool) -> Taking:
         """Every call that takes entries is made in here, and what it brought is accepted by what this notes."""
@@ -181,7 +166,7 @@ class Intake:
             finally:
                 self._reading = None
         # Searched: after a broken connection a read looks for what it was given unseen, and may find what is held.
-        await self._accept(taking, context.topic, entries, by_reclaim=False, searched=True)
+        await self._accept(taking, (context.topic, entries), by_reclaim=False, searched=True)
         return bool(entries)
 
     async def _pass(self) -> bool:
@@ -190,7 +175,8 @@ class Intake:
         if isinstance(backend, PassSource):
             return await self._pass_at_once(backend)
         full = False
-        steps = (self._reclaim_topic, self._read_retries, self._reclaim_retries)
+        topic, retries = self._context.streams
+        steps = ((topic, True), (retries, False), (retries, True))
         self._step += 1
         for offset in range(len(steps)):
             if self._shut_by:
@@ -199,7 +185,8 @@ class Intake:
             if room <= 0:
                 return True
             # The steps take turns at going first: with room for one only, none of them starves.
-            full = await self._take(steps[(self._step + offset) % len(steps)], room) or full
+            stream, idle = steps[(self._step + offset) % len(steps)]
+            full = await self._take(stream, room, idle=idle) or full
         return full
 
     async def _pass_at_once(self, source: PassSource) -> bool:
@@ -214,63 +201,52 @@ class Intake:
             )
         context.counters.reclaimed += len(taken.reclaimed) + len(taken.reclaimed_retries)
         brought = ((topic, taken.reclaimed), (retries, taken.retries), (retries, taken.reclaimed_retries))
-        entered = [
-            self._enter(taking, stream, entries, by_reclaim=True, searched=taken.searched)
-            for stream, entries in brought
-        ]
-        for batch, suspect in entered:
-            await self._pass_on(batch, suspect)
+        await self._accept(taking, *brought, by_reclaim=True, searched=taken.searched)
         if taken.lost is not None:
             raise taken.lost
         return taken.more or len(taken.reclaimed) + len(taken.retries) + len(taken.reclaimed_retries) >= room
 
-    async def _take(self, fetch: Callable[[int], Awaitable[tuple[str, list[FetchedEntry]]]], room: int) -> bool:
-        room = min(room, self._context.options.claim_scan_batch_size)
+    async def _take(self, stream: str, room: int, *, idle: bool) -> bool:
+        """One step of a pass, on a backend without ``PassSource``: what is idle, or what is new."""
+        context = self._context
+        backend, group, consumer = context.backend, context.group, context.consumer
+        room = min(room, context.options.claim_scan_batch_size)
         with self._taking(room, by_reclaim=True) as taking:
-            stream, entries = await fetch(room)
-        await self._accept(taking, stream, entries, by_reclaim=True)
+            if idle:
+                entries = await backend.reclaim_idle(stream, group, consumer, min_idle=context.min_idle, count=room)
+                context.counters.reclaimed += len(entries)
+            else:
+                entries = await backend.read_new(stream, group, consumer, count=room, timeout=0)
+        await self._accept(taking, (stream, entries), by_reclaim=True)
         return len(entries) >= room
 
-    async def _reclaim_topic(self, room: int) -> tuple[str, list[FetchedEntry]]:
-        return self._context.topic, await self._reclaim(self._context.topic, room)
-
-    async def _reclaim_retries(self, room: int) -> tuple[str, list[FetchedEntry]]:
-        return self._context.retry_stream, await self._reclaim(self._context.retry_stream, room)
-
-    async def _reclaim(self, stream: str, room: int) -> list[FetchedEntry]:
-        context = self._context
-        entries = await context.backend.reclaim_idle(
-            stream, context.group, context.consumer, min_idle=context.min_idle, count=room
-        )
-        context.counters.reclaimed += len(entries)
-        return entries
-
-    async def _read_retries(self, room: int) -> tuple[str, list[FetchedEntry]]:
-        context = self._context
-        stream = context.retry_stream
-        return stream, await context.backend.read_new(stream, context.group, context.consumer, count=room, timeout=0)
-
     async def _accept(
-        self,
-        taking: Taking,
-        stream: str,
-        entries: Sequence[FetchedEntry],
-        *,
-        by_reclaim: bool,
-        searched: bool = False,
+        self, taking: Taking, *brought: tuple[str, Sequence[FetchedEntry]], by_reclaim: bool, searched: bool = False
     ) -> None:
-        batch, suspect = self._enter(taking, stream, entries, by_reclaim=by_reclaim, searched=searched)
-        await self._pass_on(batch, suspect)
+        """Everything that a call brought is entered into the ledger first, then passed on.
 
-    async def _pass_on(self, batch: list[Held], suspect: Held | None = None) -> None:
-        if batch and not self._shut_by:  # else it has been released by now
-            self._ledger.some_wait()
-            await self._send(batch)
-        if suspect is not None:
-            await self._handle_alone(suspect)
+        :param searched: what is held here already may be among it.
+        """
+        batches: list[list[Held]] = []
+        alone: Held | None = None
+        for stream, entries in brought:
+            shut = bool(self._shut_by)
+            batch, suspect = self._admission.enter(
+                taking, stream, entries, by_reclaim=by_reclaim, searched=searched, shut=shut
+            )
+            batches.append(batch)
+            if suspect is not None:
+                alone = suspect
+                self.shut(SUSPECT)
+        for batch in batches:
+            if batch and not self._shut_by:  # else it has been released by now
+                await self._send(batch)
+        if alone is not None:
+            await self._handle_alone(alone)
 
     async def _send(self, batch: list[Held]) -> None:
         """To the handlers. The channel is full only while entries lie in it that were released meanwhile."""
+        self._ledger.some_wait()
         try:
             try:
                 self._ready.send_nowait(batch)
@@ -281,133 +257,6 @@ class Intake:
                 if held.stage is Stage.WAITING:
                     self._settler.release(held)
             raise
-
-    def _enter(
-        self, taking: Taking, stream: str, entries: Sequence[FetchedEntry], *, by_reclaim: bool, searched: bool
-    ) -> tuple[list[Held], Held | None]:
-        """Enter what was taken into the ledger.
-
-        :param searched: what is held here already may be among it.
-        :returns: what may start; and a suspect that has the bus's one place, not yet started.
-        """
-        context = self._context
-        ledger = self._ledger
-        if ledger.vanished and ledger.was_recreated(stream, entries, context.clock()):
-            ledger.group_was_lost(stream)
-        settled = taking.settled.get(stream)
-        if settled:  # by what the server said later: this reply is older (or of a recreated group: then acked anew)
-            entries = [entry for entry in entries if entry.id not in settled or ledger.was_handled(stream, entry.id)]
-        if not entries:
-            return [], None
-        table = ledger.tables[stream]
-        received_at = datetime.now(timezone.utc)
-        lease_until = taking.began + context.lease
-        is_retry = stream != context.topic
-        suspect: Held | None = None
-        taken: list[Held] = []
-        batch: list[Held] = []
-        refused: list[tuple[Held, MalformedEntry | MissingEntry]] = []
-        doubtful = taking.doubtful.get(stream, _NOTHING) if self._can_release else _NOTHING
-        quick = not doubtful and self._is_unremarkable(stream)
-        quickly = 0
-        for entry in entries:
-            known = table.get(entry.id)
-            if (
-                quick
-                and known is None
-                and isinstance(entry, ClaimedMessage)
-                and (entry.deliveries is None or entry.deliveries <= SUSPECT_AFTER)
-            ):
-                # The same as below for what is nearly every message: first handling, nothing speaks against it.
-                table[entry.id] = held = Held(
-                    stream,
-                    entry.id,
-                    entry.message,
-                    1,
-                    entry.deliveries,
-                    entry.published_at,
-                    received_at,
-                    lease_until,
-                    by_reclaim,
-                )
-                batch.append(held)
-                taken.append(held)
-                quickly += 1
-                continue
-            if known is not None:
-                if known.stage is Stage.RETURNED:
-                    if searched and context.clock() < known.lease_until:
-                        continue  # not handed over again: it may still be settled
-                else:
-                    # Held already, and the server has just said that it is ours: its handling goes on.
-                    known.lease_until = max(known.lease_until, lease_until)
-                    known.lost = known.lost and context.clock() >= lease_until
-                    known.retaken = known.stage is Stage.SETTLING
-                    continue
-                known.lost = True
-                tell_let_go(context, known)
-                ledger.remove(known)
-            message = (
-                entry.message if isinstance(entry, ClaimedMessage) else undecodable(context.topic, {}, keep_bytes=False)
-            )
-            deliveries = None if isinstance(entry, MissingEntry) else entry.deliveries
-            published_at = entry.published_at if isinstance(entry, ClaimedMessage) else None
-            attempt = 1 + failed_attempts(message.headers) if is_retry else ledger.recall_attempt(stream, entry.id)
-            held = Held(
-                stream,
-                entry.id,
-                message,
-                attempt,
-                deliveries,
-                published_at,
-                received_at,
-                # What is in doubt does not start: it is handed back, which asks the server whether it is ours.
-                lease_until if entry.id not in doubtful else context.clock(),
-                by_reclaim,
-            )
-            ledger.add(held)
-            taken.append(held)
-            settled_by = ledger.recall_handled(stream, entry.id)
-            if settled_by is not None:
-                self._settler.ack(held, settled_by)
-            elif isinstance(entry, ClaimedMessage):
-                if self._admit(held):
-                    suspect = held
-                elif held.stage is Stage.WAITING:
-                    batch.append(held)
-            else:
-                refused.append((held, entry))
-                self._refuse(held, entry)
-            quick = not doubtful and self._is_unremarkable(stream)
-        context.counters.received += len(taken)
-        self._budget.use(quickly, by_reclaim=by_reclaim)
-        self._tell(taken, refused)
-        return batch, suspect
-
-    def _is_unremarkable(self, stream: str) -> bool:
-        """Whether nothing is known that could make an entry other than a first handling."""
-        is_retry = stream != self._context.topic
-        return not (is_retry or self._ages or self._shut_by or self._ledger.remembers(stream))
-
-    def _tell(self, taken: Sequence[Held], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]) -> None:
-        """Hooks come last: one that pauses or closes the subscription finds everything in its place."""
-        reporter = self._context.reporter
-        if reporter.hears_received:
-            for held in taken:
-                try:
-                    reporter.tell("on_received", "received", message_id=held.id, attempt=held.attempt)
-                except BaseException as raised:
-                    self._settler.crashed(held, raised)
-                    raise
-        for held, entry in refused:
-            scope: ErrorScope = "reclaim" if held.by_reclaim else "read"
-            if isinstance(entry, MissingEntry):
-                text = "the entry is pending, but its body is gone: somebody has trimmed it"
-                error: Exception = BackendError(text, can_pass=False)
-                reporter.error(scope, error, detail="acknowledged unhandled", message_id=held.id)
-            else:
-                error = SerializationError(entry.error)
-                reporter.error(scope, error, detail="a malformed entry becomes a dead letter", message_id=held.id)
 
     async def _keep_bringing_back(self) -> None:
         """What waits in this process for its retry, until it is due."""
@@ -422,37 +271,8 @@ class Intake:
                 held.lease_until = context.clock() + context.lease
             if self._shut_by:
                 self._settler.release(held)
-            elif not (self._ages and self._settler.expire(held)):
-                await self._pass_on([held])
-
-    def _admit(self, held: Held) -> bool:
-        """Whether an entry is the bus's suspect now. If it still waits after this, nothing speaks against a start."""
-        context = self._context
-        verdict = on_taken(held.deliveries, context.policy)
-        if verdict is Verdict.GIVE_UP:
-            self._settler.apply(held, _WORN_OUT)
-        elif self._shut_by:
-            self._settler.release(held)
-        elif (self._ages and self._settler.expire(held)) or verdict is Verdict.HANDLE:
-            return False
-        elif context.clock() >= self._no_suspect_before and context.suspects.take(held):
-            held.stage = Stage.PARKED
-            held.gone = anyio.Event()
-            tell_suspect(context, held)
-            self.shut(SUSPECT)
-            return True
-        else:
-            self._suspects_released += 1
-            self._settler.release(held)
-        return False
-
-    def _refuse(self, held: Held, entry: MalformedEntry | MissingEntry) -> None:
-        if isinstance(entry, MissingEntry):
-            self._settler.apply(held, _MISSING)
-            return
-        if "raw" not in self._context.backend.features:
-            held.message = undecodable(self._context.topic, entry.raw, keep_bytes=True)
-        self._settler.apply(held, Result(Outcome.MALFORMED, entry.error), raw=entry.raw)
+            elif not self._settler.expire(held):
+                await self._send([held])
 
     async def _handle_alone(self, suspect: Held) -> None:
         """A message that may have killed three processes is handled while this subscription holds nothing else."""
@@ -464,9 +284,8 @@ class Intake:
                     await self._ledger.wait_for_change()
             if suspect.stage is Stage.PARKED:
                 if len(self._ledger) > 1:
-                    self._no_suspect_before = context.clock() + context.lease
-                    self._suspects_released += 1
-                    self._settler.release(suspect)
+                    self._admission.no_suspect_for(context.lease)
+                    self._settler.give_back(suspect)
                 else:
                     suspect.stage = Stage.WAITING
                     await self._send([suspect])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 
 from .._failure.settlement import Outcome, Result
 from .._ground.checks import refuse
@@ -11,14 +13,33 @@ from .._messages.message import Message, check_outgoing
 from ..abc import Output
 from .circuit import Circuit
 from .context import Context
-from .delivery import DeliveryState
 from .entry import Held, Stage
 from .leases import Leases
 from .settler import Settler
 
 
+@dataclass(frozen=True)
+class DeliveryState:
+    """How a delivery stands. Times are UTC.
+
+    :ivar attempt: which handling of the message by this group it is, from 1; releases do not count.
+    :ivar max_attempts: the last one before it becomes a dead letter (``max_retry`` + 1).
+    :ivar deliveries: how often the server has handed this entry over, this time included; None = it does not count.
+    :ivar published_at: when the backend stored the entry; None = it does not say.
+    :ivar received_at: when this process took it.
+    :ivar redelivered: whether anybody may have handled it before.
+    """
+
+    attempt: int
+    max_attempts: int
+    deliveries: int | None
+    published_at: datetime | None
+    received_at: datetime
+    redelivered: bool
+
+
 class EntryKeeper:
-    """The :class:`~anybus._runtime.delivery.Keeper` of one subscription."""
+    """One for each subscription."""
 
     def __init__(self, context: Context, settler: Settler, leases: Leases, circuit: Circuit | None) -> None:
         self._context = context
@@ -26,7 +47,7 @@ class EntryKeeper:
         self._leases = leases
         self._circuit = circuit
 
-    def describe(self, entry: Held, /) -> DeliveryState:
+    def describe(self, entry: Held) -> DeliveryState:
         return DeliveryState(
             attempt=entry.attempt,
             max_attempts=self._context.policy.max_attempts,
@@ -36,16 +57,16 @@ class EntryKeeper:
             redelivered=entry.attempt > 1 or entry.by_reclaim or (entry.deliveries or 1) > 1,
         )
 
-    def is_lease_lost(self, entry: Held, /) -> bool:
+    def is_lease_lost(self, entry: Held) -> bool:
         if entry.stage is Stage.GONE:
             return entry.lost
         return entry.lost or self._context.clock() >= entry.lease_until
 
-    async def settle(self, entry: Held, result: Result | None, /) -> None:
+    async def settle(self, entry: Held, result: Result | None) -> None:
         self._context.home.check("the delivery")
         await self._settle(entry, result)
 
-    async def ack_with(self, entry: Held, publish: Iterable[Message], /) -> None:
+    async def ack_with(self, entry: Held, publish: Iterable[Message]) -> None:
         context = self._context
         context.home.check("the delivery")
         if isinstance(publish, Message) or not isinstance(publish, Iterable):
@@ -64,7 +85,7 @@ class EntryKeeper:
         if self._circuit is not None:
             self._circuit.saw(Outcome.RETURNED if result is None else result.outcome)
 
-    async def extend(self, entry: Held, /) -> None:
+    async def extend(self, entry: Held) -> None:
         self._context.home.check("the delivery")
         if entry.stage not in (Stage.OPEN, Stage.RETURNED):
             if entry.lost:

@@ -29,11 +29,6 @@ class Leases:
         self._context = context
         self._settler = settler
         self._can_renew = "renew" in context.backend.features
-        if not self._can_renew:
-            context.notices.once(
-                f"{type(context.backend).__name__} cannot renew leases: a message that waits and is handled for longer "
-                f"than claim_idle_timeout ({context.lease} s) in all is delivered again, perhaps elsewhere"
-            )
 
     def adopt(self, lease: float) -> None:
         """The group's lease is another one: go by it, and renew what is held at once."""

@@ -188,7 +188,7 @@ class HandlerPool(Taker):
                     try:
                         await handler(Delivery(held, keeper))
                     except BaseException as error:  # noqa: ASYNC103 - raised again in there
-                        self._raised(held, error)
+                        conclude(held, self._judge(held, error))
                     else:
                         conclude(held, RETURNED)
                 elif self._on_receive:
@@ -225,21 +225,8 @@ class HandlerPool(Taker):
         if was_open and (result is not RETURNED or self._settler.acks_returned):
             self._circuit.saw(result.outcome)
 
-    def _raised(self, held: Held, error: BaseException) -> None:
-        try:
-            result = self._judge(held, error)
-        except anyio.get_cancelled_exc_class():
-            self._settler.conclude(held, CANCELLED)
-            raise
-        self._conclude(held, result)
-
     async def _handle(self, held: Held) -> None:
-        try:
-            result = await self._call_handler(held)
-        except anyio.get_cancelled_exc_class():
-            self._settler.conclude(held, CANCELLED)
-            raise
-        self._conclude(held, result)
+        self._conclude(held, await self._call_handler(held))
 
     async def _handle_acked(self, held: Held) -> None:
         if not await self._settler.ack_first(held):
@@ -284,7 +271,10 @@ class HandlerPool(Taker):
         return Result(Outcome.TIMED_OUT, str(late), "HandlerTimeout", error=late)
 
     def _judge(self, held: Held, error: BaseException) -> Result:
-        """What an exception of the handler means. A real cancellation, and what is no ``Exception``, comes out."""
+        """What an exception of the handler means. A real cancellation, and what is no ``Exception``, comes out.
+
+        The cancelled entry is released first.
+        """
         held.scope = None
         rest = without_cancellations(error)
         if rest is not None and not isinstance(rest, Exception):
@@ -295,6 +285,7 @@ class HandlerPool(Taker):
         if cancellation is not None and is_cancelled():
             if cancellation is not error:
                 self._report(held, error, "failed while it was cancelled")
+            self._settler.conclude(held, CANCELLED)
             raise cancellation
         verdict = sole(error)  # a handler with a task group of its own: its Retry arrives wrapped
         settled = held.stage is not Stage.OPEN and not self._on_receive

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 
 import anyio
 
 from .._failure.backoff import recovery_delay
-from .._failure.copies import RETRY_FIRST_ID, Origin, dead_letter, retry_copy
+from .._failure.copies import RETRY_FIRST_ID, Origin, dead_letter, first_published, retry_copy
+from .._failure.judgement import Judgement
 from .._failure.settlement import (
     CRASHED,
     RETURNED,
@@ -45,7 +47,6 @@ from .entry import (
     Waiter,
 )
 from .fate import tell_fate, tell_unsettled
-from .judgement import Judgement
 from .postponed import Postponed
 
 _OPEN, _SETTLING = Stage.OPEN, Stage.SETTLING  # read for every message
@@ -60,7 +61,7 @@ class Settler:
     def __init__(self, context: Context, postponed: Postponed) -> None:
         self._context = context
         self._postponed = postponed
-        self._judgement = Judgement(context)
+        self._judgement = Judgement(context.policy, context.failure_policy)
         self.dispatch = Dispatch(context, self.apply)
         self._put_ack = self.dispatch.acks.put
         self.given_back = 0
@@ -69,34 +70,14 @@ class Settler:
         self._can_delay = "delay" in features
         self._can_keep_raw = "raw" in features
         # The same for every message, whatever its attempt and the time: asked of the table once.
-        self._acks_returned = isinstance(
-            decide(RETURNED, attempt=1, deliveries=None, policy=context.policy, now=0, draw=0), Ack
-        )
-        name = type(context.backend).__name__
-        if "atomic_transfer" not in features:
-            context.notices.once(
-                f"{name} cannot append and acknowledge in one step (atomic_transfer): a crash between the two doubles "
-                "a retry or a dead letter"
-            )
-        if not self._can_keep_raw:
-            context.notices.once(
-                f"{name} cannot keep raw fields beside a message: of a malformed entry its dead letter keeps only the "
-                "bytes of the field 'message'"
-            )
-        if not self._can_delay:
-            context.notices.once(
-                f"{name} cannot delay messages: retries wait in this process, and a crash loses their backoff"
-            )
-
-    @property
-    def acks_returned(self) -> bool:
+        success = decide(RETURNED, attempt=1, deliveries=None, policy=context.policy, now=0, draw=0)
+        self.acks_returned = isinstance(success, Ack)
         """Whether a handler that returns has succeeded. (In manual mode that says nothing.)"""
-        return self._acks_returned
 
     def conclude(self, held: Held, result: Result) -> None:
         """A handler has ended. What it has not settled is settled now."""
         if held.stage is _OPEN:
-            if result is RETURNED and self._acks_returned and held.settlement is None:
+            if result is RETURNED and self.acks_returned and held.settlement is None:
                 held.stage = _SETTLING
                 self._put_ack(held)
             else:
@@ -218,7 +199,7 @@ class Settler:
             policy=self._context.policy,
             now=self._context.clock(),
             draw=random.random(),
-            expires_in=self._judgement.expires_in(held),
+            expires_in=self._judgement.expires_in(self._published_at(held)),
         )
 
     def apply(self, held: Held, result: Result, *, raw: Mapping[str, bytes] | None = None) -> None:
@@ -226,7 +207,7 @@ class Settler:
 
         :param raw: the fields of a malformed entry, kept beside its dead letter.
         """
-        result = self._judgement.weigh(held, result)
+        result = self._judgement.weigh(result, held.message, held.attempt, partial(self._complain, held))
         decision = self._decide(held, result)
         if isinstance(decision, Ack):
             self.ack(held, MISSING if result.outcome is Outcome.MISSING else ACKED)
@@ -247,7 +228,7 @@ class Settler:
 
     def expire(self, held: Held) -> bool:
         """Give up on what is too old to be handled. False: it is not."""
-        result = self._judgement.expired(held)
+        result = self._judgement.expired(self._published_at(held))
         if result is not None:
             self.apply(held, result)
         return result is not None
@@ -278,10 +259,23 @@ class Settler:
             failures=decision.attempt - 1,
             reason=decision.reason if counted else None,
             first_id=self._first_id(held),
-            published_at=self._judgement.published_at(held),
+            published_at=self._published_at(held),
         )
         output = Output(self._context.retry_stream, copy, decision.delay)
         self.dispatch.transfer(held, intent, output, result=result, decision=decision)
+
+    def _complain(self, held: Held, error: BaseException, detail: str) -> None:
+        self._context.reporter.error("handler", error, detail=detail, about=held)
+
+    def _published_at(self, held: Held) -> datetime | None:
+        """When the topic's entry was stored, by the server's clock."""
+        published_at = held.published_at
+        if held.stream != self._context.topic:
+            published_at = first_published(held.message.headers) or published_at
+        if published_at is None and self._context.failure_policy.max_age is not None:
+            name = type(self._context.backend).__name__
+            self._context.notices.once(f"{name} does not say when it stored an entry: max_age has no effect")
+        return published_at
 
     def _first_id(self, held: Held) -> str:
         return held.message.headers.get(RETRY_FIRST_ID, held.id) if held.stream != self._context.topic else held.id

@@ -3,60 +3,69 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
-from .._failure.copies import first_published, wire_time
-from .._failure.policies import Failure, Rule
-from .._failure.settlement import Outcome, Result
 from .._ground.checks import check_delay
 from .._ground.errors import SerializationError
-from .context import Context
-from .entry import Held
+from .._messages.message import Message
+from .copies import wire_time
+from .policies import Failure, FailurePolicy, Rule
+from .settlement import Outcome, Policy, Result
 
 _WEIGHED = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.RETRY})
 
+Report = Callable[[BaseException, str], None]
+
 
 class Judgement:
-    """Asks rules and backoff functions, contained, and knows how old a message is."""
+    """Asks rules and backoff functions, contained, and knows how old a message may be."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._policy = context.failure_policy
+    def __init__(self, policy: Policy, failure_policy: FailurePolicy) -> None:
+        self._max_attempts = policy.max_attempts
+        self._policy = failure_policy
 
-    def weigh(self, held: Held, result: Result) -> Result:
-        """A failure as the policies see it: given up on, or to be retried after a delay of their own."""
+    def weigh(self, result: Result, message: Message, attempt: int, report: Report) -> Result:
+        """A failure as the policies see it: given up on, or to be retried after a delay of their own.
+
+        :param report: hears of rules and functions that fail.
+        """
         if result.outcome not in _WEIGHED:
             return result
         # What a handler asks for itself, a retry, it gets: rules are for what it raises.
         if result.outcome is not Outcome.RETRY and result.error is not None:
-            if isinstance(result.error, SerializationError) and result.error.payload_of == held.message.uid:
+            if isinstance(result.error, SerializationError) and result.error.payload_of == message.uid:
                 # The payload stays as it is: only a rule that names such errors makes another try worth while.
-                if not self._is_named(held, result.error):
+                if not self._is_named(result.error, report):
                     return replace(result, outcome=Outcome.INVALID)
-            elif self._gives_up_on(held, result.error):
+            elif self._gives_up_on(result.error, report):
                 return replace(result, outcome=Outcome.GAVE_UP)
         asks = self._policy.backoff is not None and result.delay is None
-        if asks and held.attempt < self._context.policy.max_attempts:
-            return replace(result, delay=self._ask_backoff(held, result))
+        if asks and attempt < self._max_attempts:
+            return replace(result, delay=self._ask_backoff(result, message, attempt, report))
         return result
 
-    def _is_named(self, held: Held, error: Exception) -> bool:
+    def _is_named(self, error: Exception, report: Report) -> bool:
         """Whether ``retry_on`` asks for a retry that ``give_up_on`` does not forbid. Rules that fail do not count."""
         retry_on, give_up_on = self._policy.retry_on or (), self._policy.give_up_on or ()
-        return any(self._matches(held, "retry_on", rule, error, False) for rule in retry_on) and not any(
-            self._matches(held, "give_up_on", rule, error, False) for rule in give_up_on
+        return any(self._matches(report, "retry_on", rule, error, False) for rule in retry_on) and not any(
+            self._matches(report, "give_up_on", rule, error, False) for rule in give_up_on
         )
 
-    def _gives_up_on(self, held: Held, error: Exception) -> bool:
+    def _gives_up_on(self, error: Exception, report: Report) -> bool:
         retry_on, give_up_on = self._policy.retry_on, self._policy.give_up_on
         # A rule that fails decides nothing: the message is retried, as if there were none.
-        if give_up_on is not None and any(self._matches(held, "give_up_on", rule, error, False) for rule in give_up_on):
+        if give_up_on is not None and any(
+            self._matches(report, "give_up_on", rule, error, False) for rule in give_up_on
+        ):
             return True
-        return retry_on is not None and not any(self._matches(held, "retry_on", rule, error, True) for rule in retry_on)
+        return retry_on is not None and not any(
+            self._matches(report, "retry_on", rule, error, True) for rule in retry_on
+        )
 
-    def _matches(self, held: Held, field: str, rule: Rule, error: Exception, otherwise: bool) -> bool:
+    def _matches(self, report: Report, field: str, rule: Rule, error: Exception, otherwise: bool) -> bool:
         if isinstance(rule, type):
             return isinstance(error, rule)
         try:
@@ -68,17 +77,16 @@ class Judgement:
         except (KeyboardInterrupt, SystemExit):
             raise  # perhaps from a signal handler, which can strike anywhere
         except BaseException as failure:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
-            self._report(held, failure, f"a rule of {field} failed: what follows is as if it were not there")
+            report(failure, f"a rule of {field} failed: what follows is as if it were not there")
             return otherwise  # noqa: ASYNC104
 
-    def _ask_backoff(self, held: Held, result: Result) -> float | None:
-        context = self._context
+    def _ask_backoff(self, result: Result, message: Message, attempt: int, report: Report) -> float | None:
         ask = self._policy.backoff
         assert ask is not None
         failure = Failure(
-            message=held.message,
-            attempt=held.attempt,
-            max_attempts=context.policy.max_attempts,
+            message=message,
+            attempt=attempt,
+            max_attempts=self._max_attempts,
             reason=result.reason,
             error=result.error,
         )
@@ -89,38 +97,24 @@ class Judgement:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
-            self._report(held, error, "retry_backoff failed: the default backoff is used")
+            report(error, "retry_backoff failed: the default backoff is used")
             return None  # noqa: ASYNC104
 
-    def _report(self, held: Held, error: BaseException, detail: str) -> None:
-        self._context.reporter.error("handler", error, detail=detail, about=held)
+    def expires_in(self, published_at: datetime | None) -> float | None:
+        """Seconds until a message is older than ``max_age``, by our wall clock; None = it never is.
 
-    def published_at(self, held: Held) -> datetime | None:
-        """When the topic's entry was stored, by the server's clock."""
-        if held.stream != self._context.topic:
-            return first_published(held.message.headers) or held.published_at
-        return held.published_at
-
-    def expires_in(self, held: Held) -> float | None:
-        """Seconds until the message is older than ``max_age``, by our wall clock; None = it never is."""
+        :param published_at: when the topic's entry was stored, by the server's clock; None = nobody knows.
+        """
         max_age = self._policy.max_age
-        if max_age is None:
-            return None
-        published_at = self.published_at(held)
-        if published_at is None:
-            self._context.notices.once(
-                f"{type(self._context.backend).__name__} does not say when it stored an entry: max_age has no effect"
-            )
+        if max_age is None or published_at is None:
             return None
         return max_age - (_now() - published_at).total_seconds()
 
-    def expired(self, held: Held) -> Result | None:
+    def expired(self, published_at: datetime | None) -> Result | None:
         """What becomes of an entry that was taken and is too old to be handled; None = it is not."""
-        left = self.expires_in(held)
-        if left is None or left > 0:
+        left = self.expires_in(published_at)
+        if published_at is None or left is None or left > 0:
             return None
-        published_at = self.published_at(held)
-        assert published_at is not None
         max_age = f"{self._policy.max_age:.15g} s"
         reason = f"older than max_age ({max_age}) when it was taken: stored at {wire_time(published_at)}"
         return Result(Outcome.EXPIRED, reason)

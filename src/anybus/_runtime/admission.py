@@ -1,0 +1,185 @@
+"""Admission: what an entry that was taken is. Handled for the first time, suspect, malformed, settled here before..."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+import anyio
+
+from .._failure.copies import failed_attempts, undecodable
+from .._failure.settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
+from .._ground.errors import BackendError, SerializationError
+from .._messages.message import Message
+from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
+from ..abc._observer import ErrorScope
+from .context import Context
+from .entry import Held, Stage
+from .fate import tell_let_go, tell_suspect
+from .ledger import Taking
+from .settler import Settler
+
+_NOTHING: set[str] = set()
+
+
+class Admission:
+    """Enters what was taken into the ledger, and decides what may start."""
+
+    def __init__(self, context: Context, settler: Settler) -> None:
+        self._context = context
+        self._settler = settler
+        self._ledger = context.ledger
+        self._can_release = "release" in context.backend.features
+        self._keeps_raw = "raw" in context.backend.features
+        self._ages = context.failure_policy.max_age is not None
+        self._no_suspect_before = -math.inf
+
+    def no_suspect_for(self, seconds: float) -> None:
+        """A suspect could not be handled alone: others have to wait before the next one."""
+        self._no_suspect_before = self._context.clock() + seconds
+
+    def enter(
+        self,
+        taking: Taking,
+        stream: str,
+        entries: Sequence[FetchedEntry],
+        *,
+        by_reclaim: bool,
+        searched: bool,
+        shut: bool,
+    ) -> tuple[list[Held], Held | None]:
+        """
+        :param searched: what is held here already may be among it.
+        :param shut: nothing may start.
+        :returns: what may start; or a suspect that has the bus's one place, and nothing else may start.
+        """
+        context, ledger = self._context, self._ledger
+        if ledger.vanished and ledger.was_recreated(stream, entries, context.clock()):
+            ledger.group_was_lost(stream)
+        settled = taking.settled.get(stream)
+        if settled:  # by what the server said later: this reply is older (or of a recreated group: then acked anew)
+            entries = [entry for entry in entries if entry.id not in settled or ledger.was_handled(stream, entry.id)]
+        if not entries:
+            return [], None
+        table = ledger.tables[stream]
+        at, until = datetime.now(timezone.utc), taking.began + context.lease
+        is_retry = stream != context.topic
+        doubtful = taking.doubtful.get(stream, _NOTHING) if self._can_release else _NOTHING
+        plain = not (doubtful or is_retry or self._ages or shut or ledger.remembers(stream))
+        plainly = 0
+        suspect: Held | None = None
+        taken: list[Held] = []
+        batch: list[Held] = []
+        refused: list[tuple[Held, MalformedEntry | MissingEntry]] = []
+        for entry in entries:
+            known = table.get(entry.id)
+            if (
+                plain
+                and known is None
+                and isinstance(entry, ClaimedMessage)
+                and (entry.deliveries is None or entry.deliveries <= SUSPECT_AFTER)
+            ):
+                # The same as below for what is nearly every message: first handling, nothing speaks against it.
+                held = Held(
+                    stream, entry.id, entry.message, 1, entry.deliveries, entry.published_at, at, until, by_reclaim
+                )
+                table[entry.id] = held
+                batch.append(held)
+                taken.append(held)
+                plainly += 1
+                continue
+            if known is not None and self._goes_on(known, until, searched=searched):
+                continue
+            message = self._message_of(entry)
+            attempt = 1 + failed_attempts(message.headers) if is_retry else ledger.recall_attempt(stream, entry.id)
+            deliveries = None if isinstance(entry, MissingEntry) else entry.deliveries
+            published_at = entry.published_at if isinstance(entry, ClaimedMessage) else None
+            # What is in doubt does not start: it is released, which asks the server whether it is ours.
+            lease = until if entry.id not in doubtful else context.clock()
+            held = Held(stream, entry.id, message, attempt, deliveries, published_at, at, lease, by_reclaim)
+            ledger.add(held)
+            taken.append(held)
+            settled_by = ledger.recall_handled(stream, entry.id)
+            if settled_by is not None:
+                self._settler.ack(held, settled_by)
+            elif not isinstance(entry, ClaimedMessage):
+                refused.append((held, entry))
+                self._refuse(held, entry)
+            elif self._may_start(held, shut=shut):
+                batch.append(held)
+            elif held.stage is Stage.PARKED:
+                suspect, shut, plain = held, True, False
+        context.counters.received += len(taken)
+        ledger.budget.use(plainly, by_reclaim=by_reclaim)
+        self._tell(taken, refused)
+        return batch, suspect
+
+    def _goes_on(self, known: Held, until: float, *, searched: bool) -> bool:
+        """Whether an entry that is held already, and was delivered to us again, is left as it is."""
+        now = self._context.clock()
+        if known.stage is not Stage.RETURNED:
+            # The server has just said that it is ours: its handling goes on.
+            known.lease_until = max(known.lease_until, until)
+            known.lost = known.lost and now >= until
+            known.retaken = known.stage is Stage.SETTLING
+            return True
+        if searched and now < known.lease_until:
+            return True  # not delivered again: it may still be settled
+        known.lost = True
+        tell_let_go(self._context, known)
+        self._ledger.remove(known)
+        return False
+
+    def _message_of(self, entry: FetchedEntry) -> Message:
+        if isinstance(entry, ClaimedMessage):
+            return entry.message
+        if isinstance(entry, MalformedEntry) and not self._keeps_raw:
+            return undecodable(self._context.topic, entry.raw, keep_bytes=True)
+        return undecodable(self._context.topic, {}, keep_bytes=False)
+
+    def _may_start(self, held: Held, *, shut: bool) -> bool:
+        """If not, it is settled now, or it is the bus's suspect and parked."""
+        context = self._context
+        verdict = on_taken(held.deliveries, context.policy)
+        if verdict is Verdict.GIVE_UP:
+            self._settler.apply(held, Result(Outcome.WORN_OUT))
+        elif shut:
+            self._settler.release(held)
+        elif self._ages and self._settler.expire(held):
+            return False
+        elif verdict is Verdict.HANDLE:
+            return True
+        elif context.clock() >= self._no_suspect_before and context.suspects.take(held):
+            held.stage = Stage.PARKED
+            held.gone = anyio.Event()
+            tell_suspect(context, held)
+        else:
+            self._settler.give_back(held)
+        return False
+
+    def _refuse(self, held: Held, entry: MalformedEntry | MissingEntry) -> None:
+        if isinstance(entry, MissingEntry):
+            self._settler.apply(held, Result(Outcome.MISSING))
+        else:
+            self._settler.apply(held, Result(Outcome.MALFORMED, entry.error), raw=entry.raw)
+
+    def _tell(self, taken: Sequence[Held], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]) -> None:
+        """Hooks come last: one that pauses or closes the subscription finds everything in its place."""
+        reporter = self._context.reporter
+        if reporter.hears_received:
+            for held in taken:
+                try:
+                    reporter.tell("on_received", "received", message_id=held.id, attempt=held.attempt)
+                except BaseException as raised:
+                    self._settler.crashed(held, raised)
+                    raise
+        for held, entry in refused:
+            scope: ErrorScope = "reclaim" if held.by_reclaim else "read"
+            if isinstance(entry, MissingEntry):
+                text = "the entry is pending, but its body is gone: somebody has trimmed it"
+                error: Exception = BackendError(text, can_pass=False)
+                reporter.error(scope, error, detail="acknowledged unhandled", message_id=held.id)
+            else:
+                error = SerializationError(entry.error)
+                reporter.error(scope, error, detail="a malformed entry becomes a dead letter", message_id=held.id)
