@@ -110,7 +110,7 @@ async def test_where_no_new_connection_can_be_made_a_publish_surely_did_not_happ
     async with relayed_to(server.port) as relay:
         backend = RedisBackend(relay.url, connect_timeout=0.3, command_timeout=0.6)
         # Without a deadline around it: a publish by the backend itself would wait for as long as that allows.
-        async with StreamBus(backend, StreamBusOptions(publish_timeout=1.0)) as bus:
+        async with StreamBus(backend, StreamBusOptions(publish_timeout=3.0)) as bus:
             relay.forgets_new = True
             relay.forget()
             with pytest.raises(BackendError) as caught:

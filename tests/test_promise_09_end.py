@@ -92,6 +92,10 @@ async def released(harness: Harness, topic: str, ids: Sequence[str]) -> bool:
     )
 
 
+async def is_held(harness: Harness, topic: str, ids: Sequence[str]) -> bool:
+    return list(await owners(harness, topic)) == list(ids)
+
+
 async def body_raised(subscription: Subscription, scope: anyio.CancelScope) -> None:
     raise BodyError
 
@@ -313,6 +317,7 @@ async def test_pulled_deliveries_end_with_their_block_however_long_close_timeout
                 ids = await publish(bus, topic, 3)
                 first = await stream.receive()
                 await stream.receive()
+                await until(lambda: is_held(harness, topic, ids), "all of them to be read")
                 await first.ack()
         assert await released(harness, topic, ids[1:])
         assert list(await owners(harness, topic)) == ids[1:]

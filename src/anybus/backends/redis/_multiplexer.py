@@ -29,6 +29,9 @@ _SCOPE = {"scope": "connection"}
 
 _POSTPONED = broken("not sent yet", may_have_happened=False)
 
+_MARGIN = 0.25
+"""So many seconds before its own time is over, at most, a caller is told that there is no connection."""
+
 _LOOK = 0.1
 _LAST_SECONDS = 2.0
 """For so long at most an abandoned connection goes on while it is used."""
@@ -398,11 +401,13 @@ class Multiplexer:
         :param patient: for as long as the caller has time, if that has an end.
         :raises BackendError: if there is no connection in time; surely nothing was sent.
         """
-        timeout = self._settings.connect_timeout + self._settings.command_timeout
-        # The caller's time may end earlier. It is told in time, so that it learns that nothing was sent.
-        deadline = anyio.current_effective_deadline() - 0.01
+        now = anyio.current_time()
+        # The caller's time may end earlier. It is told in time, so that it learns that nothing was sent; on a busy
+        # machine the loop is late, and a margin that is too short would leave it without that knowledge.
+        deadline = anyio.current_effective_deadline()
+        deadline -= min(_MARGIN, max(0.0, deadline - now) / 10)
         if not patient or deadline == math.inf:
-            deadline = min(deadline, anyio.current_time() + timeout)
+            deadline = min(deadline, now + self._settings.connect_timeout + self._settings.command_timeout)
         with anyio.CancelScope(deadline=deadline) as scope:
             while self._link is None:
                 if self._closed:
