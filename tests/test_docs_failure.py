@@ -18,7 +18,9 @@ EXAMPLE = (ROOT / "examples" / "dead_letters.py").read_text(encoding="utf-8")
 def blocks(page: str) -> list[tuple[str, str]]:
     """Each program of a page, and the output that follows it at once, or after one line of text."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    found = re.findall(r"^```python\n(.*?)^```\n(?:\n[^\n]+\n)?(?:\n```text\n(.*?)^```$)?", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        r"^```python\n(.*?)^```\n(?:\n[^\n]+\n)?(?:\n```text\n(.*?)^```$)?", text, re.DOTALL | re.MULTILINE
+    )
     return [(code, output) for code, output in found if code not in EXAMPLE]
 
 
