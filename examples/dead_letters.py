@@ -61,13 +61,13 @@ class Finish(Observer):
 
 
 async def operate(bus: StreamBus) -> None:
-    # Look: nothing changes by that.
+    # Listing changes nothing.
     letters = bus.dead_letters("orders", group="billing", code="retries")
     async for letter in letters:
         assert letter.message is not None
         print(f"{letter.id}: order {letter.message.key}, after {letter.attempts} attempts: {letter.reason}")
 
-    # Try it out, then send them back: only to the group that gave them up, at most 100 a second.
+    # First a dry run. Then send them back: only to the group that gave them up, at most 100 a second.
     print("dry run:", await letters.replay(to="group", dry_run=True))
 
     def tell(progress: ReplayProgress) -> None:
