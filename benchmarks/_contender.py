@@ -1,4 +1,4 @@
-"""The bus itself, on the same tasks as its floors and peers."""
+"""The bus, with the same tasks as its floors and peers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def connect(port: int, observer: Observer | None = None) -> StreamBus:
 
 
 async def nothing_pending(bus: StreamBus) -> None:
-    """By the server's word."""
+    """Wait until the server has nothing pending."""
     assert isinstance(bus.backend, RedisBackend)
     while await bus.backend.pending_entries(TOPIC, GROUP, limit=1):
         await anyio.sleep(0.0005)
 
 
 async def drain(port: int, count: int) -> float:
-    """Messages a second: from subscribing until nothing is pending, with a handler that does nothing."""
+    """Messages per second, from subscribing until nothing is pending. The handler does nothing."""
     handled = 0
     done = anyio.Event()
 
@@ -53,10 +53,10 @@ async def drain(port: int, count: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a drain needed at most.
+    """The most that a drain needed.
 
     :ivar held: entries held at once.
-    :ivar traced: bytes that Python allocated, over what there was before.
+    :ivar traced: bytes that Python allocated in addition to those at the start.
     """
 
     held: int
@@ -64,7 +64,7 @@ class Memory:
 
 
 async def drain_measured(port: int, count: int, max_pending_acks: int) -> Memory:
-    """The same with a look at the ledger at every message and at every allocation, and so without a clock."""
+    """A drain that also looks at statistics and allocations. This makes it slow, so it measures no time."""
     handled = held = 0
     done = anyio.Event()
 
@@ -92,7 +92,7 @@ async def drain_measured(port: int, count: int, max_pending_acks: int) -> Memory
 
 
 async def publish_from_tasks(port: int, count: int, tasks: int) -> float:
-    """Messages a second: each task makes a message, publishes it, waits for its id, and so on."""
+    """Messages per second. Each task repeats: create a message, publish it, wait for its id."""
     clear(port)
     async with connect(port) as bus:
 
@@ -114,7 +114,7 @@ async def publish_one_by_one(port: int, count: int) -> float:
 
 
 async def publish_batches(port: int, messages: Sequence[Message]) -> float:
-    """Messages a second: batches of 200."""
+    """Messages per second, in batches of 200."""
     clear(port)
     async with connect(port) as bus:
         started = time.perf_counter()
@@ -135,7 +135,7 @@ class _AckTimes(Observer):
 
 
 async def latencies(port: int, count: int, interval: float) -> Latencies:
-    """One message per interval, to a subscription whose reader blocks on the empty stream."""
+    """Publish one message per interval to a subscription whose reader blocks on an empty stream."""
     clear(port)
     seen = Latencies(count)
     acks = _AckTimes()
@@ -168,7 +168,7 @@ async def latencies(port: int, count: int, interval: float) -> Latencies:
 
 
 async def slow_handlers(port: int, count: int, each: float, concurrency: int) -> float:
-    """Seconds for so many handlers that sleep, until nothing is pending."""
+    """Seconds for ``count`` handlers that sleep, until nothing is pending."""
     left = count
     done = anyio.Event()
 
@@ -192,11 +192,11 @@ async def slow_handlers(port: int, count: int, each: float, concurrency: int) ->
 
 @dataclass(frozen=True)
 class Idleness:
-    """What waiting costs.
+    """The cost of waiting.
 
-    :ivar share: of one core, by this process' CPU time.
-    :ivar sent: commands that clients sent, per second.
-    :ivar executed: commands that the server executed, per second, those within scripts included.
+    :ivar share: CPU time of this process, as a share of one core.
+    :ivar sent: commands per second that clients sent.
+    :ivar executed: commands per second that the server executed, including those within scripts.
     """
 
     share: float
@@ -205,7 +205,7 @@ class Idleness:
 
 
 class Meter:
-    """Counts from its making to its reading, by MONITOR, which alone tells what came from a client and what did not."""
+    """Counts commands until :meth:`read` is called. Only MONITOR tells which commands came from a client."""
 
     def __init__(self, port: int) -> None:
         self._wire = Wire(port)
@@ -220,7 +220,7 @@ class Meter:
 
 
 async def idle(port: int, seconds: float) -> Idleness:
-    """A subscription to a stream where nothing comes."""
+    """A subscription to an empty stream."""
 
     async def handler(delivery: Delivery) -> None:
         return

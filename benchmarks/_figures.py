@@ -1,4 +1,4 @@
-"""Rounds that alternate between contestants, and their figures as medians with spread."""
+"""Rounds that alternate between contestants, and their figures: median, lowest and highest."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ LOOPS: dict[str, dict[str, Any]] = {
     "uvloop": {"backend": "asyncio", "backend_options": {"use_uvloop": True}},
     "trio": {"backend": "trio"},
 }
-"""How ``anyio.run`` is told which event loop to use."""
+"""The arguments of ``anyio.run`` for each event loop."""
 
 Figures = dict[str, list[float]]
 
 
 def interleave(contestants: Mapping[str, Callable[[], float]], rounds: int) -> Figures:
-    """Run each contestant once per round, one after another, so that a noisy moment hits all of them alike.
+    """Run each contestant once per round, one after another, so that a noisy moment affects all of them.
 
-    Every other round goes the other way round: nobody always comes right after the heaviest.
+    Every second round has the reverse order, so that no contestant always runs right after the heaviest one.
     """
     figures: Figures = {name: [] for name in contestants}
     for number in range(rounds):
@@ -31,7 +31,7 @@ def interleave(contestants: Mapping[str, Callable[[], float]], rounds: int) -> F
 
 
 def ratio(figures: Sequence[float], to: Sequence[float]) -> str:
-    """The medians' ratio, and the lowest and highest of the single rounds' ratios."""
+    """The ratio of the medians, and the lowest and highest ratio of single rounds."""
     rounds = [one / other for one, other in zip(figures, to, strict=True)]
     middle = statistics.median(figures) / statistics.median(to)
     return f"{middle:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
@@ -42,7 +42,7 @@ def rate(figures: Sequence[float]) -> str:
 
 
 def best(figures: Figures, *names: str) -> str:
-    """Which of these contestants has the highest median."""
+    """The contestant with the highest median."""
     return max(names, key=lambda name: statistics.median(figures[name]))
 
 
@@ -52,7 +52,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def show(part: str, loop: str, text: str) -> None:
-    """One line of the report, at once."""
+    """Print one line of the report immediately."""
     print(f"{part}  {loop:8} {text}", flush=True)
 
 

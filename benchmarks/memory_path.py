@@ -1,9 +1,9 @@
-"""The whole path on memory, as a ratio to a bare AnyIO memory stream of the same buffer, measured in one run.
+"""The whole path in memory, compared with a bare AnyIO memory stream of the same buffer size in the same run.
 
-The path: ``publish_batch`` of prepared messages, read, handle (a handler that does nothing), automatic ack; ledger,
-leases and statistics included. It ends when the backend says that nothing is pending. The floor: two tasks and a
-memory object stream of the same buffer, passing the same objects with ``send`` and ``receive``. Both sides alternate
-round by round, and the medians are compared.
+The path: ``publish_batch`` of prepared messages, read, handle (the handler does nothing), automatic ack. It includes
+ledger, leases and statistics, and ends when nothing is pending on the backend. The floor: two tasks pass the same
+objects through a memory object stream with ``send`` and ``receive``. Both alternate round by round, and their medians
+are compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def prepare(count: int) -> list[Message]:
 
 
 async def whole_path(messages: list[Message], max_in_flight: int) -> float:
-    """Messages a second from the first publish until nothing is pending."""
+    """Messages per second, from the first publish until nothing is pending."""
     backend = MemoryBackend()
     handled = 0
     done = anyio.Event()
@@ -55,7 +55,7 @@ async def whole_path(messages: list[Message], max_in_flight: int) -> float:
 
 
 async def bare_stream(messages: list[Message], max_in_flight: int) -> float:
-    """Messages a second through a memory object stream that holds as many as the bus may."""
+    """Messages per second through a memory object stream that holds as many messages as the bus may hold."""
     send, receive = anyio.create_memory_object_stream[Message](2 * max_in_flight)
 
     async def produce() -> None:

@@ -1,17 +1,17 @@
-"""The Redis path against its floors and peers: ratios measured side by side, in one run, on a server of its own.
+"""The Redis path compared with its floors and peers, in the same run, on a server started for it.
 
-Payloads are of 300 bytes, envelopes are encoded by the JSON codec on every side, and every measurement ends by the
-server's word (nothing pending, the stream's length). Contestants alternate round by round; a ratio is that of the
-medians, in brackets the lowest and highest of single rounds. Whatever uses redis-py runs on plain asyncio, since that
-is what it is written for; the floors use blocking sockets and no event loop.
+Payloads have 300 bytes, and all contestants encode envelopes with the JSON codec. Each measurement ends with a check on
+the server (nothing pending, or the length of the stream). Contestants alternate round by round. A ratio is the ratio of
+the medians, followed by the lowest and highest ratio of single rounds in brackets. Peers use redis-py, which is written
+for asyncio, so they run on plain asyncio. Floors use blocking sockets and no event loop.
 
 a  drain of prepared messages: the bus, a redis-py batch loop, and the floor (a hiredis loop)
-b  publish from 100 tasks, message and envelope made on the way: against redis-py's bare XADDs of bytes made before
+b  publish from 100 tasks, which also create and encode the messages: against redis-py's bare XADDs of prepared bytes
 c  publish one by one: against redis-py's client with the same messages and envelopes
 d  publish_batch of 200: against a pipelined hiredis loop (floor) and redis-py's pipeline
-e  200 messages a second to a blocked reader: publish to handled, publish to acked
+e  200 messages per second to a blocked reader: time from publish to handled, and from publish to acked
 f  2,000 handlers of 50 ms at concurrency 100: seconds
-g  an idle consumer: CPU, commands; and what a drain holds at most, whatever the backlog
+g  an idle consumer: CPU and commands; and the most that a drain holds, for a small and a large backlog
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ INTERVAL = 1 / 200
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """The size of a run."""
 
     port: int
     messages: int
     rounds: int
     seconds: float
-    """For how long the idle consumer is watched, and messages trickle."""
+    """The duration of part e. An idle consumer (part g) is measured for twice as long."""
 
 
 def run(loop: str, function: Callable[..., Awaitable[T]], *args: Any) -> T:
@@ -165,8 +165,8 @@ def part_g(plan: Plan, loop: str) -> None:
     show(
         "g",
         loop,
-        f"idle: {found.share:.3%} of a core (a redis-py loop, its start included: {peer.share:.3%}), "
-        f"{found.sent:.1f} commands/s sent, {found.executed:.1f}/s executed, those in scripts included",
+        f"idle: {found.share:.3%} of a core (a redis-py loop, including its start: {peer.share:.3%}), "
+        f"{found.sent:.1f} commands/s sent, {found.executed:.1f}/s executed, including those in scripts",
     )
     for limit in (512, 2048):
         for count in (plan.messages // 10, plan.messages):
@@ -175,7 +175,7 @@ def part_g(plan: Plan, loop: str) -> None:
             show(
                 "g",
                 loop,
-                f"drain of {count:,} with max_pending_acks={limit}: {memory.held} held at most, "
+                f"drain of {count:,} with max_pending_acks={limit}: at most {memory.held} held, "
                 f"{memory.traced / 2**20:.1f} MiB",
             )
 
@@ -193,11 +193,11 @@ PARTS: dict[str, Callable[[Plan, str], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help="which parts, as in a,b,e")
-    parser.add_argument("--loop", choices=LOOPS, action="append", help="which loops; all of them unless given")
+    parser.add_argument("--only", default=",".join(PARTS), help="the parts to run, for example a,b,e")
+    parser.add_argument("--loop", choices=LOOPS, action="append", help="the event loops to use (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--messages", type=int, default=50_000)
-    parser.add_argument("--python-quick", action="store_true", help="a tenth of everything, to see that it works")
+    parser.add_argument("--python-quick", action="store_true", help="a tenth of everything, to check that it works")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
     if unknown := set(parts) - set(PARTS):

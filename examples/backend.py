@@ -1,6 +1,6 @@
-"""A backend in its five methods: streams in a dict. It keeps every promise that needs no more than these five.
+"""A backend with the five methods that a backend must have. It keeps its streams in a dict.
 
-The bus says in its log, once, what it cannot do on such a backend. ``docs/backends.md`` goes on from here.
+``docs/backends.md`` explains the methods. The bus logs a warning for each feature that this backend lacks.
 
     python examples/backend.py [asyncio|trio]
 """
@@ -18,15 +18,23 @@ from anybus.abc import ClaimedMessage, FetchedEntry, StreamBackend
 
 
 @dataclass
+class Pending:
+    """An entry that was delivered and is not acknowledged yet: to which consumer it was delivered, and when."""
+
+    consumer: str
+    since: float
+
+
+@dataclass
 class Group:
-    """Where a group stands, and what it was handed and has not acknowledged: id -> when."""
+    """How many entries were delivered to the group, and which of them are pending."""
 
     position: int
-    pending: dict[str, float] = field(default_factory=dict[str, float])
+    pending: dict[str, Pending] = field(default_factory=dict[str, Pending])
 
 
 class DictBackend(StreamBackend):
-    """An entry's id is its place in its stream, from 1."""
+    """An entry's id is its number in the stream, from 1."""
 
     def __init__(self) -> None:
         self._streams: dict[str, list[Message]] = {}
@@ -52,8 +60,8 @@ class DictBackend(StreamBackend):
     async def read_new(
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float
     ) -> list[FetchedEntry]:
-        # The checkpoint comes first. From taking entries to returning them nothing awaits, so a cancellation can
-        # never come between, and there is nothing to hand back.
+        # The checkpoint comes first. After that, nothing is awaited between taking entries and returning them. So a
+        # cancellation cannot lose entries that were taken.
         await checkpoint()
         with anyio.move_on_after(timeout):
             while len(self._streams.get(stream, ())) <= self._group(stream, group).position:
@@ -61,32 +69,30 @@ class DictBackend(StreamBackend):
         members = self._group(stream, group)
         first = members.position
         members.position = min(first + count, len(self._streams[stream]))
-        return [self._hand_over(stream, members, str(number + 1)) for number in range(first, members.position)]
+        ids = [str(number + 1) for number in range(first, members.position)]
+        return [self._deliver(stream, group, consumer, entry_id) for entry_id in ids]
 
     async def reclaim_idle(
         self, stream: str, group: str, consumer: str, *, min_idle: float, count: int
     ) -> list[FetchedEntry]:
         await checkpoint()
-        members = self._group(stream, group)
         before = anyio.current_time() - min_idle
-        # The scan is always a whole round, so it needs no memory of where the last one stopped.
-        idle = [entry_id for entry_id, since in members.pending.items() if since <= before]
-        return [self._hand_over(stream, members, entry_id) for entry_id in idle[:count]]
+        # This looks at all pending entries each time, so it need not remember where the last call stopped.
+        ids = [entry_id for entry_id, entry in self._group(stream, group).pending.items() if entry.since <= before]
+        return [self._deliver(stream, group, consumer, entry_id) for entry_id in ids[:count]]
 
     async def ack(self, stream: str, group: str, message_id: str) -> None:
         await checkpoint()
-        members = self._groups.get((stream, group))
-        if members is not None:
-            members.pending.pop(message_id, None)
+        if (stream, group) in self._groups:
+            self._groups[stream, group].pending.pop(message_id, None)
 
     def _group(self, stream: str, group: str) -> Group:
-        try:
-            return self._groups[stream, group]
-        except KeyError:
-            raise GroupLostError(stream, group) from None
+        if (stream, group) not in self._groups:
+            raise GroupLostError(stream, group)
+        return self._groups[stream, group]
 
-    def _hand_over(self, stream: str, members: Group, entry_id: str) -> FetchedEntry:
-        members.pending[entry_id] = anyio.current_time()
+    def _deliver(self, stream: str, group: str, consumer: str, entry_id: str) -> FetchedEntry:
+        self._group(stream, group).pending[entry_id] = Pending(consumer, anyio.current_time())
         return ClaimedMessage(entry_id, self._streams[stream][int(entry_id) - 1])
 
 
@@ -95,11 +101,10 @@ async def main() -> None:
     all_handled = anyio.Event()
 
     async def handle(delivery: Delivery) -> None:
-        await anyio.sleep(0.01)
         word = delivery.message.payload.decode()
         if word == "twice" and delivery.state.attempt == 1:
             raise Retry("not yet", delay=0.1)
-        handled.append(word)
+        handled.append(f"{word} (attempt {delivery.state.attempt})")
         if len(handled) == 3:
             all_handled.set()
 
@@ -112,7 +117,7 @@ async def main() -> None:
             await bus.publish(Message("words", word.encode()))
         with anyio.fail_after(5):
             await all_handled.wait()
-    print(handled)
+    print(*sorted(handled), sep=", ")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""An operator's day: orders fail while a database is down, and go back when it is up again.
+"""Orders fail while a database is down. An operator sends them back when it is up again.
 
-Run it on asyncio or, with the argument ``trio``, on trio.
+Run it on asyncio or on trio:
+
+    python examples/dead_letters.py [asyncio|trio]
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ BILLING = SubscriptionConfig("orders", "billing", max_retry=1, retry_backoff=Exp
 
 
 class Billing:
-    """The application: its handler, and the database that this needs."""
+    """The application: a handler, and the database that it needs."""
 
     def __init__(self) -> None:
         self.database_is_up = False
@@ -42,7 +44,7 @@ class Billing:
 
 
 class Finish(Observer):
-    """Knows when so many messages are done with, one way or another."""
+    """Waits until a number of messages are acknowledged or dead-lettered."""
 
     def __init__(self) -> None:
         self._left = 0
@@ -88,10 +90,10 @@ async def main() -> None:
         async with bus.subscribe(BILLING, application.charge):
             await finish.wait(3)
         print("charged:", sorted(application.charged))
-        # What nobody will ever handle is thrown away.
+        # Order 13 will never succeed: throw its dead letter away.
         print("purged:", await bus.dead_letters("orders", code="rejected").purge())
 
 
 if __name__ == "__main__":
-    logging.disable()  # the failures are the point here
+    logging.disable()  # the handler fails on purpose
     anyio.run(main, backend=sys.argv[1] if len(sys.argv) > 1 else "asyncio")

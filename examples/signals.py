@@ -1,11 +1,12 @@
-"""How a program with a bus ends on a signal: gracefully on the first, at once on the second.
+"""A program with a bus that ends on signals: gracefully on the first, at once on the second.
 
 Run it, and press Ctrl-C once or twice (or send SIGTERM):
 
     python examples/signals.py [asyncio|trio] [memory://|redis://localhost]
 
-The first signal closes the subscription: handlers may finish. The second aborts it: handlers are cancelled, and what
-they had is handed back. Whatever fails, the program's own work included, comes out as itself and not in a group.
+The first signal closes the subscription, and its handlers may finish. The second signal aborts the subscription: its
+handlers are cancelled, and their messages are released. Every error is raised as itself and not inside an exception
+group, including an error of the program's own work.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from anybus import Delivery, Message, StreamBus, Subscription, SubscriptionConfi
 async def work_until_signalled(
     signals: AsyncIterator[signal.Signals], subscription: Subscription, work: Callable[[], Awaitable[None]]
 ) -> None:
-    """Do the program's own work. The first signal ends it, and the subscription gracefully; the second ends at once."""
+    """Do the program's own work until the first signal. Then close the subscription; abort it on the second signal."""
     failure: Exception | None = None
     working = anyio.CancelScope()
 
@@ -54,7 +55,7 @@ async def handle(delivery: Delivery) -> None:
     try:
         await anyio.sleep(1)
     except anyio.get_cancelled_exc_class():
-        print(f"{number} cancelled: it is handed back, and comes again", flush=True)
+        print(f"{number} cancelled: the message is released, and will be redelivered", flush=True)
         raise
     print(f"{number} handled", flush=True)
 

@@ -178,7 +178,7 @@ def test_the_second_signal_ends_it_at_once(loop: str) -> None:
         assert started.end() == ""
         assert started.process.returncode == 0
     assert "received SIGINT" in started.said
-    assert "0 cancelled: it is handed back, and comes again" in started.said
+    assert "0 cancelled: the message is released, and will be redelivered" in started.said
     assert started.said[-1] == "the bus has ended"
 
 

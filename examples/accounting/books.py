@@ -1,7 +1,6 @@
-"""The books: files that the handlers append to, one line for each handling begun and one for each message handled.
+"""The books: files to which handlers append a line for each handling that begins and for each message handled.
 
-They are written by whoever did the work, at the moment it was done, and they know nothing of the bus. That is what
-makes them worth something as evidence.
+The handlers write them at the moment of the work, without the bus. So the books are independent evidence.
 """
 
 from __future__ import annotations
@@ -12,19 +11,19 @@ from pathlib import Path
 
 
 class Book:
-    """A file that only grows, by whole lines of fields that hold no tabs."""
+    """A file to which lines of tab-separated fields are appended."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Line buffering: every line reaches the file in one write, so that a reader never sees half of one.
+        # Line buffering: each line is written at once, so a reader never sees half a line.
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def append(self, *fields: str) -> None:
-        """Synchronous on purpose: no cancellation can come between the work and its line."""
+        """Append one line. This is synchronous, so that a cancellation cannot come between the work and its line."""
         self._file.write("\t".join(fields) + "\n")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """What stands in the file."""
+        """The fields of each line."""
         return [tuple(line.split("\t")) for line in self._path.read_text(encoding="utf-8").splitlines()]
 
     def close(self) -> None:
@@ -34,8 +33,8 @@ class Book:
 class Books:
     """The two books of a consumer group.
 
-    :ivar begun: a row for every handling at its start: the message's uid, the attempt, the consumer.
-    :ivar handled: a row for every handling that succeeded, at its very end: the message's uid.
+    :ivar begun: a row at the start of each handling: the uid of the message, the attempt, the consumer.
+    :ivar handled: a row at the end of each successful handling: the uid of the message.
     """
 
     def __init__(self, folder: Path, group: str) -> None:
@@ -48,7 +47,7 @@ class Books:
 
 @contextmanager
 def open_books(folder: Path, groups: list[str]) -> Generator[dict[str, Books], None, None]:
-    """Books for every group, closed at the end."""
+    """Open the books of all groups. Leaving the block closes them."""
     books = {group: Books(folder, group) for group in groups}
     try:
         yield books

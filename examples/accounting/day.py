@@ -1,4 +1,4 @@
-"""A day's work of the bus: everything is published and handled, with all that goes wrong on the way."""
+"""One run: publish and handle all events, with failing handlers and cancelled consumers."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ AUDITORS: Final = "auditors"
 GROUPS: Final[Mapping[str, Rule]] = {"catalogue": enter_in_catalogue, "docstrings": check_docstring}
 
 STAYING_CONSUMERS: Final = 3
-"""Of each group; one more leaves in the middle of the work."""
+"""In each group. One more consumer is cancelled in the middle of the work."""
 
 MIDWAY: Final = 150
-"""The consumer that leaves is cancelled while it works on so many-th message."""
+"""The leaving consumer is cancelled while it handles the message with this number."""
 
 BATCH: Final = 100
 SINGLES: Final = 200
-"""So many messages at the end are published one by one, the rest in batches."""
+"""The number of messages at the end that are published one by one. The others are published in batches."""
 
 TIME_LIMIT: Final = 30.0
-"""Seconds. If a message were lost, waiting for it would never end; the accounting is to tell, then."""
+"""Seconds. If a message is lost, waiting for it would never end. The accounting then shows the loss."""
 
 
 class Surprises(Observer):
-    """Keeps every error that is not a handler's own: those are part of the play."""
+    """Keeps every error, except those of handlers, which fail on purpose."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -53,10 +53,10 @@ class Surprises(Observer):
 
 
 class Day:
-    """One run of the whole job on one event loop, with topics of its own: a server may remember earlier runs.
+    """One run on one event loop, with a new topic, because a server may still have the topics of earlier runs.
 
-    :param url: the backend's.
-    :param on_progress: called with the accounts as they stand, several times a second.
+    :param url: the URL of the backend.
+    :param on_progress: called with the current accounts several times a second.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Day:
         self.surprises = Surprises()
         options = StreamBusOptions(claim_idle_timeout=10.0, reclaim_interval=0.05, observer=self.surprises)
         self._bus = anybus.connect(url, options)
-        # Both backends that a URL can name offer to be looked into. What they say is the server's word.
+        # Both backends that have a URL can be inspected, so the checks below ask the server itself.
         assert isinstance(self._bus.backend, StreamInspector)
         self._server: StreamInspector = self._bus.backend
 
     async def run(self) -> list[Account]:
-        # Leaving the bus ends its subscriptions gracefully, and with them the tasks that run them.
+        # Leaving the bus closes its subscriptions, which ends the tasks that run them.
         async with anyio.create_task_group() as tasks, self._bus:
             await tasks.start(self._read_dead_letters)
             leavers: list[tuple[Worker, anyio.CancelScope]] = []
@@ -123,7 +123,7 @@ class Day:
             await self._bus.publish(message)
 
     async def _read_dead_letters(self, *, task_status: TaskStatus[None]) -> None:
-        # A subscription on dead letters must say what becomes of those that it gives up itself.
+        # A subscription on dead letters must say what happens to those that it gives up on itself.
         config = SubscriptionConfig(self._dead_letters, AUDITORS, dead_letter_topic=DROP, group_start_id="0")
         async with self._bus.deliveries(config) as letters:
             task_status.started()
@@ -134,7 +134,7 @@ class Day:
                 await letter.ack()
 
     async def _until_done(self) -> None:
-        """Wait until every uid is accounted for, and the server says that nothing is left."""
+        """Wait until every uid is accounted for, and the server has nothing pending."""
         while True:
             accounts = self._accounts()
             self._on_progress(accounts)

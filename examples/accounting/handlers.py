@@ -1,8 +1,7 @@
-"""The work of the two groups: what their handlers do, and how they fail.
+"""What the handlers of the two groups do, and how they fail.
 
-The rules below stand for the ways in which real handlers end: most succeed, some fail for a moment, some ask for a
-retry, some refuse the message, some fail however often they try. They look at nothing but the event and the number of
-the attempt, so that a run can be repeated.
+The rules imitate real handlers. Most handlings succeed. Some fail and succeed later, some ask for a retry, some reject
+the message, and some fail every time. The rules depend only on the event and the attempt, so every run is the same.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ class Function:
 
 
 Rule = Callable[[Function, str, int], None]
-"""Returns if the message is handled, else raises. Takes the function, the message's uid and the attempt."""
+"""Takes the function, the uid of the message and the attempt. Raises if the handling fails."""
 
 
 def enter_in_catalogue(function: Function, uid: str, attempt: int) -> None:
-    """The catalogue takes every function that has a name of its own and fits a row."""
+    """The catalogue accepts functions that can be looked up and fit into a row."""
     if attempt <= _digit(uid) - 12:
         raise ConnectionError("the catalogue is busy")
     if function.is_async and attempt == 1:
@@ -57,7 +56,7 @@ def enter_in_catalogue(function: Function, uid: str, attempt: int) -> None:
 
 
 def check_docstring(function: Function, uid: str, attempt: int) -> None:
-    """The docstrings' group looks at what a user can read in the documentation."""
+    """The group ``docstrings`` checks functions that appear in the documentation."""
     if attempt == 1 and _digit(uid) == 0:
         raise TimeoutError("the page could not be read")
     if function.is_private and not function.has_docstring:
@@ -67,14 +66,15 @@ def check_docstring(function: Function, uid: str, attempt: int) -> None:
 
 
 def _digit(uid: str) -> int:
-    """A number from 0 to 15 that is spread evenly over the uids."""
+    """A number from 0 to 15, evenly distributed over the uids."""
     return int(uid[0], 16)
 
 
 class Worker:
-    """One consumer's handler, and what it writes down.
+    """The handler of one consumer. It writes to the books of its group.
 
-    :ivar midway: set while the handling of that number is under way, so that at least one runs when it is seen.
+    :ivar midway: set during the handling with the number ``midway_at``, so that a handler runs when the consumer is
+        cancelled.
     """
 
     def __init__(self, name: str, books: Books, rule: Rule, *, midway_at: int) -> None:
@@ -91,9 +91,9 @@ class Worker:
         self._begun += 1
         if self._begun == self._midway_at:
             self.midway.set()
-        # The work itself: 10 to 40 ms of waiting for something, during which it may be cancelled.
+        # The work: waiting for 10 to 40 ms. It can be cancelled meanwhile.
         await anyio.sleep(0.010 + 0.002 * int(message.uid[-1], 16))
         self._rule(message.json(Function), message.uid, attempt)
-        # The line is the work's last step. Nothing is awaited after it, so a handling that is written down as a
-        # success cannot be cancelled any more.
+        # This is the last step. Nothing is awaited after it, so a handling that was recorded as a success cannot be
+        # cancelled any more.
         self._books.handled.append(message.uid)

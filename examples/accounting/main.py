@@ -1,16 +1,16 @@
-"""The main job on real input, and the proof that nothing was lost.
+"""A demonstration on real input, which proves that no message is lost.
 
 It reads ``events.jsonl`` (see ``make_events.py``), publishes every event, and handles them in two consumer groups of
-four consumers each. Handlers fail for a moment, ask for retries, refuse messages, and fail for good. In the middle of
-the work one consumer of each group is cancelled while its handlers run. Both groups use the topic's default
-dead-letter topic; which group gave a message up stands in the dead letter's headers.
+four consumers each. Some handlings fail and succeed later, some ask for a retry, some reject the message, and some fail
+every time. In the middle of the work, one consumer of each group is cancelled while its handlers run. Both groups use
+the topic's default dead-letter topic. The headers of each dead letter name the group that gave the message up.
 
-At the end a table holds sets of uids against each other: the input file, the files that the handlers wrote, and the
-dead letters as they were read back. The exit status is 1 if the accounting does not hold.
+At the end, a table compares sets of uids: from the input file, from the files that the handlers wrote, and from the
+dead letters on the backend. The exit status is 1 if a message is missing, unknown or both handled and dead-lettered.
 
     python examples/accounting/main.py [--loop asyncio|trio] [--url redis://localhost:6379]
 
-Without a URL it works in memory. On a server it leaves the topics of this run, and their dead letters, behind.
+Without a URL it runs in memory. On a server it does not delete the topics of this run and their dead letters.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ EVENTS = Path(__file__).with_name("events.jsonl")
 
 
 TOPIC = "source.functions"
-"""Each run publishes to topics of its own, whose names begin like this."""
+"""Each run uses a new topic whose name begins with this."""
 
 
 class Event(msgspec.Struct):
-    """A line of the input. The payload is published as it stands there."""
+    """A line of the input. The payload is published unchanged."""
 
     uid: str
     kind: str
@@ -68,7 +68,7 @@ def read_messages() -> list[Message]:
 
 
 def run_on(loop: str, url: str, messages: Sequence[Message], console: Console) -> bool:
-    """Do it all on one event loop. True if the accounting holds."""
+    """Run the demonstration on one event loop. Return true if the accounting is correct."""
     started = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="anybus-accounting-") as folder,
@@ -80,20 +80,20 @@ def run_on(loop: str, url: str, messages: Sequence[Message], console: Console) -
     show(console, loop, accounts)
     console.print(f"Took {time.monotonic() - started:.1f} s.", highlight=False)
     for surprise in day.surprises.seen:
-        console.print(f"Not expected: {surprise}", style="red", markup=False)
+        console.print(f"Unexpected error: {surprise}", style="red", markup=False)
     console.print()
     return all(account.holds for account in accounts)
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether the log should say it. The table accounts for the retries and dead letters, thousands of them."""
+    """Whether to log the record. There are thousands of retries and dead letters, and the table counts them."""
     return getattr(record, "scope", None) not in ("retried", "dead-lettered")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Publishes and handles real events, and accounts for every one.")
-    parser.add_argument("--loop", choices=("asyncio", "trio"), help="only on this event loop (default: on both)")
-    parser.add_argument("--url", default="memory://", help="where to do it (default: %(default)s)")
+    parser = argparse.ArgumentParser(description="Publishes and handles real events, and accounts for each of them.")
+    parser.add_argument("--loop", choices=("asyncio", "trio"), help="use only this event loop (default: both)")
+    parser.add_argument("--url", default="memory://", help="the backend (default: %(default)s)")
     arguments = parser.parse_args()
     logging.getLogger("anybus").addFilter(is_news)
     messages = read_messages()

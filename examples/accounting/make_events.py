@@ -1,11 +1,11 @@
-"""Makes ``events.jsonl``: one event per function defined in some modules of Python's standard library.
+"""Creates ``events.jsonl``: one event for each function in some modules of Python's standard library.
 
-The data is real: it is read with :mod:`ast` from the source of the standard library that belongs to the interpreter
-running this script. The file beside it was made with CPython 3.13.0; the same version always gives the same file, byte
-for byte, and another one gives other events.
+The data is real: the script reads the source of its own interpreter's standard library with :mod:`ast`. The file in
+this folder was created with CPython 3.13.0. The same version always creates the same file, byte for byte. Another
+version creates other events.
 
-The standard library is copyright of the Python Software Foundation, and free to use and to derive from under the PSF
-License Agreement (https://docs.python.org/3/license.html). The events hold nothing of it but names and line numbers.
+The standard library is copyright of the Python Software Foundation. It may be used and derived from under the PSF
+License Agreement (https://docs.python.org/3/license.html). The events contain only names and line numbers of it.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ MODULES = (
     "uuid",
 )
 
-# Sources do not say when a function was written. The events follow each other by a second from this day on, the
-# release of 3.13.0, so that the file is the same whenever it is made.
+# The source does not say when a function was written. So the first event has the release date of Python 3.13.0, and
+# each further event is one second later. This makes the file the same whenever it is created.
 FIRST_EVENT = datetime(2024, 10, 7, tzinfo=timezone.utc)
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def source_files(name: str) -> list[Path]:
-    """The files of a module: one, or those of a package in the order of their paths."""
+    """The files of a module. A package has several, which are sorted by path."""
     path = LIBRARY.joinpath(*name.split("."))
     return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
 
@@ -79,7 +79,7 @@ def module_name(file: Path) -> str:
 
 
 def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, FunctionNode]]:
-    """Every function defined below a node, by its qualified name, in the order of the source."""
+    """All functions below a node with their qualified names, in source order."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, FunctionNode):
             name = f"{prefix}{child.name}"
@@ -92,7 +92,7 @@ def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, FunctionNo
 
 
 def argument_names(arguments: ast.arguments) -> list[str]:
-    """The names as they are written in the signature, without the separators ``/`` and ``*``."""
+    """The names of the parameters, without the separators ``/`` and ``*``."""
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     if arguments.vararg:
         names.append(f"*{arguments.vararg.arg}")

@@ -1,4 +1,4 @@
-"""The accounting: sets of uids, held against each other. Nothing here asks the bus for its own counters."""
+"""The accounting: it compares sets of uids. It does not use the bus's own counters."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A dead letter, as it was read back from the dead-letter topic.
+    """A dead letter, as it was read from the dead-letter topic.
 
-    :ivar group: its ``dead-letter-group`` header, by which groups that share the topic are told apart.
+    :ivar group: its ``dead-letter-group`` header. Several groups share the dead-letter topic.
     :ivar code: its ``dead-letter-code`` header: ``rejected`` or ``retries``.
     """
 
@@ -28,9 +28,9 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class Account:
-    """One group's books, closed.
+    """The final figures of one group.
 
-    :ivar begun: the uid and the attempt of every handling that began.
+    :ivar begun: the uid and the attempt of each handling that began.
     """
 
     group: str
@@ -46,7 +46,7 @@ class Account:
 
     @property
     def both(self) -> frozenset[str]:
-        """Handled, and yet a dead letter."""
+        """Both handled and dead-lettered."""
         return self.handled & self.dead
 
     @property
@@ -56,12 +56,12 @@ class Account:
 
     @property
     def redeliveries(self) -> int:
-        """Handlings beyond the first of each message."""
+        """Handlings after the first one of each message."""
         return self.begun.total() - len({uid for uid, _ in self.begun})
 
     @property
-    def handed_on(self) -> int:
-        """Handlings that began again with the same number: the one before was cancelled, which does not count."""
+    def handled_again(self) -> int:
+        """Handlings with the same attempt number as an earlier one, which was cancelled and did not count."""
         return self.begun.total() - len(self.begun)
 
     @property
@@ -82,7 +82,7 @@ def close_account(group: str, published: frozenset[str], books: Books, letters: 
 
 
 class Bar:
-    """Shows how many messages each group is done with. Where there is no terminal it is printed once, at the end."""
+    """Shows how many messages of each group are done. Without a terminal it is printed once, at the end."""
 
     def __init__(self, console: Console, names: Sequence[str], total: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -126,7 +126,10 @@ def show(console: Console, loop: str, accounts: Sequence[Account]) -> None:
     row("never published", [len(account.unknown) for account in accounts], must_be_zero=True, last=True)
     row("handlings begun", [account.begun.total() for account in accounts])
     row("  redeliveries in all", [account.redeliveries for account in accounts])
-    row("  cancelled and handed on", [account.handed_on for account in accounts])
+    row("  cancelled and handled again", [account.handled_again for account in accounts])
     console.print(table)
-    verdict = "holds" if all(account.holds for account in accounts) else "DOES NOT HOLD"
-    console.print(f"The accounting {verdict}: each message is either handled or a dead letter.", highlight=False)
+    if all(account.holds for account in accounts):
+        verdict = "The accounting is correct: each message was either handled or dead-lettered."
+    else:
+        verdict = "THE ACCOUNTING IS NOT CORRECT: see the red rows."
+    console.print(verdict, highlight=False)
