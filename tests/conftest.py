@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import stages
 from blockbuster import blockbuster_ctx
 from harness import Harness, MemoryHarness, new_topic
 from hypothesis import HealthCheck, settings
@@ -17,6 +18,8 @@ NO_OPTIONS: dict[str, object] = {}
 # A busy machine may take any time for an example, or for making one.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+stages.watch()
 
 LOOPS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
@@ -53,6 +56,13 @@ REAL_SERVER_MODULES = {
 @pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def stages_follow_the_table() -> Iterator[None]:
+    yield
+    refused, stages.refused[:] = list(stages.refused), []
+    assert not refused
 
 
 @pytest.fixture(autouse=True)

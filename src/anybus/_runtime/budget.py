@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 
 from .entry import Held, Stage
 
-_WORTH_A_READ = 32
+_WORTH_A_READ = 64
 
 
 class Budget:

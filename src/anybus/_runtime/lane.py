@@ -111,15 +111,18 @@ class Lane:
             if self._batch:
                 await self._wait(self._threshold, due - now)
             else:
-                await self._wait(1, self._delayed[0][0] - now if self._delayed else math.inf)
+                await self._wait(1, self._delayed[0][0] - now if self._delayed else None)
 
-    async def _wait(self, size: int, seconds: float) -> None:
+    async def _wait(self, size: int, seconds: float | None) -> None:
         """Until a batch of this size is received, or for so many seconds. (The channel carries the batch itself, not a
         copy: if the receive is cancelled, nothing is lost.)
         """
         self._wanted_at = size
         try:
-            with anyio.move_on_after(seconds):
+            if seconds is None:
                 await self._receive.receive()
+            else:
+                with anyio.move_on_after(seconds):
+                    await self._receive.receive()
         finally:
             self._wanted_at = math.inf

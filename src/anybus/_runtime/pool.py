@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import math
 from collections.abc import Awaitable, Callable
 
 import anyio
@@ -255,9 +256,7 @@ class HandlerPool(Taker):
     async def _call_scoped(self, held: Held, delivery: Delivery) -> Result:
         timeout = self._context.handler_timeout
         returned = False
-        with anyio.CancelScope() as scope:
-            if timeout is not None:
-                scope.deadline = self._clock() + timeout
+        with anyio.CancelScope(deadline=math.inf if timeout is None else self._clock() + timeout) as scope:
             held.scope = scope
             await self._handler(delivery)
             returned = True

@@ -287,10 +287,9 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
             members.wake_all()
 
     def _stream(self, name: str) -> Stream:
-        name = plain_text(name)
-        store = self._streams.get(name)
+        store = self._streams.get(name) if type(name) is str else None
         if store is None:
-            store = self._streams[name] = Stream(0)
+            store = self._streams.setdefault(plain_text(name), Stream(0))
         return store
 
     def _group_or_none(self, stream: str, group: str) -> Group | None:
