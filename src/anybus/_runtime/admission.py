@@ -105,7 +105,10 @@ class Admission:
                 self._settler.ack(held, settled_by)
             elif not isinstance(entry, ClaimedMessage):
                 refused.append((held, entry))
-                self._refuse(held, entry)
+                if isinstance(entry, MissingEntry):
+                    self._settler.apply(held, Result(Outcome.MISSING))
+                else:
+                    self._settler.apply(held, Result(Outcome.MALFORMED, entry.error), raw=entry.raw)
             elif self._may_start(held, shut=shut):
                 batch.append(held)
             elif held.stage is Stage.PARKED:
@@ -157,12 +160,6 @@ class Admission:
         else:
             self._settler.give_back(held)
         return False
-
-    def _refuse(self, held: Held, entry: MalformedEntry | MissingEntry) -> None:
-        if isinstance(entry, MissingEntry):
-            self._settler.apply(held, Result(Outcome.MISSING))
-        else:
-            self._settler.apply(held, Result(Outcome.MALFORMED, entry.error), raw=entry.raw)
 
     def _tell(self, taken: Sequence[Held], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]) -> None:
         """Hooks come last: one that pauses or closes the subscription finds everything in its place."""

@@ -44,11 +44,8 @@ class Budget:
         """Whether a read waits for room: until it has some, reclaim keeps to its part."""
         self.read_waits = waits
 
-    def begin_trial(self, trial: Trial) -> None:
+    def set_trial(self, trial: Trial | None) -> None:
         self.trial = trial
-
-    def end_trial(self) -> None:
-        self.trial = None
 
     def read_room(self) -> int:
         room = min(self.read_part - self.by_read, self.limit - self.by_read - self.by_reclaim)

@@ -70,7 +70,7 @@ class Circuit:
         self._in_a_row = 0
         self._recovered = True
         if self._state is State.ON_TRIAL:
-            self._context.ledger.budget.end_trial()
+            self._context.ledger.budget.set_trial(None)
             self._context.ledger.changed()
             self._wake()
             self._close()
@@ -81,7 +81,7 @@ class Circuit:
         if self._stopped or self._state is State.OPEN:
             return
         if self._state is State.ON_TRIAL:
-            self._context.ledger.budget.end_trial()
+            self._context.ledger.budget.set_trial(None)
             self._trip("a failure on trial")
         elif self._in_a_row >= self._breaker.failures:
             self._trip(f"{self._in_a_row} failures in a row")
@@ -113,5 +113,5 @@ class Circuit:
                 self._close()
             else:
                 self._state = State.ON_TRIAL
-                context.ledger.budget.begin_trial(Trial(context.ledger.all, self._wake))
+                context.ledger.budget.set_trial(Trial(context.ledger.all, self._wake))
             self._intake.open(CIRCUIT)

@@ -89,12 +89,20 @@ class Dispatch:
         for lane in self.lanes:
             lane.close()
 
-    def ack(
-        self, held: Held, intent: str = ACKED, *, result: Result | None = None, decision: Decision | None = None
+    def settle(
+        self,
+        held: Held,
+        intent: str,
+        outputs: Sequence[Output] = (),
+        result: Result | None = None,
+        decision: Decision | None = None,
     ) -> None:
-        """Acknowledge, until the server has it or the lease is over."""
-        held.settle(intent, (), result, decision)
-        self.acks.put(held)
+        """Acknowledge, until the server has it or the lease is over.
+
+        :param outputs: appended before that, in one step where the backend can.
+        """
+        held.settle(intent, outputs, result, decision)
+        (self._transfers if outputs else self.acks).put(held)
 
     def release(self, held: Held) -> None:
         """Give it back to the group, uncounted."""
@@ -103,18 +111,6 @@ class Dispatch:
             self._releases.put(held)
         else:
             self.done(held)
-
-    def transfer(
-        self,
-        held: Held,
-        intent: str,
-        *outputs: Output,
-        result: Result | None = None,
-        decision: Decision | None = None,
-    ) -> None:
-        """Append the outputs, and acknowledge, in one step where the backend can."""
-        held.settle(intent, outputs, result, decision)
-        self._transfers.put(held)
 
     async def _flush_acks(self, batch: list[Held]) -> None:
         async def send(stream: str, entries: list[Held]) -> None:
@@ -277,7 +273,7 @@ class Dispatch:
             # Delivered again before this answer was here, by a recreated group perhaps. It has been settled.
             again = held.again(held.attempt, Stage.WAITING)
             context.ledger.add(again)
-            self.ack(again, SETTLED_BEFORE)
+            self.settle(again, SETTLED_BEFORE)
 
     def _tell_published(self, held: Held, ids: Sequence[str]) -> None:
         for output, entry_id in zip((held.settlement or PLAIN).outputs, ids, strict=True):

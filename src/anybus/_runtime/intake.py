@@ -146,10 +146,6 @@ class Intake:
             before, releases = releases, self._settler.given_back
             left_behind = full and before == releases
 
-    def _taking(self, room: int, *, by_reclaim: bool) -> Taking:
-        """Every call that takes entries is made in here, and what it brought is accepted by what this notes."""
-        return Taking(self._ledger, self._clock(), room, by_reclaim)
-
     async def _read(self, block: float, at_most: float = math.inf) -> bool:
         """Read once; whether anything came."""
         context = self._context
@@ -157,7 +153,7 @@ class Intake:
         if room <= 0 or self._shut_by:
             return False
         entries: list[FetchedEntry] = []
-        with self._taking(room, by_reclaim=False) as taking:
+        with Taking(self._ledger, self._clock(), room, by_reclaim=False) as taking:
             try:
                 with anyio.CancelScope() as self._reading:
                     entries = await context.backend.read_new(
@@ -195,7 +191,7 @@ class Intake:
         if room <= 0 or self._shut_by:
             return room <= 0
         topic, retries = context.streams
-        with self._taking(room, by_reclaim=True) as taking:
+        with Taking(self._ledger, self._clock(), room, by_reclaim=True) as taking:
             taken = await source.redeliver(
                 topic, retries, context.group, context.consumer, min_idle=context.min_idle, count=room
             )
@@ -211,7 +207,7 @@ class Intake:
         context = self._context
         backend, group, consumer = context.backend, context.group, context.consumer
         room = min(room, context.options.claim_scan_batch_size)
-        with self._taking(room, by_reclaim=True) as taking:
+        with Taking(self._ledger, self._clock(), room, by_reclaim=True) as taking:
             if idle:
                 entries = await backend.reclaim_idle(stream, group, consumer, min_idle=context.min_idle, count=room)
                 context.counters.reclaimed += len(entries)

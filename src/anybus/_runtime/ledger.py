@@ -150,11 +150,7 @@ class Ledger:
     def note_settled(self, stream: str, ids: Sequence[str]) -> None:
         """The server has what settles these permanently."""
         for taking in self.under_way:
-            settled = taking.settled.get(stream)
-            if settled is None:
-                taking.settled[stream] = set(ids)
-            else:
-                settled.update(ids)
+            taking.settled.setdefault(stream, set()).update(ids)
         self._settled[stream] += ids
         if self._crossing:
             for entry_id in ids:

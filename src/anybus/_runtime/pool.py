@@ -8,7 +8,6 @@ would be woken one by one for every batch, and a task for every message costs mo
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import logging
 import math
@@ -65,8 +64,6 @@ handled_by: contextvars.ContextVar[frozenset[Place]] = contextvars.ContextVar("a
 class HandlerPool(Taker):
     """Calls the handler.
 
-    :param ready: what may start comes out of here.
-    :param again: leads to the same place: an empty batch in it calls an idle worker.
     :param fail: ends the subscription with what is no ``Exception``.
     """
 
@@ -81,10 +78,9 @@ class HandlerPool(Taker):
         handler: Handler,
         fail: Callable[[BaseException], None],
     ) -> None:
-        super().__init__(context, settler, ready)
+        super().__init__(context, settler, ready, again)
         self._keeper = keeper
         self._circuit = circuit
-        self._again = again
         self._handler = handler
         self._fail = fail
         self._conclude = settler.conclude if circuit is None else self._conclude_watched
@@ -93,14 +89,9 @@ class HandlerPool(Taker):
         self._on_receive = context.policy.ack_mode == "auto-on-receive"
         self._is_plain = not (self._on_receive or self._needs_scope)
         self._workers = 0
-        self._idle = 0
         self._called = False
         self._tasks: TaskGroup | None = None
         self._home: contextvars.Context | None = None
-
-    def stop(self) -> None:
-        super().stop()
-        self._again.close()
 
     async def run(self) -> None:
         # Workers start from here, whoever calls them: no handler inherits what another one put in its context.
@@ -130,8 +121,7 @@ class HandlerPool(Taker):
             return
         if self._idle:
             self._called = True
-            with contextlib.suppress(anyio.WouldBlock):  # then whoever is idle next finds a batch at once
-                self._again.send_nowait([])
+            self._wake_one()
         elif self._tasks is not None and self._home is not None:
             self._called = True
             self._home.run(self._tasks.start_soon, self._work)
@@ -157,21 +147,13 @@ class HandlerPool(Taker):
         """Wait for more, unless enough others do so already."""
         if self._stopped or self._idle >= _IDLE:
             return False
-        self._idle += 1
         try:
-            batch = await self._ready.receive()
-        except anyio.EndOfStream:
-            return False
+            return await self._receive()
         except BaseException as error:  # noqa: ASYNC103 - a real cancellation goes on
             self._called = False
-            self._look_up_waiting()
             if not is_stray(error):
                 raise
             return False  # noqa: ASYNC104 - meant for what this worker did before, or for nobody: only it ends
-        finally:
-            self._idle -= 1
-        self._backlog += batch
-        return True
 
     async def _work_off(self, place: Place, clean: contextvars.Context) -> bool:
         """Handle what is ready. False: this worker must not go on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import anyio
@@ -21,10 +20,7 @@ from .taker import Taker
 
 
 class PullTaker(Taker):
-    """Gives deliveries to whoever asks; at most ``max_in_flight`` are out unsettled.
-
-    :param again: leads to the same place: an empty batch in it wakes the next who waits.
-    """
+    """Gives deliveries to whoever asks; at most ``max_in_flight`` are out unsettled."""
 
     def __init__(
         self,
@@ -34,15 +30,12 @@ class PullTaker(Taker):
         ready: MemoryObjectReceiveStream[list[Held]],
         again: MemoryObjectSendStream[list[Held]],
     ) -> None:
-        super().__init__(context, settler, ready)
+        super().__init__(context, settler, ready, again)
         self._keeper = keeper
-        self._again = again
         self._limit = context.max_in_flight
-        self._idle = 0
 
     def stop(self) -> None:
         super().stop()
-        self._again.close()
         self._ledger.changed()
 
     def _forget_settled(self) -> None:
@@ -60,28 +53,16 @@ class PullTaker(Taker):
                 self._wake_next()
                 return Delivery(held, self._keeper)
             else:
-                await self._receive()
+                try:
+                    await self._receive()
+                finally:
+                    self._wake_next()
         return None
-
-    async def _receive(self) -> None:
-        self._idle += 1
-        try:
-            batch = await self._ready.receive()
-        except anyio.EndOfStream:
-            return
-        except BaseException:
-            self._look_up_waiting()
-            raise
-        finally:
-            self._idle -= 1
-            self._wake_next()
-        self._backlog += batch
 
     def _wake_next(self) -> None:
         """Somebody else may wait for what is left of a batch."""
         if self._backlog and self._idle:
-            with contextlib.suppress(anyio.WouldBlock, anyio.ClosedResourceError):
-                self._again.send_nowait([])
+            self._wake_one()
 
     def in_flight(self) -> int:
         self._forget_settled()

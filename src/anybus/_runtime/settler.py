@@ -101,7 +101,7 @@ class Settler:
 
     def ack(self, held: Held, intent: str = ACKED) -> None:
         """Acknowledge, until the server has it or the lease is over."""
-        self.dispatch.ack(held, intent)
+        self.dispatch.settle(held, intent)
 
     def release(self, held: Held) -> None:
         """Give it back to the group, uncounted."""
@@ -157,7 +157,7 @@ class Settler:
 
     def _begin(self, held: Held, result: Result | None, outputs: Sequence[Output]) -> None:
         if result is None and outputs:
-            self.dispatch.transfer(held, ACKED_WITH, *outputs)
+            self.dispatch.settle(held, ACKED_WITH, outputs)
         elif result is None:
             self.ack(held)
         else:
@@ -236,12 +236,12 @@ class Settler:
     def _give_up(self, held: Held, result: Result, decision: DeadLetter, raw: Mapping[str, bytes] | None) -> None:
         topic = self._context.dead_letter_topic
         if topic is None:
-            self.dispatch.ack(held, DROPPED, result=result, decision=decision)
+            self.dispatch.settle(held, DROPPED, (), result, decision)
             return
         output = self._dead_letter(held, decision, topic)
         if raw is not None and self._can_keep_raw:
             output = Output(output.stream, output.message, raw=raw)
-        self.dispatch.transfer(held, DEAD_LETTERED, output, result=result, decision=decision)
+        self.dispatch.settle(held, DEAD_LETTERED, (output,), result, decision)
 
     def _retry(self, held: Held, result: Result, decision: RetryAt) -> None:
         counted = result.outcome is not Outcome.RELEASED
@@ -262,7 +262,7 @@ class Settler:
             published_at=self._published_at(held),
         )
         output = Output(self._context.retry_stream, copy, decision.delay)
-        self.dispatch.transfer(held, intent, output, result=result, decision=decision)
+        self.dispatch.settle(held, intent, (output,), result, decision)
 
     def _complain(self, held: Held, error: BaseException, detail: str) -> None:
         self._context.reporter.error("handler", error, detail=detail, about=held)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections import deque
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from .context import Context
 from .entry import Held, Stage
@@ -16,15 +17,27 @@ _WAITING, _OPEN = Stage.WAITING, Stage.OPEN  # read for every message
 
 
 class Taker(abc.ABC):
-    """Receives batches, and takes entries from them one by one."""
+    """Receives batches, and takes entries from them one by one.
 
-    def __init__(self, context: Context, settler: Settler, ready: MemoryObjectReceiveStream[list[Held]]) -> None:
+    :param ready: what may start comes out of here.
+    :param again: leads to the same place: an empty batch in it wakes somebody who waits.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        settler: Settler,
+        ready: MemoryObjectReceiveStream[list[Held]],
+        again: MemoryObjectSendStream[list[Held]],
+    ) -> None:
         self._context = context
         self._ledger = context.ledger
         self._budget = context.ledger.budget
         self._settler = settler
         self._clock = context.clock
         self._ready = ready
+        self._again = again
+        self._idle = 0
         self._backlog: deque[Held] = deque()
         self._stopping = anyio.Event()
         self._stopped = False
@@ -65,15 +78,36 @@ class Taker(abc.ABC):
         except (anyio.WouldBlock, anyio.EndOfStream):
             self._ledger.none_wait()
 
+    async def _receive(self) -> bool:
+        """Wait for a batch. False: there will be none."""
+        self._idle += 1
+        try:
+            batch = await self._ready.receive()
+        except anyio.EndOfStream:
+            return False
+        except BaseException:
+            self._look_up_waiting()
+            raise
+        finally:
+            self._idle -= 1
+        self._backlog += batch
+        return True
+
     def _look_up_waiting(self) -> None:
         """A receive was cancelled, which can lose a batch: the ledger knows what waits."""
         self._backlog.clear()
         self._backlog += self._ledger.waiting()
 
+    def _wake_one(self) -> None:
+        """Have somebody who waits for a batch look at the backlog."""
+        with contextlib.suppress(anyio.WouldBlock, anyio.ClosedResourceError):  # full: nobody has to wait
+            self._again.send_nowait([])
+
     def stop(self) -> None:
         """Take nothing more."""
         self._stopped = True
         self._stopping.set()
+        self._again.close()
 
     def close(self) -> None:
         self._ready.close()
