@@ -65,7 +65,7 @@ class StreamBusOptions:
         is refused.
     :param change_lease: if the running members use another ``claim_idle_timeout``, change it for all of them. They
         adopt the new value within seconds, and report it.
-    :param claim_scan_batch_size: how many entries one reclaim takes at most.
+    :param claim_scan_batch_size: the maximum number of entries that one reclaim takes.
     :param reclaim_interval: the pause between two passes over idle entries and due retries.
     :param group_start_id: where a group starts if it is created: ``"$"`` = only entries published later, ``"0"`` = from
         the first entry, an entry's id = after that entry.
@@ -119,9 +119,9 @@ class SubscriptionConfig:
         received, and never retried. None = what ``ack_mode`` implies.
     :param ack_mode: ``auto-on-handler-success`` (the default), ``manual``, or ``auto-on-receive`` (the only mode for
         ``at-most-once``). None = what ``guarantee`` implies.
-    :param max_in_flight: how many handlers run at once at most.
-    :param max_pending_acks: how many entries are held at once at most, at least ``max_in_flight``; None = twice
-        ``max_in_flight``.
+    :param max_in_flight: the maximum number of handlers that run at once.
+    :param max_pending_acks: the maximum number of entries that are held at once, at least ``max_in_flight``; None =
+        twice ``max_in_flight``.
     :param max_retry: the number of retries after the first handling; None = 3, which means four handlings.
     :param max_deliveries: how many deliveries of one entry may end without an outcome (by a crash, for example), at
         least 4; None = 10.
@@ -130,12 +130,12 @@ class SubscriptionConfig:
         seconds.
     :param retry_on: an exception type, a function that takes an exception, or a list of these. Only failures that match
         are retried; others are given up on at once. None = all failures are retried.
-    :param give_up_on: the same, for failures that are given up on at once, whatever ``retry_on`` says; None = no such
-        failures.
+    :param give_up_on: a type, a function or a list, as in ``retry_on``. Failures that match are given up on at once,
+        whatever ``retry_on`` says. None = no failure matches.
     :param max_age: a message is given up on if its first entry was stored longer ago than this; None = never.
     :param dead_letter_topic: where messages go that are given up on; None = ``<topic>.dead``; :data:`DROP` = they are
         dropped.
-    :param circuit: pauses the subscription while its handler only fails; None = never.
+    :param circuit: pauses the subscription while its handler keeps failing; None = never.
     :param handler_timeout: a handler that runs longer is cancelled, which counts as a failure; None = no limit.
     :param group_start_id: where the group starts if it is created; None = the value of the bus's options.
     :param on_lease_lost: ``continue`` (``delivery.lease_lost`` tells the handler), or ``cancel`` the handler.

@@ -11,7 +11,7 @@ from ..abc import DeadLetterStore
 from .letter import DeadLetter, LetterFilter, read_letter
 
 PAGE_BYTES: Final = 1024 * 1024
-"""How many bytes are read at a time, and moved in one step, at most."""
+"""The maximum number of bytes that are read at a time, and moved in one step."""
 
 PAGE_COUNT: Final = 100
 

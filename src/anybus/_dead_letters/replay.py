@@ -155,7 +155,7 @@ class Replay:
         if self._to == "topic":
             return Move(one.id, self._topic, letter.message)
         if not letter.group:
-            return ValidationError(f"dead letter {one.id} does not say which group gave up on it: replay it to='topic'")
+            return ValidationError(f"dead letter {one.id} does not say which group gave up on it: use to='topic'")
         if (error := groups[letter.group]) is not None:
             return error
         message = letter.message and restored(letter.message, self._topic, first_id=letter.first_id)

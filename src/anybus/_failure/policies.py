@@ -46,8 +46,8 @@ _RULES = "an exception type, a function that takes one exception, or a list of t
 
 @dataclass(frozen=True, kw_only=True)
 class CircuitBreaker:
-    """Pauses a subscription whose handler only fails. So a database that is down does not turn a whole topic into dead
-    letters.
+    """Pauses a subscription whose handler keeps failing. So a database that is down does not turn a whole topic into
+    dead letters.
 
     After ``failures`` failures in a row, without a success in between, the circuit opens: the subscription takes
     nothing for ``pause`` seconds, and releases the waiting messages, uncounted. After the pause, the circuit is on

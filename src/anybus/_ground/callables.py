@@ -12,7 +12,7 @@ from .errors import ValidationError
 
 
 def check_async_function(field: str, function: Any, allowed: str) -> None:
-    """Refuse all but an async function that takes one argument, or an object whose ``__call__`` is one."""
+    """Refuse anything but an async function that takes one argument, or an object whose ``__call__`` is one."""
     inner = function
     while isinstance(inner, functools.partial):
         inner = inner.func
@@ -24,7 +24,7 @@ def check_async_function(field: str, function: Any, allowed: str) -> None:
 
 
 def check_function(field: str, function: Any, allowed: str, *, otherwise: str = "") -> None:
-    """Refuse all but a plain function that takes one argument.
+    """Refuse anything but a plain function that takes one argument.
 
     :param otherwise: what else the field may hold, for the error text.
     """

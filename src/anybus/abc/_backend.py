@@ -45,8 +45,8 @@ class StreamBackend(abc.ABC):
 
     Durations are seconds, as floats.
 
-    If a method is cancelled while it takes entries, it releases them, uncounted, within a shielded second. Only then it
-    raises the cancellation. A cancelled publish may or may not have happened.
+    If a method is cancelled while it takes entries, it first releases them, uncounted, within a shielded second, and
+    then raises the cancellation. A cancelled publish may or may not have happened.
 
     Errors are :class:`~anybus.BackendError`. They say whether they are transient, and whether the work may have been
     done. Only an error that is known to be permanent ends a subscription. A driver's own exceptions count as transient.

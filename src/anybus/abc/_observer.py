@@ -68,8 +68,8 @@ class Observer:
         """An entry that is held here no longer belongs to this consumer, or it is no longer certain that it does."""
 
     def on_circuit_opened(self, event: BusEvent) -> None:
-        """A handler has only failed for a while, and its subscription is paused. ``event.detail`` tells after how many
-        failures, and for how long. This is also logged.
+        """A handler kept failing, and its subscription is paused. ``event.detail`` tells after how many failures, and
+        for how long. This is also logged.
         """
 
     def on_circuit_closed(self, event: BusEvent) -> None:

@@ -280,7 +280,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         members.wake_all()
 
     def delete_stream(self, stream: str) -> None:
-        """Delete a stream with its entries, groups and floors, as FLUSHALL does. Ids continue. For tests."""
+        """Delete a stream with its entries, groups and floors, as FLUSHALL does. Ids keep growing. For tests."""
         stream = plain_text(stream)
         old = self._streams.pop(stream)
         self._streams[stream] = Stream(old.last)

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry
 
 _SMALL = 262_144
-"""A size of replies that every server allows, in bytes."""
+"""A reply of this size, in bytes, is allowed by every server."""
 
 _ENOUGH = 1024
 

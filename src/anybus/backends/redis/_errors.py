@@ -117,8 +117,9 @@ def leads_elsewhere(error: ServerError) -> bool:
 def translate(error: ServerError, *, entering: bool = False, may_have_happened: bool = False) -> BackendError:
     """The bus's error for an error reply of a server, or of a proxy in front of it.
 
-    :param entering: whether the bus is just being entered. Only then wrong credentials are permanent: they are a
-        mistake in the configuration. Later, they come from a rotation that the two sides do not see at the same time.
+    :param entering: whether the bus is just being entered. If so, wrong credentials are permanent: the configuration is
+        wrong. Later, they are transient: the credentials were changed, and the two sides do not know it at the same
+        time.
     :param may_have_happened: whether a part of the work may have been done, whatever the error says (in a script).
     """
     text = str(error)

@@ -174,7 +174,7 @@ def _keep_alive(raw: Any) -> None:
 async def open_link(settings: Settings, *, entering: bool = False) -> Link:
     """Connect, authenticate, select the database, set the connection's name.
 
-    :param entering: whether the bus is just being entered. Then wrong credentials are a permanent error.
+    :param entering: whether the bus is just being entered. If so, wrong credentials are a permanent error.
     :raises BackendError: if any of these fails. ``can_pass`` tells whether trying again may help.
     """
     stage: Stage = "connecting"

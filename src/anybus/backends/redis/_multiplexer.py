@@ -185,7 +185,7 @@ class Multiplexer:
                 self._fail_unsent(error)
                 if not said and isinstance(error.__cause__, ServerError) and is_about_credentials(error.__cause__):
                     said = True
-                    text = "%s does not accept the credentials (%s): not connected, and trying again until it does"
+                    text = "%s does not accept the credentials (%s): not connected; trying again until it does"
                     say(logging.ERROR, text, self._settings.place, error, hidden=_SCOPE)
                 if not error.can_pass:
                     # Do not let callers wait for a connection that will not come. The next use tries again.
@@ -402,7 +402,7 @@ class Multiplexer:
         """Wait for a connection.
 
         :param patient: wait until the caller's own deadline, if it has one.
-        :raises BackendError: if there is no connection in time. Certainly nothing was sent.
+        :raises BackendError: if there is no connection in time. Nothing was sent.
         """
         timeout = self._settings.connect_timeout + self._settings.command_timeout
         # Slightly before the caller's own deadline, so that the caller learns that nothing was sent.
