@@ -113,7 +113,7 @@ async def test_a_handler_that_cannot_be_called_with_a_delivery_is_refused_before
         with pytest.raises(ValidationError) as refused_too:
             await bus.consume(SubscriptionConfig(topic, "g"), value)
         for text in (str(refused.value), str(refused_too.value)):
-            assert text.startswith("handler must be an async function of one Delivery, not ")
+            assert text.startswith("handler must be an async function that takes one Delivery, not ")
             assert f"{shown}, which cannot be called with one argument: " in text
         assert await backend.create_group(topic, "g"), "a refusal has made a group"
 
@@ -123,7 +123,7 @@ def test_the_error_says_what_is_missing_and_shows_no_default_value() -> None:
     with pytest.raises(ValidationError) as caught:
         bus.subscribe(SubscriptionConfig("t", "g"), with_secret)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     assert str(caught.value) == (
-        "handler must be an async function of one Delivery, not with_secret(delivery, db, password=...), "
+        "handler must be an async function that takes one Delivery, not with_secret(delivery, db, password=...), "
         "which cannot be called with one argument: missing a required argument: 'db'"
     )
 

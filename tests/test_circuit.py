@@ -397,7 +397,7 @@ def test_a_circuit_breaker_is_frozen() -> None:
 
 async def test_deliveries_refuse_it_since_they_have_no_handler(harness: Harness, topic: str) -> None:
     async with StreamBus(harness.make_backend(), quick()) as bus:
-        with refused("circuit", "CircuitBreaker", "unset for deliveries()"):
+        with refused("circuit", "CircuitBreaker", "unset with deliveries()"):
             bus.deliveries(SubscriptionConfig(topic, "g", circuit=CircuitBreaker()))
 
 

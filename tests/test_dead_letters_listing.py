@@ -364,7 +364,7 @@ async def test_a_page_refuses_what_is_no_place_and_no_number(bus: StreamBus, top
 
 async def test_a_backend_that_cannot_says_so(topic: str) -> None:
     async with StreamBus(ListBackend()) as bus:
-        with pytest.raises(UnsupportedError, match=r"ListBackend cannot look through dead letters.*DeadLetterStore"):
+        with pytest.raises(UnsupportedError, match=r"ListBackend cannot list dead letters.*DeadLetterStore"):
             bus.dead_letters(topic)
 
 

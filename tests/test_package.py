@@ -87,4 +87,4 @@ try:
 except anybus.UnsupportedError as error:
     print(error)
 """
-    assert run(refused) == "redis:// needs the extra: pip install 'anybus[redis]'\n"
+    assert run(refused) == "redis:// needs the extra 'redis': pip install 'anybus[redis]'\n"

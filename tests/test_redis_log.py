@@ -46,9 +46,9 @@ async def test_a_server_that_goes_and_comes_back_is_told_in_lines_that_say_each_
             )
             with pytest.raises(BackendError):
                 await bus.publish(Message(topic))
-            assert not any(f"connected again to {place}" in text for text in texts(logging.INFO))
+            assert not any(f"reconnected to {place}" in text for text in texts(logging.INFO))
             await to_thread.run_sync(own_server.start)
-            await until(lambda: f"connected again to {place}" in texts(logging.INFO))
+            await until(lambda: f"reconnected to {place}" in texts(logging.INFO))
             await until(lambda: any(text.startswith("reclaim: works again") for text in texts(logging.INFO)))
     (broke,) = texts(logging.WARNING)[:1]
     assert broke.startswith(f"the connection to {place} broke: ")

@@ -363,7 +363,7 @@ async def test_a_rotated_password_that_the_credentials_lag_behind_is_waited_out_
             await until(lambda: bool(errors_logged(caplog, "credentials")), "the refusal to be logged")
             assert work.subscription.is_running
             provider.password = ROTATED
-    (said,) = errors_logged(caplog, "does not take the credentials")
+    (said,) = errors_logged(caplog, "does not accept the credentials")
     assert "WRONGPASS" in said
     assert f"localhost:{own_server.port}" in said
     assert SECRET not in caplog.text

@@ -217,9 +217,9 @@ async def test_a_backoff_function_is_not_asked_when_there_is_nothing_to_wait_for
         ([], "[]", "at least one delay"),
         ([1, -1], "-1", "zero or more"),
         (["1"], "'1'", "a number of seconds"),
-        ("1", "'1'", "a function of an anybus.Failure"),
-        (float, "<class 'float'>", "a function of an anybus.Failure"),
-        (anyio.sleep, "<function sleep", "not an async one"),
+        ("1", "'1'", "a function that takes one anybus.Failure"),
+        (float, "<class 'float'>", "a function that takes one anybus.Failure"),
+        (anyio.sleep, "<function sleep", "an async one is not accepted"),
     ],
     ids=shown,
 )
@@ -388,13 +388,13 @@ async def test_rules_see_what_a_task_group_of_the_handler_has_wrapped(harness: H
     [
         ("ValueError", "'ValueError'", "an exception type"),
         (5, "5", "an exception type"),
-        ([], "[]", "None = no rule"),
+        ([], "[]", "for no rule use None"),
         ([ValueError, "x"], "'x'", "an exception type"),
         (KeyboardInterrupt, "KeyboardInterrupt", "a subclass of Exception"),
         (int, "int", "a subclass of Exception"),
-        (Retry, "Retry", "always mean what they say"),
-        ((ValueError, Reject), "Reject", "always mean what they say"),
-        (anyio.sleep, "<function sleep", "not an async one"),
+        (Retry, "Retry", "always obeyed"),
+        ((ValueError, Reject), "Reject", "always obeyed"),
+        (anyio.sleep, "<function sleep", "an async one is not accepted"),
     ],
     ids=shown,
 )
@@ -408,14 +408,14 @@ def test_a_rule_that_is_none_is_refused_where_it_is_given(field: Any, value: Any
     [(ShopError, ShopError), (SoldOutError, ShopError), ([KeyError, ValueError], [ShopError, Exception])],
 )
 def test_rules_that_contradict_each_other_are_refused_where_they_are_given(retry_on: Any, give_up_on: Any) -> None:
-    with refused("retry_on", "Error'>", "always gives up on"):
+    with refused("retry_on", "Error'>", "does not cover completely"):
         SubscriptionConfig("t", "g", retry_on=retry_on, give_up_on=give_up_on)
 
 
 async def test_deliveries_refuse_rules_since_they_have_no_handler(harness: Harness, topic: str) -> None:
     async with StreamBus(harness.make_backend(), quick()) as bus:
         for field in ("retry_on", "give_up_on"):
-            with refused(field, "ValueError", "unset for deliveries()"):
+            with refused(field, "ValueError", "unset with deliveries()"):
                 rules: dict[str, Any] = {field: ValueError}
                 bus.deliveries(SubscriptionConfig(topic, "g", **rules))
 

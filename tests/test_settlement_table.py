@@ -76,7 +76,7 @@ def expected(outcome: Outcome, mode: AckMode, attempt: int, deliveries: int | No
         Outcome.REJECTED: DeadLetter("rejected", "why", "E"),
         Outcome.EXPIRED: DeadLetter("expired", "why"),
         Outcome.WORN_OUT: DeadLetter(
-            "deliveries", f"handed over {(deliveries or 1) - 1} times without an outcome (max_deliveries=10)"
+            "deliveries", f"delivered {(deliveries or 1) - 1} times without an outcome (max_deliveries=10)"
         ),
     }
     if outcome in table:

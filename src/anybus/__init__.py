@@ -49,18 +49,18 @@ from .backends.memory.backend import MemoryBackend as MemoryBackend
 
 for _public in tuple(globals().values()):
     if isinstance(_public, type) and issubclass(_public, Exception):
-        # Tracebacks, pickles and the headers of dead letters name them as applications do, wherever they are defined.
+        # So tracebacks, pickles and dead-letter headers show the public name, anybus.BackendError for example.
         _public.__module__ = __name__
 del _public
 
 __version__: str
 """The version of the installed package."""
 
-if not TYPE_CHECKING:  # else a type checker would take any name for one of this module's
+if not TYPE_CHECKING:  # otherwise type checkers would accept any attribute of this module
 
     def __getattr__(name: str) -> str:
         if name == "__version__":
-            # Looked up when it is asked for: the import costs as much as a good part of this package.
+            # Imported late, because importlib.metadata would take a large part of this package's import time.
             from importlib.metadata import version  # noqa: PLC0415
 
             return version("anybus")

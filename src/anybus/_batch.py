@@ -1,4 +1,4 @@
-"""What a publish of many messages comes to."""
+"""The outcome of publishing a batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ._ground.errors import BackendError, EventBusError, can_pass
 
 @dataclass(frozen=True)
 class BatchOutcome:
-    """What became of a batch.
+    """What happened to the messages of a batch.
 
     :ivar results: one per message, in order: the entry's id, or the error.
     """
@@ -18,19 +18,25 @@ class BatchOutcome:
 
     @property
     def all_ok(self) -> bool:
+        """Whether every message was published."""
         return not self.errors
 
     @property
     def ok_count(self) -> int:
+        """How many messages were published."""
         return len(self.results) - len(self.errors)
 
     @property
     def errors(self) -> tuple[EventBusError, ...]:
+        """The errors among the results, in order."""
         return tuple(result for result in self.results if isinstance(result, EventBusError))
 
     def raise_for_errors(self) -> None:
-        """
-        :raises EventBusError: the only error, or the first of several with their number in a note of its text.
+        """Raise if any message was not published.
+
+        :raises EventBusError: the error, if there is only one.
+        :raises BackendError: if there are several. Its text has their number and the first error, which is also its
+            cause. It is transient if all of them are, and ``may_have_happened`` is true if it is for any of them.
         """
         errors = self.errors
         if not errors:

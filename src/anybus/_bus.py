@@ -1,4 +1,4 @@
-"""The bus: publish, subscribe, and the end of it all."""
+"""The bus: publishing, subscribing, and the end of a bus."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ if TYPE_CHECKING:
 
 
 class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
-    """An event bus over a backend. An async context manager; it enters and leaves the backend.
+    """An event bus on a backend. An async context manager, which also enters and leaves the backend.
 
-    Leaving it ends its subscriptions first; afterwards every call raises :class:`ClosedError`. It belongs to the event
-    loop in which it was entered: used anywhere else, it (and what it gave out) raises ``RuntimeError``.
+    Leaving the bus first ends its subscriptions. After that, every call raises :class:`ClosedError`.
 
-    :param backend: where the streams are.
+    A bus belongs to the event loop in which it was entered. In any other loop or thread, the bus raises
+    ``RuntimeError``, and so do the objects that it returned.
+
+    :param backend: the backend that holds the streams.
     :param options: durations, sizes and the observer.
+    :raises ValidationError: if one of them has the wrong type.
     """
 
     def __init__(self, backend: StreamBackend, options: StreamBusOptions | None = None) -> None:
@@ -74,12 +77,15 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         return self._options
 
     async def __aenter__(self) -> Self:
-        """
-        :raises ClosedError: if it has been entered before, however that went.
+        """Enter the backend and open the bus.
+
+        :raises ClosedError: if the bus has been entered before, even if that failed.
         :raises EventBusError: if the backend cannot be entered.
         """
         if self._state != "not entered":
-            raise ClosedError("this bus has already been entered, and a bus is entered once: make another one")
+            raise ClosedError(
+                "this bus has already been entered, and a bus can be entered only once: create another bus"
+            )
         self._state = "being entered"
         self._entered = Entered("the bus", self._opened())
         try:
@@ -95,12 +101,14 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        """
-        :raises RuntimeError: in another task or event loop than the one in which it was entered.
+        """End the subscriptions, then leave the backend.
+
+        :raises RuntimeError: in a task or an event loop other than the one in which the bus was entered.
+        :raises ClosedError: if the bus is not open.
         """
         if self._home is None or self._entered is None:
-            raise ClosedError(f"the bus is {self._state}: only a bus that has been entered can be left")
-        return await self._entered.__aexit__(exc_type, exc_value, traceback)  # noqa: ASYNC102 - shields what has to be
+            raise ClosedError(f"the bus is {self._state}: only an open bus can be left")
+        return await self._entered.__aexit__(exc_type, exc_value, traceback)  # noqa: ASYNC102 - shielded where needed
 
     @asynccontextmanager
     async def _opened(self) -> AsyncGenerator[None, None]:
@@ -111,7 +119,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
             try:
                 yield
             except BaseException:
-                await self._end_subscriptions(gracefully=False)  # noqa: ASYNC102 - shielded in there
+                await self._end_subscriptions(gracefully=False)  # noqa: ASYNC102 - shielded inside
                 raise
             else:
                 await self._end_subscriptions(gracefully=True)
@@ -127,8 +135,8 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
             subscription._begin_end() if gracefully else subscription._abort()
 
         async def wait() -> None:
-            # In a child of its own, since asyncio's own cancellation pierces a shield. Each end is bounded by its own
-            # timeouts; leaving the backend before would take away what they need.
+            # A child task, because a native asyncio cancellation pierces a shield in the task that it hits. The wait
+            # has no timeout: each subscription's end has its own, and needs the backend until then.
             with anyio.CancelScope(shield=True):
                 for subscription in live:
                     await persist(subscription._ended.wait)
@@ -157,14 +165,16 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         return message
 
     async def publish(self, message: Message, options: PublishOptions | None = None) -> str:
-        """Publish a message to its topic; return the entry's id. Never repeated by the bus.
+        """Publish a message to its topic. The bus never repeats a publish by itself.
 
-        :raises ValidationError: if the message is refused; nothing was sent.
-        :raises BackendError: if the backend failed, or ``publish_timeout`` passed: ``may_have_happened`` tells
-            whether the message may have been stored all the same.
+        :return: the entry's id.
+        :raises ValidationError: if the message is refused. Nothing was sent.
+        :raises SerializationError: if the codec cannot encode the message. Nothing was sent.
+        :raises BackendError: if the backend failed, or ``publish_timeout`` passed. ``may_have_happened`` tells whether
+            the message may have been stored.
         :raises ClosedError: if the bus is not open.
         """
-        self._check_open("closing")  # handlers that still run may publish what they came to
+        self._check_open("closing")  # handlers that still run may publish their results
         message = self._prepare(message, options)
         try:
             if self._timed_publisher is not None:
@@ -192,11 +202,14 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         return entry_id
 
     async def publish_batch(self, messages: Iterable[Message], options: PublishOptions | None = None) -> BatchOutcome:
-        """Publish many, appended in order per topic; one result per message, in order.
+        """Publish many messages. Those of one topic are appended in order.
 
-        A message that is refused, or that the backend fails on, does not hold up the others.
+        If a message is refused, or the backend fails to store it, the others are still published. Its error is in the
+        outcome, and is not raised.
 
-        :raises ClosedError: if the bus is not open. Only what concerns the whole call is raised.
+        :return: one result per message, in order.
+        :raises ValidationError: if ``messages`` or ``options`` has the wrong type.
+        :raises ClosedError: if the bus is not open.
         """
         self._check_open("closing")
         if isinstance(messages, Message) or not isinstance(messages, Iterable):
@@ -212,8 +225,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
             except ValidationError as error:
                 results.append(error)
             else:
-                # What stands here if the batch is cut off by its timeout.
-                results.append("")
+                results.append("")  # the outcome takes its place below
                 accepted.append(index)
                 items.append((prepared.topic, prepared, None))
         outcomes: list[str | EventBusError] = []
@@ -248,21 +260,22 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         until: datetime | None = None,
         key: str | None = None,
     ) -> DeadLetters:
-        """The dead letters of a topic, for operators: to look through, to replay, to purge. Nothing is read yet.
+        """The dead letters of a topic, for operators: to list, to replay, to purge. This call itself reads nothing.
 
-        Those for which all that is given holds are meant; without filters, all of the topic's. A dead letter that
-        does not say which topic it comes from counts as this topic's.
+        A dead letter matches if it passes every filter that is given. Without filters, all dead letters of the topic
+        match. A dead letter that does not name its topic counts as this topic's.
 
-        :param topic: the application's topic, from which they came, and to which they go back.
-        :param dead_letter_topic: where they are; None = ``<topic>.dead``.
-        :param group: the group that gave them up.
-        :param code: why: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``, ``deliveries`` or
-            ``malformed``. Letters of another implementation may have other codes: list them without this filter.
-        :param since: given up at this time or later.
-        :param until: given up before this time.
-        :param key: the message's key.
+        :param topic: the application's topic. The dead letters came from it, and a replay sends them back to it.
+        :param dead_letter_topic: the topic that holds the dead letters; None = ``<topic>.dead``.
+        :param group: only those that this group gave up on.
+        :param code: only those with this code: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``,
+            ``deliveries`` or ``malformed``. Other implementations may write other codes: list those dead letters
+            without this filter.
+        :param since: only those that were given up on at this time or later.
+        :param until: only those that were given up on before this time.
+        :param key: only those whose message has this key.
         :raises ValidationError: if a parameter is refused.
-        :raises UnsupportedError: if the backend is no :class:`anybus.abc.DeadLetterStore`.
+        :raises UnsupportedError: if the backend is not an :class:`anybus.abc.DeadLetterStore`.
         :raises ClosedError: if the bus is not open.
         """
         self._check_open()
@@ -278,14 +291,14 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
     def subscribe(self, config: SubscriptionConfig, handler: Handler) -> AbstractAsyncContextManager[Subscription]:
         """Handle the messages of a topic, as a member of a group, while the body of the ``async with`` runs.
 
-        Entering returns once the group exists. When the body ends, the subscription ends gracefully; when it raises
-        or is cancelled, handlers are cancelled at once, and what they had is handed back.
+        Entering returns once the group exists. If the body returns, the subscription ends gracefully. If the body
+        raises or is cancelled, the handlers are cancelled at once, and their messages are released.
 
-        :param handler: an async function of one :class:`Delivery`.
-        :raises ValidationError: if the configuration, or the handler, is refused.
+        :param handler: an async function that takes one :class:`Delivery`.
+        :raises ValidationError: if the configuration or the handler is refused.
         :raises ClosedError: if the bus is not open.
         """
-        check_async_function("handler", handler, "an async function of one Delivery")
+        check_async_function("handler", handler, "an async function that takes one Delivery")
         return Entered("the subscription", self._subscription(self._checked(config), handler))
 
     async def consume(
@@ -295,14 +308,16 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         *,
         task_status: TaskStatus[Subscription] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
-        """``subscribe`` as one call, for ``await tg.start(bus.consume, config, handler)``, which gives the
-        :class:`Subscription`. Returns when that is closed. Raises as ``subscribe`` does.
+        """:meth:`subscribe` as one call, for task groups.
+
+        ``await tg.start(bus.consume, config, handler)`` returns the :class:`Subscription`. The call itself returns when
+        the subscription is closed. Raises the same errors as :meth:`subscribe`.
         """
         if self._home is not None:
             self._home.check("the bus")
-        await checkpoint()  # cancelled before it began, it says nothing of a bus that is closed by now
+        await checkpoint()  # a task that is cancelled before it began must not raise ClosedError
         if self._state == "closing":
-            return  # it would be closed a moment later: no reason for an error
+            return  # the bus would close the subscription at once, which is no error
         try:
             async with self.subscribe(config, handler) as subscription:
                 task_status.started(subscription)
@@ -311,29 +326,28 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
             return
 
     def deliveries(self, config: SubscriptionConfig) -> AbstractAsyncContextManager[DeliveryStream]:
-        """The pull form: a stream of deliveries, each settled by hand.
+        """The pull form of :meth:`subscribe`: a stream of deliveries that the caller settles.
 
-        They are renewed until they are settled, or the block is left, which releases the rest.
+        The lease of a delivery is renewed until it is settled. Leaving the block releases all unsettled deliveries.
 
-        :raises ValidationError: if the configuration is refused; ``ack_mode`` can only be ``manual`` here.
+        :raises ValidationError: if the configuration is refused. ``ack_mode`` must be ``manual`` or unset.
         :raises ClosedError: if the bus is not open.
         """
         config = self._checked(config)
         if config.ack_mode not in (None, "manual"):
-            refuse("ack_mode", config.ack_mode, "'manual' or unset for deliveries(), which are settled by hand")
+            refuse("ack_mode", config.ack_mode, "'manual' or unset with deliveries(), where the caller settles")
         if config.guarantee == "at-most-once":
-            refuse(
-                "guarantee", config.guarantee, "'at-least-once' or unset for deliveries(), which are settled by hand"
-            )
+            allowed = "'at-least-once' or unset with deliveries(), where the caller settles"
+            refuse("guarantee", config.guarantee, allowed)
         if config.handler_timeout is not None:
-            refuse("handler_timeout", config.handler_timeout, "unset for deliveries(), which have no handler")
+            refuse("handler_timeout", config.handler_timeout, "unset with deliveries(), which has no handler")
         if config.circuit is not None:
-            refuse("circuit", config.circuit, "unset for deliveries(), which have no handler that fails")
+            refuse("circuit", config.circuit, "unset with deliveries(), which has no handler that can fail")
         for field in ("retry_on", "give_up_on"):
             if getattr(config, field) is not None:
-                refuse(field, getattr(config, field), "unset for deliveries(), which have no handler that raises")
+                refuse(field, getattr(config, field), "unset with deliveries(), which has no handler that can raise")
         if config.on_lease_lost != "continue":
-            refuse("on_lease_lost", config.on_lease_lost, "'continue' for deliveries(), which have no handler")
+            refuse("on_lease_lost", config.on_lease_lost, "'continue' with deliveries(), which has no handler")
         return Entered("the stream of deliveries", self._delivery_stream(config))
 
     @asynccontextmanager
@@ -362,7 +376,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         if config.dead_letter_topic is None and (
             config.topic.endswith(".dead") or config.topic in self._dead_letter_topics
         ):
-            refuse("dead_letter_topic", None, "named (or DROP) for a subscription that is itself on dead letters")
+            refuse("dead_letter_topic", None, "set (a topic or anybus.DROP) for a subscription on a dead-letter topic")
         return config
 
     def _context(self, config: SubscriptionConfig, *, pulled: bool) -> Context:

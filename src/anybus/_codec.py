@@ -1,4 +1,4 @@
-"""Codecs: JSON as the existing Rust and Go buses write it, and MessagePack for those who need no interoperation."""
+"""Codecs: JSON, as the existing Rust and Go buses write it, and MessagePack, which only anybus reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AwareTime = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class _Body(msgspec.Struct, omit_defaults=True, gc=False):
-    """The wire's fields in the wire's order: eight always, the rest where set."""
+    """The fields in the order of the wire: the first eight always, the others only if set."""
 
     uid: str
     topic: str
@@ -41,7 +41,7 @@ class _Envelope(msgspec.Struct, gc=False):
 
 
 class _LenientBody(msgspec.Struct):
-    """The same, with what msgspec is stricter on than the wire left as text."""
+    """The same fields. Those for which msgspec is stricter than the wire are left as text."""
 
     uid: str
     topic: str
@@ -112,15 +112,15 @@ def _message(body: _Body) -> Message:
 
 
 def _time(text: str) -> datetime:
-    """RFC 3339 in any spelling that the wire allows, rounded half up to the microsecond, as msgspec does it."""
+    """A time in any RFC 3339 spelling that the wire allows. Rounded half up to the microsecond, as msgspec rounds."""
     match = _TIME.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text[:40]!r} is not a time with a zone")
+        raise ValueError(f"{text[:40]!r} is not a time with a time zone")
     second = match["second"]
     zone = "+00:00" if match["zone"] in "Zz" else match["zone"]
     digits = match["fraction"] or ""
     if second == "60":
-        # Read as the last microsecond before: Python has no leap seconds.
+        # A leap second, which Python does not have: use the last microsecond before it.
         second, digits = "59", "999999"
     time = datetime.fromisoformat(f"{match['date']}T{match['time']}:{second}.{digits[:6].ljust(6, '0')}{zone}")
     time = time.astimezone(timezone.utc)
@@ -130,14 +130,14 @@ def _time(text: str) -> datetime:
 
 
 def _base64(text: str) -> bytes:
-    """Standard base64, padded as it must be: some Pythons let padding pass that is out of place."""
+    """Decode standard base64. The padding is checked here, because some Python versions accept wrong padding."""
     if len(text) % 4 or text.endswith("==="):
         raise ValueError("the payload is not padded base64")
     return base64.b64decode(text, validate=True)
 
 
 class JsonCodec(Codec):
-    """The default: what the existing Rust and Go buses read and write."""
+    """The default codec: the JSON that the existing Rust and Go buses read and write."""
 
     name = "json"
 
@@ -182,11 +182,11 @@ class JsonCodec(Codec):
                 )
             )
         except (ValueError, OverflowError, RecursionError, binascii.Error, msgspec.MsgspecError) as error:
-            raise SerializationError(f"not a message in JSON: {error}") from error
+            raise SerializationError(f"not a valid message in JSON: {error}") from error
 
 
 class MsgpackCodec(Codec):
-    """Compact and fast; understood by anybus alone."""
+    """A compact and fast codec. Only anybus can read it."""
 
     name = "msgpack"
 
@@ -204,4 +204,4 @@ class MsgpackCodec(Codec):
         try:
             return _message(self._decoder.decode(data).message)
         except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            raise SerializationError(f"not a message in MessagePack: {error}") from error
+            raise SerializationError(f"not a valid message in MessagePack: {error}") from error

@@ -1,4 +1,4 @@
-"""From a URL to a bus."""
+"""``connect``: create a bus from a URL."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from ._bus import StreamBus
 from ._ground.checks import check_url, refuse
-from ._ground.errors import UnsupportedError
+from ._ground.errors import UnsupportedError, ValidationError
 from ._options import StreamBusOptions
 from .abc import Codec, StreamBackend
 from .backends.memory.backend import MemoryBackend
@@ -17,15 +17,18 @@ _ALLOWED = (
 
 
 def connect(url: str, options: StreamBusOptions | None = None, *, codec: Codec | None = None) -> StreamBus:
-    """A bus on the backend that the URL names, to be entered with ``async with``.
+    """Create a bus on the backend that the URL names. Enter it with ``async with``; that opens the connection.
 
-    ``memory://`` is private to this bus; ``memory://name`` is shared by all buses of that name in this event loop.
-    ``redis://``, ``rediss://`` (TLS) and ``unix://`` need the extra ``anybus[redis]``; ``valkey://`` and ``valkeys://``
-    are other words for the first two.
+    ``memory://`` is private to this bus. All buses with the same ``memory://name`` in one event loop share their
+    streams. ``redis://``, ``rediss://`` (TLS) and ``unix://`` need the extra ``anybus[redis]``. ``valkey://`` means
+    ``redis://``, and ``valkeys://`` means ``rediss://``.
 
-    :param codec: how messages are written on a server; JSON unless given. (In memory nothing is encoded.)
-    :raises ValidationError: if the URL's scheme is unknown, or the rest of it makes no sense.
-    :raises UnsupportedError: if the extra is not installed, or the URL is one of a cluster or sentinel.
+    :param codec: how messages are encoded on a server; None = JSON. Not allowed for ``memory://``, where nothing is
+        encoded.
+    :raises ValidationError: if the URL's scheme is unknown (cluster and sentinel URLs included), or another part of the
+        URL is invalid.
+    :raises UnsupportedError: if the extra is not installed. (A server in cluster mode is refused when the bus is
+        entered.)
     """
     url = check_url(url, _ALLOWED)
     scheme, separator, _ = url.partition("://")
@@ -34,8 +37,10 @@ def connect(url: str, options: StreamBusOptions | None = None, *, codec: Codec |
             refuse("codec", codec, "unset for memory://, where nothing is encoded")
         return StreamBus(_memory(url), options)
     if not separator or scheme not in ("redis", "rediss", "unix", "valkey", "valkeys"):
-        # A URL may hold a password: no more of it is shown than its scheme.
-        refuse("url", f"{scheme}://…" if separator else "a text without '://'", _ALLOWED)
+        if not separator:
+            raise ValidationError(f"url must be {_ALLOWED}, not a text without '://'")
+        # A URL may hold a password, so only the scheme is shown.
+        refuse("url", f"{scheme}://…", _ALLOWED)
     return StreamBus(_redis(url, codec), options)
 
 
@@ -45,7 +50,7 @@ def _memory(url: str) -> StreamBackend:
     except ValueError:
         refuse("url", url, "'memory://' or 'memory://<name>'")
     if parts.path or parts.query or parts.fragment or "@" in parts.netloc or ":" in parts.netloc:
-        # What stands before an @ may be a password.
+        # The part before an @ may be a password.
         shown = "memory://…" if "@" in url else url
         refuse("url", shown, "'memory://' or 'memory://<name>', without user, port, path or query")
     return MemoryBackend(parts.netloc or None)
@@ -53,7 +58,8 @@ def _memory(url: str) -> StreamBackend:
 
 def _redis(url: str, codec: Codec | None) -> StreamBackend:
     try:
-        from .backends.redis import RedisBackend  # noqa: PLC0415 - only for those who installed the extra
+        from .backends.redis import RedisBackend  # noqa: PLC0415 - needs the extra
     except ImportError as error:
-        raise UnsupportedError(f"{url.partition('://')[0]}:// needs the extra: pip install 'anybus[redis]'") from error
+        scheme = url.partition("://")[0]
+        raise UnsupportedError(f"{scheme}:// needs the extra 'redis': pip install 'anybus[redis]'") from error
     return RedisBackend(url, codec=codec)

@@ -1,4 +1,4 @@
-"""Options of the bus, of a subscription and of a publish: frozen, checked when made."""
+"""Options of the bus, of a subscription and of a publish. Frozen, and validated when created."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Drop(enum.Enum):
 
 
 DROP: Final = Drop.DROP
-"""As ``dead_letter_topic``: what would become a dead letter is acknowledged and dropped instead."""
+"""As ``dead_letter_topic``: messages that are given up on are acknowledged and dropped."""
 
 
 def _keep(options: StreamBusOptions | SubscriptionConfig, name: str, value: object) -> None:
-    """Keep what a check returned in the place of what was given."""
+    """Replace a given value by the one that its check returned."""
     object.__setattr__(options, name, value)
 
 
@@ -50,31 +50,33 @@ def _check_observer(observer: object) -> None:
         refuse("observer", observer, "an instance of anybus.Observer, or None")
     for name in vars(Observer):
         if name.startswith("on_"):
-            check_function(f"observer.{name}", getattr(observer, name), "a plain function of one BusEvent")
+            check_function(f"observer.{name}", getattr(observer, name), "a plain function that takes one BusEvent")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamBusOptions:
     """Options of a bus. Durations are seconds, sizes are bytes.
 
-    :param block_timeout: how long one read waits for new entries before it asks again; a third of a lease at most.
-    :param claim_idle_timeout: the lease: for how long a pending entry belongs to its consumer unless renewed. All
-        members of a group must use the same value, since whoever reclaims enforces it. Where the backend is a
-        :class:`anybus.abc.LeaseKeeper`, who comes with another value than the members that run is refused.
-    :param change_lease: with another value than the members that run, change it for all of them: they go by it within
-        seconds, and report it.
-    :param claim_scan_batch_size: how many entries one reclaim takes at most.
-    :param reclaim_interval: the pause between passes over idle entries and retries that are due.
-    :param group_start_id: where a group that is made begins: ``"$"`` = only what comes after, ``"0"`` = from the start,
-        an entry's id = after that entry.
-    :param publish_timeout: bounds a publish, waiting for a connection included.
-    :param ack_batch_size: so many acknowledgements waiting are sent at once.
-    :param ack_flush_interval: at the latest after this long they are sent anyway.
+    :param block_timeout: how long one read waits for new entries before the next read begins. A read never waits longer
+        than a third of the lease.
+    :param claim_idle_timeout: the lease: how long a pending entry belongs to its consumer, unless it is renewed. All
+        members of a group must use the same value, because each of them may reclaim the entries of the others. If the
+        backend is an :class:`anybus.abc.LeaseKeeper`, a new member with a value other than that of the running members
+        is refused.
+    :param change_lease: if the running members use another ``claim_idle_timeout``, change it for all of them. They
+        adopt the new value within seconds, and report it.
+    :param claim_scan_batch_size: the maximum number of entries that one reclaim takes.
+    :param reclaim_interval: the pause between two passes over idle entries and due retries.
+    :param group_start_id: where a group starts if it is created: ``"$"`` = only entries published later, ``"0"`` = from
+        the first entry, an entry's id = after that entry.
+    :param publish_timeout: the time limit of a publish, including the wait for a connection.
+    :param ack_batch_size: acknowledgements are sent as soon as this many are waiting.
+    :param ack_flush_interval: waiting acknowledgements are sent after this time at the latest.
     :param max_payload_bytes: larger payloads are refused; 0 = no limit.
-    :param close_timeout: how long a graceful end waits for handlers before it cancels them.
-    :param cleanup_timeout: how long the settling of what is left may take at the end.
-    :param observer: told of everything that happens. Errors go to the ``anybus`` logger unless it overrides
-        ``on_error``.
+    :param close_timeout: how long a graceful end waits for running handlers before it cancels them.
+    :param cleanup_timeout: how long the end may take to settle what is left.
+    :param observer: told of everything that happens. Errors are logged by the ``anybus`` logger, unless the observer
+        overrides ``on_error``.
     :raises ValidationError: if a value is refused.
     """
 
@@ -108,29 +110,35 @@ class StreamBusOptions:
 
 @dataclass(frozen=True)
 class SubscriptionConfig:
-    """What a subscription does. Keyword-only after topic and group. Durations are seconds.
+    """The configuration of a subscription. Keyword-only after topic and group. Durations are seconds.
 
     :param topic: the topic whose messages are handled.
-    :param group: the consumer group that shares the work.
-    :param consumer: a label for this member; its name on the server is ``<label>-<unique>``, new each time.
-    :param guarantee: ``at-least-once`` (the default) or ``at-most-once``: acknowledged when received, never retried;
-        None = what ``ack_mode`` implies.
-    :param ack_mode: ``auto-on-handler-success`` (the default), ``manual`` or ``auto-on-receive`` (the only one of
-        ``at-most-once``); None = what ``guarantee`` implies.
-    :param max_in_flight: at most so many handlers run at once.
-    :param max_pending_acks: at most so many entries are held at once; None = twice ``max_in_flight``.
+    :param group: the consumer group whose members share the work.
+    :param consumer: a label for this member. Its name on the server is ``<label>-<unique>``, new each time.
+    :param guarantee: ``at-least-once`` (the default), or ``at-most-once``: messages are acknowledged when they are
+        received, and never retried. None = what ``ack_mode`` implies.
+    :param ack_mode: ``auto-on-handler-success`` (the default), ``manual``, or ``auto-on-receive`` (the only mode for
+        ``at-most-once``). None = what ``guarantee`` implies.
+    :param max_in_flight: the maximum number of handlers that run at once.
+    :param max_pending_acks: the maximum number of entries that are held at once, at least ``max_in_flight``; None =
+        twice ``max_in_flight``.
     :param max_retry: the number of retries after the first handling; None = 3, which means four handlings.
-    :param max_deliveries: hand-overs of one entry that may end without an outcome (a crash), at least 4; None = 10.
-    :param retry_backoff: how long a failed message waits for its retry: an :class:`ExponentialBackoff`, seconds, a list
-        of seconds of which the last repeats, or a function of a :class:`Failure`.
-    :param retry_on: only such failures are retried, others are given up on at once; None = all are.
-    :param give_up_on: such failures are given up on at once, whatever ``retry_on`` says; None = none are.
-    :param max_age: a message whose first entry was stored longer ago is given up on; None = never.
-    :param dead_letter_topic: where what is given up on goes; None = ``<topic>.dead``; :data:`DROP` = nowhere.
-    :param circuit: pauses the subscription when its handler only fails; None = never.
-    :param handler_timeout: after this long the handler is cancelled, and that is a failure; None = never.
-    :param group_start_id: where the group begins if it is made; None = as the bus's options say.
-    :param on_lease_lost: ``continue`` (``delivery.lease_lost`` warns) or ``cancel`` the handler.
+    :param max_deliveries: how many deliveries of one entry may end without an outcome (by a crash, for example), at
+        least 4; None = 10.
+    :param retry_backoff: how long a failed message waits for its retry: an :class:`ExponentialBackoff`, a number of
+        seconds, a list of seconds (the last one repeats), or a function that takes a :class:`Failure` and returns
+        seconds.
+    :param retry_on: an exception type, a function that takes an exception, or a list of these. Only failures that match
+        are retried; others are given up on at once. None = all failures are retried.
+    :param give_up_on: a type, a function or a list, as in ``retry_on``. Failures that match are given up on at once,
+        whatever ``retry_on`` says. None = no failure matches.
+    :param max_age: a message is given up on if its first entry was stored longer ago than this; None = never.
+    :param dead_letter_topic: where messages go that are given up on; None = ``<topic>.dead``; :data:`DROP` = they are
+        dropped.
+    :param circuit: pauses the subscription while its handler keeps failing; None = never.
+    :param handler_timeout: a handler that runs longer is cancelled, which counts as a failure; None = no limit.
+    :param group_start_id: where the group starts if it is created; None = the value of the bus's options.
+    :param on_lease_lost: ``continue`` (``delivery.lease_lost`` tells the handler), or ``cancel`` the handler.
     :raises ValidationError: if a value is refused, or contradicts another one.
     """
 
@@ -164,8 +172,7 @@ class SubscriptionConfig:
             allowed = f"one of {', '.join(ACK_MODES)}, or None"
             _keep(self, "ack_mode", check_choice("ack_mode", self.ack_mode, ACK_MODES, allowed=allowed))
         _keep(self, "max_in_flight", check_int("max_in_flight", self.max_in_flight, least=1))
-        # Fewer deliveries than four, and an entry would be given up on before it had once been handled alone, as a
-        # suspect.
+        # With fewer than four deliveries, an entry would be given up on before it was ever handled alone, as a suspect.
         for name, least in (("max_pending_acks", 1), ("max_retry", 0), ("max_deliveries", 4)):
             if getattr(self, name) is not None:
                 _keep(self, name, check_int(name, getattr(self, name), least=least))
@@ -201,7 +208,7 @@ class SubscriptionConfig:
             refuse("retry_backoff", self.retry_backoff, f"unset with {named}, which never retries")
         if self.on_lease_lost != "continue":
             refuse(
-                "on_lease_lost", self.on_lease_lost, f"'continue' with {named}, which holds no lease while it handles"
+                "on_lease_lost", self.on_lease_lost, f"'continue' with {named}, which holds no lease during handling"
             )
 
     def _check_retry_policy(self) -> None:
@@ -218,18 +225,18 @@ class SubscriptionConfig:
         if self.dead_letter_topic is not None and self.dead_letter_topic is not DROP:
             _keep(self, "dead_letter_topic", check_topic("dead_letter_topic", self.dead_letter_topic))
             if self.dead_letter_topic == self.topic:
-                refuse("dead_letter_topic", self.dead_letter_topic, "another topic than the subscription's own")
+                refuse("dead_letter_topic", self.dead_letter_topic, "a topic other than the subscription's own")
         if self.dead_letter_topic is None:
             check_topic("dead_letter_topic", f"{self.topic}.dead")
 
 
 def ack_mode_of(config: SubscriptionConfig) -> AckMode:
-    """What ``ack_mode`` and ``guarantee`` come to."""
+    """The ack mode that results from ``ack_mode`` and ``guarantee``."""
     return config.ack_mode or ("auto-on-receive" if config.guarantee == "at-most-once" else "auto-on-handler-success")
 
 
 def dead_letter_topic_of(config: SubscriptionConfig) -> str | None:
-    """Where dead letters go; None = they are dropped."""
+    """The dead-letter topic; None = dead letters are dropped."""
     if config.dead_letter_topic is None:
         return f"{config.topic}.dead"
     return None if isinstance(config.dead_letter_topic, Drop) else config.dead_letter_topic
@@ -239,7 +246,7 @@ def dead_letter_topic_of(config: SubscriptionConfig) -> str | None:
 class PublishOptions:
     """Options of a publish.
 
-    :param metadata: headers merged into the message's; these win where a name is in both.
+    :param metadata: headers that are added to the message's. They replace the message's headers of the same name.
     :raises ValidationError: if a header is not text.
     """
 

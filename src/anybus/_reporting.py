@@ -1,4 +1,4 @@
-"""Telling the observer and the log. Nothing that a hook or a log handler does can harm the bus."""
+"""Reports to the observer and to the log. An error in a hook or in a log handler cannot harm the bus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .abc import BusEvent, Feature, LeaseKeeper, Observer, StreamBackend
 from .abc._observer import ErrorScope
 
 _TEXTS = 8
-"""So many different errors of one part are each logged when they come first."""
+"""How many different error texts of one part are logged at their first occurrence."""
 
 
 _WITHOUT: Final[dict[Feature, str]] = {
@@ -30,7 +30,7 @@ _WITHOUT: Final[dict[Feature, str]] = {
 
 
 class Subject(Protocol):
-    """The message, or the entry, that a line is about."""
+    """What a log line is about: a message or an entry."""
 
     @property
     def id(self) -> str: ...
@@ -43,9 +43,9 @@ class Subject(Protocol):
 
 
 class Reporter:
-    """Speaks for one subscription, or for the bus itself.
+    """Reports for one subscription, or for the bus itself.
 
-    :param max_attempts: of a message of this subscription.
+    :param max_attempts: how many attempts this subscription makes to handle a message.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Reporter:
         self.max_attempts = max_attempts
         self._streaks: dict[str, tuple[int, frozenset[str]]] = {}
         self.failing = False
-        """Whether something failed when it was tried last, so that its next success is worth a line."""
+        """Whether the last try of some part failed: then its next success is logged."""
         self.hears_errors = self._overridden("on_error")
         self.hears_dead_letters = self._overridden("on_dead_lettered")
         self.hears_received = self._overridden("on_received")
@@ -72,7 +72,7 @@ class Reporter:
         self.hears_published = self._overridden("on_published")
 
     def _overridden(self, hook: str) -> bool:
-        # Events that nobody listens to are not made: these hooks are called for every message.
+        # These hooks are called for every message, so no event is created unless somebody listens.
         if self._observer is None:
             return False
         return getattr(getattr(self._observer, hook), "__func__", None) is not getattr(Observer, hook)
@@ -92,13 +92,13 @@ class Reporter:
         part: str | None = None,
         is_logged_later: bool = False,
     ) -> None:
-        """Something failed: told to the observer if it overrides ``on_error``, else to the log.
+        """Report an error: to the observer if it overrides ``on_error``, otherwise to the log.
 
-        :param message: what was to be published.
-        :param about: the delivery concerned, instead of its id and attempt.
-        :param times: how often it has failed in a row. The log hears of the first time, the second, the fourth...
-        :param part: instead of ``times``: what may fail again and again, until :meth:`works` says otherwise.
-        :param is_logged_later: with what becomes of the message.
+        :param message: the message that was to be published.
+        :param about: the delivery concerned, instead of ``message``, ``message_id`` and ``attempt``.
+        :param times: how often it has failed in a row. The failures number 1, 2, 4, 8... are logged.
+        :param part: instead of ``times``: the part that failed. Its failures are counted until :meth:`works` is called.
+        :param is_logged_later: true if the error is logged later, together with what happens to the message.
         """
         is_new = False
         if part is not None:
@@ -117,7 +117,7 @@ class Reporter:
         say(logging.ERROR, text, detail, said(error), fields=fields, error=error if scope == "handler" else None)
 
     def _failed_again(self, part: str, text: str) -> tuple[int, bool]:
-        """How often the part has failed in a row, and whether these words are new."""
+        """How often the part has failed in a row, and whether the error text is new."""
         times, texts = self._streaks.get(part, (0, frozenset[str]()))
         is_new = text not in texts and len(texts) < _TEXTS
         self._streaks[part] = times + 1, texts | {text} if is_new else texts
@@ -125,7 +125,7 @@ class Reporter:
         return times + 1, is_new
 
     def works(self, part: str) -> None:
-        """What may have failed the last time has worked."""
+        """The part has worked. If its last try failed, log that it works again."""
         if self._streaks.pop(part, None) is not None:
             self.failing = bool(self._streaks)
             say(logging.INFO, f"{part}: works again", fields=self._place(part.partition(" ")[0]))
@@ -140,9 +140,9 @@ class Reporter:
         error: BaseException | None = None,
         **known: object,
     ) -> None:
-        """One line in the log, whatever the observer hears.
+        """Log one line, whether or not the observer is told.
 
-        :param error: whose traceback follows.
+        :param error: the exception whose traceback is logged after the line.
         :param known: more fields of the record.
         """
         if about is not None:
@@ -161,7 +161,7 @@ class Reporter:
         }
 
     def notice(self, hook: str, scope: str, detail: str) -> None:
-        """What an operator should hear of, whether or not an observer counts it."""
+        """Log a warning for the operator, and call the observer's hook as well."""
         fields = {"topic": self._topic, "group": self._group}
         say(logging.WARNING, f"{scope}: %s", detail, fields=fields, hidden=self._place(scope))
         self.tell(hook, scope, detail=detail)
@@ -183,11 +183,11 @@ class Reporter:
         try:
             getattr(self._observer, hook)(event)
         except (KeyboardInterrupt, SystemExit):
-            raise  # perhaps from a signal handler, which can strike anywhere
-        except BaseException as raised:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
+            raise  # a signal handler can raise these anywhere
+        except BaseException as raised:  # noqa: ASYNC103 - a hook awaits nothing, so this is no real cancellation
             say(
                 logging.ERROR,
-                f"the observer's {hook} raised; the bus goes on",
+                f"the observer's {hook} raised; the bus continues",
                 hidden=self._place(scope, topic=event.topic),
                 error=raised,
             )
@@ -198,13 +198,13 @@ def _identity(message: Message | None) -> dict[str, object]:
 
 
 def said(error: BaseException) -> str:
-    """An exception's type and words, for a line of the log."""
+    """An exception's type and text, for a log line."""
     name, text = type(error).__name__, words(error)
     return name if text == name else f"{name}: {text}"
 
 
 class Notices:
-    """Says each thing once in a bus's life."""
+    """Logs each notice once in the life of a bus."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()

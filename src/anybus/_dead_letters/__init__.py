@@ -1,1 +1,1 @@
-"""Dead letters for operators: the letter, reading them in pages, the view with its filters, the replay."""
+"""Dead letters for operators: the letter, its filter, reading in pages, the replay, and the view of them all."""

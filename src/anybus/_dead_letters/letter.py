@@ -1,4 +1,4 @@
-"""What an operator sees of a dead letter, and which of them are meant. Values, without any I/O."""
+"""A dead letter as an operator sees it, and the filter for dead letters. Values, without any I/O."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A message that was given up on. What its headers do not say is None.
+    """A message that was given up on. A field is None if the dead letter's headers do not contain its value.
 
     :ivar id: the entry's id in the dead-letter topic.
-    :ivar message: as it was before it died, and as a replay sends it: its first topic, without the bus's headers.
-        None = nobody could decode it: then either it was malformed when it was given up on, and ``code`` says so, or
-        what stands in the dead-letter topic cannot be decoded (or is too large), and ``error`` says so.
+    :ivar message: the message as it was before it was given up on, and as a replay publishes it: with its original
+        topic, and without the bus's headers. None = it cannot be decoded. Then either the entry was malformed when it
+        was given up on, and ``code`` says so. Or the dead letter itself cannot be decoded (or is too large to be read),
+        and ``error`` says so.
     :ivar raw: the fields of a malformed entry; empty if they are too large to be listed.
-    :ivar raw_sizes: bytes of each of those fields, listed or not.
-    :ivar reason: why, in words.
-    :ivar code: why: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``, ``deliveries``, ``malformed``;
-        another one if another implementation or a later version wrote it.
-    :ivar error_type: the exception's type.
-    :ivar topic: the first entry's topic.
-    :ivar first_id: the first entry's id.
-    :ivar group: the group that gave it up.
-    :ivar consumer: the member of the group that did.
+    :ivar raw_sizes: the size of each of those fields in bytes, whether the field is listed or not.
+    :ivar reason: the reason, as text.
+    :ivar code: the reason, as a code: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``, ``deliveries``
+        or ``malformed``. Other implementations and later versions may write other codes.
+    :ivar error_type: the type of the exception.
+    :ivar topic: the topic of the original entry.
+    :ivar first_id: the id of the original entry.
+    :ivar group: the group that gave up on it.
+    :ivar consumer: the member of the group that gave up on it.
     :ivar attempts: how often it was handled.
-    :ivar deliveries: how often the last entry was handed over, by the backend's count.
-    :ivar at: when it was given up, UTC; if its headers do not say, when the backend stored it.
+    :ivar deliveries: how often the last entry was delivered, by the backend's count.
+    :ivar at: when it was given up on, UTC; if the headers do not say, when the backend stored the dead letter.
     :ivar error: why the dead letter itself cannot be decoded.
     """
 
@@ -58,12 +59,15 @@ class DeadLetter:
     error: str | None = None
 
     def __repr__(self) -> str:
-        # Payloads and raw fields may be large, or secret: neither belongs in a log by accident.
+        # Payloads and raw fields may be large or secret. They must not reach a log by accident.
         return f"<DeadLetter {self.id} code={self.code!r} group={self.group!r} topic={self.topic!r} {self.message!r}>"
 
 
 def read_letter(entry: StoredEntry, topic: str) -> DeadLetter:
-    """An entry of the dead-letter topic as a dead letter of that topic."""
+    """Turn an entry of the dead-letter topic into a dead letter.
+
+    :param topic: the application's topic, which the restored message gets.
+    """
     message = entry.message
     if message is None:
         return DeadLetter(entry.id, None, entry.fields, entry.sizes, at=entry.published_at, error=entry.error)
@@ -89,7 +93,7 @@ def read_letter(entry: StoredEntry, topic: str) -> DeadLetter:
 
 @dataclass(frozen=True, kw_only=True)
 class LetterFilter:
-    """Which dead letters are meant: those for which all that is given holds."""
+    """A filter for dead letters. A dead letter matches if it passes every condition that is given."""
 
     topic: str
     group: str | None = None
@@ -119,8 +123,8 @@ class LetterFilter:
 
 
 def _check_code(field: str, value: object) -> str:
-    # Otherwise a code that is misspelt is an empty list of dead letters. Others than ours may have other codes: such
-    # letters are found without this filter.
+    # A misspelt code would silently find nothing. Other implementations may write other codes: their dead letters are
+    # found without this filter.
     return check_choice(field, value, CODES)
 
 

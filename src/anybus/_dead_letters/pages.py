@@ -1,4 +1,4 @@
-"""Reading dead letters a part at a time: all that match, or the chosen ones."""
+"""Reading dead letters page by page: all that match, or the chosen ones."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..abc import DeadLetterStore
 from .letter import DeadLetter, LetterFilter, read_letter
 
 PAGE_BYTES: Final = 1024 * 1024
-"""So much is read at a time, and moved in one step."""
+"""The maximum number of bytes that are read at a time, and moved in one step."""
 
 PAGE_COUNT: Final = 100
 
 ENTRY_BYTES: Final = MAX_COPY_BYTES + 128 * 1024
-"""What an entry may be to be read whole: the largest message that can be received, and some raw fields."""
+"""Entries up to this size are read whole: the largest message that can be received, and some raw fields."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A dead letter that is meant; without a letter: a chosen id that is gone, or not meant."""
+    """A dead letter that matches. Without a letter: a chosen id that is gone, or does not match."""
 
     id: str
     letter: DeadLetter | None
@@ -29,7 +29,7 @@ class Found:
 
 
 class AllMatching:
-    """All that are meant, up to the last that was there at the beginning: what dies again meanwhile comes behind it."""
+    """All dead letters that match, up to the last one at the start. Those that are added later come after it."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class AllMatching:
         self._until: str | None = None
 
     async def next(self) -> list[Found]:
-        """Some more of them, no more than can be held; an empty list = there are no more."""
+        """The next ones, at most a page; an empty list = there are no more."""
         self._check_open()
         if self._until is None:
             self._until = await self._store.last_entry_id(self._stream)
@@ -67,7 +67,7 @@ class AllMatching:
             if not entries:
                 break
             self._after = entries[-1].id
-            # Where few match, a small page is not looked for one by one.
+            # If few match, larger reads find them sooner.
             self._count = min(self._count * 2, PAGE_COUNT)
             letters = [(read_letter(entry, self._only.topic), entry.size) for entry in entries]
             if found := [Found(letter.id, letter, size) for letter, size in letters if self._only.matches(letter)]:
@@ -76,7 +76,7 @@ class AllMatching:
 
 
 class Chosen:
-    """The chosen ones, in the order in which they were chosen."""
+    """The chosen dead letters, in the given order."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Chosen:
         self._left = list(reversed(ids))
 
     async def next(self) -> list[Found]:
-        """As of :meth:`AllMatching.next`."""
+        """Like :meth:`AllMatching.next`."""
         found: list[Found] = []
         size = 0
         while self._left and size < PAGE_BYTES and len(found) < PAGE_COUNT:
@@ -110,7 +110,7 @@ class Chosen:
 
 
 class LetterIterator(AsyncIterator[DeadLetter]):
-    """One by one. An object and not a generator: nobody has to close it."""
+    """Iterates over single dead letters. Not an async generator, which somebody would have to close."""
 
     def __init__(self, source: AllMatching | Chosen) -> None:
         self._source = source

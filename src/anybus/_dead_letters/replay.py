@@ -1,4 +1,4 @@
-"""Replay: dead letters go back to where they came from."""
+"""Replay: dead letters are sent back to where they came from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .letter import DeadLetter
 from .pages import PAGE_COUNT, Found
 
 STEPS_PER_SECOND: Final = 20
-"""A replay with a rate goes in steps of so many messages that there are at most so many steps in a second."""
+"""How many steps per second a replay with a rate makes at most. The size of a step follows from the rate."""
 
 _MOST: Final = sys.float_info.max
 
@@ -31,11 +31,11 @@ ReplayOutcome = Literal["replayed", "gone", "failed"]
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """What a replay did (of a dry run: would do).
+    """What a replay did. For a dry run: what a replay would do.
 
-    :ivar replayed: dead letters that were sent back.
-    :ivar gone: dead letters that were not there any more, or are not among those that are meant.
-    :ivar failed: dead letters that could not be sent back, and stay where they are.
+    :ivar replayed: how many dead letters were sent back.
+    :ivar gone: how many dead letters no longer existed, or do not match the filters.
+    :ivar failed: how many dead letters could not be sent back. They stay where they are.
     :ivar dry_run: true = nothing was changed.
     """
 
@@ -47,15 +47,15 @@ class ReplayReport:
 
 @dataclass(frozen=True)
 class ReplayProgress:
-    """What became of one dead letter.
+    """What happened to one dead letter.
 
-    :ivar id: its entry's id in the dead-letter topic.
-    :ivar outcome: ``replayed`` (in a dry run: would be), ``gone`` or ``failed``.
-    :ivar letter: the dead letter; None = it was gone before it could be read.
-    :ivar stream: where it was sent.
-    :ivar new_id: its id there; None in a dry run.
+    :ivar id: the entry's id in the dead-letter topic.
+    :ivar outcome: ``replayed`` (in a dry run: would be replayed), ``gone`` or ``failed``.
+    :ivar letter: the dead letter; None = it was gone before it could be read, or does not match the filters.
+    :ivar stream: the stream to which it was sent; None = it was not sent.
+    :ivar new_id: its id in that stream; None in a dry run.
     :ivar error: why it failed.
-    :ivar so_far: the counts, this one included.
+    :ivar so_far: the counts so far, including this dead letter.
     """
 
     id: str
@@ -69,11 +69,11 @@ class ReplayProgress:
 
 def check_progress(function: Any) -> None:
     if function is not None:
-        check_function("on_progress", function, "a plain function of one ReplayProgress", otherwise=", or None")
+        check_function("on_progress", function, "a plain function that takes one ReplayProgress", otherwise=", or None")
 
 
 class Pace:
-    """At most so many messages a second, in steps; what was late is not made up for."""
+    """Limits a replay to a number of messages per second, in steps. After a delay it does not go faster to catch up."""
 
     def __init__(self, rate: Any) -> None:
         self.step = PAGE_COUNT
@@ -91,14 +91,14 @@ class Pace:
         self.step = max(1, min(PAGE_COUNT, int(rate / STEPS_PER_SECOND)))
 
     async def wait(self, count: int) -> None:
-        """Returns when so many more may go."""
+        """Wait until this many more messages may be sent."""
         if (wait := self._due - anyio.current_time()) > 0:
             await anyio.sleep(wait)
         self._due = max(self._due, anyio.current_time()) + count * self._interval
 
 
 class Replay:
-    """Sends letters back, and counts."""
+    """Sends dead letters back, and counts them."""
 
     def __init__(
         self,
@@ -119,11 +119,11 @@ class Replay:
         self._reporter = reporter
 
     async def send(self, found: Sequence[Found]) -> None:
-        """Move those that can be moved, in one step each; tell of all, in their order."""
+        """Move those that can be moved, each in one step. Report all of them, in order."""
         groups: dict[str, EventBusError | None] = {}
         if self._to == "group":
             for group in {one.letter.group for one in found if one.letter is not None and one.letter.group}:
-                groups[group] = await self._what_keeps_from(group)
+                groups[group] = await self._obstacle(group)
         plans = [self._plan(one, groups) for one in found]
         moves = [plan for plan in plans if isinstance(plan, Move)]
         results: list[str | EventBusError | None]
@@ -135,13 +135,13 @@ class Replay:
         for one, plan in zip(found, plans, strict=True):
             self._tell(one, plan, next(outcomes) if isinstance(plan, Move) else plan)
 
-    async def _what_keeps_from(self, group: str) -> EventBusError | None:
+    async def _obstacle(self, group: str) -> EventBusError | None:
         try:
             there = await self._store.has_group(retry_stream(self._topic, group), group)
         except EventBusError as error:
             if can_pass(error):
                 raise
-            return error  # this group's alone: a key of another type, no right to it
+            return error  # concerns this group only: a key of another type, or no permission for it
         return None if there else GroupLostError(self._topic, group)
 
     def _plan(self, one: Found, groups: dict[str, EventBusError | None]) -> Move | EventBusError | None:
@@ -151,11 +151,11 @@ class Replay:
         if letter.error is not None:
             return ValidationError(f"dead letter {one.id} cannot be decoded: {letter.error}")
         if letter.code == "malformed" and not letter.raw_sizes:
-            return ValidationError(f"dead letter {one.id} was malformed, and its raw fields have not been kept")
+            return ValidationError(f"dead letter {one.id} was malformed, and its raw fields were not kept")
         if self._to == "topic":
             return Move(one.id, self._topic, letter.message)
         if not letter.group:
-            return ValidationError(f"dead letter {one.id} does not say which group gave it up")
+            return ValidationError(f"dead letter {one.id} does not say which group gave up on it: use to='topic'")
         if (error := groups[letter.group]) is not None:
             return error
         message = letter.message and restored(letter.message, self._topic, first_id=letter.first_id)

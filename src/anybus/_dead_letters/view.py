@@ -1,4 +1,4 @@
-"""Dead letters for operators: look through them, send them back, throw them away."""
+"""The operator's view of dead letters: list, replay and purge them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from .replay import REPLAY_TARGETS, Pace, Replay, ReplayProgress, ReplayReport, 
 
 @dataclass(frozen=True)
 class DeadLetterPage:
-    """Some dead letters, oldest first.
+    """A page of dead letters.
 
-    :ivar next: give it to :meth:`DeadLetters.page` as ``after`` for the next page; None = there are no more.
+    :ivar letters: the dead letters, oldest first.
+    :ivar next: pass it to :meth:`DeadLetters.page` as ``after`` to get the next page; None = there are no more.
     """
 
     letters: tuple[DeadLetter, ...]
@@ -27,11 +28,11 @@ class DeadLetterPage:
 
 
 class DeadLetters:
-    """The dead letters of a topic, all or those that a filter names. Made by :meth:`anybus.StreamBus.dead_letters`.
+    """The dead letters of a topic that match the filters. Created by :meth:`anybus.StreamBus.dead_letters`.
 
-    ``async for letter in letters`` goes through them, oldest first, up to the last one that was there at the
-    beginning. Nothing is held meanwhile: no task, no lock, no more than a page of some 1 MiB (or one larger letter).
-    Looking changes nothing.
+    ``async for letter in letters`` iterates over them, oldest first, up to the last one that existed at the start. It
+    changes nothing, and can be left at any time: it holds no task and no lock, and at most one page of about 1 MiB (or
+    one larger letter) in memory.
 
     Every method raises :class:`BackendError` if the backend fails, and :class:`ClosedError` if the bus is not open.
     """
@@ -56,6 +57,7 @@ class DeadLetters:
 
     @property
     def dead_letter_topic(self) -> str:
+        """The topic that holds the dead letters."""
         return self._stream
 
     def __aiter__(self) -> AsyncIterator[DeadLetter]:
@@ -67,10 +69,12 @@ class DeadLetters:
         return Chosen(self._store, self._stream, self._only, self._check_open, chosen)
 
     async def page(self, after: str | None = None, *, limit: int = 50) -> DeadLetterPage:
-        """Some of them, oldest first: at most ``limit``, fewer if they are large, none only if there are no more.
+        """One page, oldest first: at most ``limit`` dead letters, fewer if they are large.
 
-        :param after: a dead letter's id: begin behind it; None = with the oldest.
-        :raises ValidationError: if ``after`` is no entry's id, or ``limit`` is less than 1.
+        A page is empty only if there are no more.
+
+        :param after: a dead letter's id: the page starts after it; None = the page starts with the oldest.
+        :raises ValidationError: if ``after`` is not an entry's id, or ``limit`` is less than 1.
         """
         limit = check_int("limit", limit, least=1)
         if after is not None:
@@ -96,17 +100,20 @@ class DeadLetters:
         dry_run: bool = False,
         on_progress: Callable[[ReplayProgress], None] | None = None,
     ) -> ReplayReport:
-        """Send dead letters back, oldest first: those that were there at the beginning.
+        """Send back the dead letters that exist at the start, oldest first.
 
-        Each is appended and taken out of the dead letters in one step. Interrupted by whatever it may be, or done
-        twice at once, a replay loses and doubles nothing; do it again, and it goes on.
+        Each one is appended to its target and removed from the dead-letter topic in one step. So a replay loses and
+        duplicates nothing, even if it is interrupted, or if two replays run at the same time. To continue an
+        interrupted replay, call it again.
 
-        :param letters: the chosen ones (or their ids), in that order; None = all that are meant.
-        :param to: ``topic`` (every group of it sees them) or ``group`` (only the group that gave them up, by its own
-            retry stream; what comes from a group that is gone fails).
-        :param rate: at most so many messages per second; None = as fast as it goes.
-        :param dry_run: change nothing, and say what would be done.
-        :param on_progress: a plain function, told of every dead letter; what it raises ends the replay.
+        :param letters: the chosen dead letters or their ids, in the order in which they are sent; None = all that
+            match.
+        :param to: ``topic``: all groups of the topic see the messages. ``group``: only the group that gave up on a
+            message sees it, through the group's own retry stream; if the group no longer exists, the letter fails.
+        :param rate: the maximum number of messages per second; None = no limit.
+        :param dry_run: change nothing, and report what would be done.
+        :param on_progress: a plain function that is called with one :class:`ReplayProgress` for every dead letter. If
+            it raises, the replay ends with that error.
         :raises ValidationError: if a parameter is refused.
         """
         chosen = _chosen(letters)
@@ -125,11 +132,11 @@ class DeadLetters:
         return replay.report
 
     async def purge(self, letters: Iterable[DeadLetter | str] | None = None, *, dry_run: bool = False) -> int:
-        """Delete dead letters for good: those that were there at the beginning.
+        """Permanently delete the dead letters that exist at the start.
 
-        :param letters: the chosen ones (or their ids); None = all that are meant.
-        :param dry_run: delete nothing, and count.
-        :return: how many this call deleted (of a dry run: would delete).
+        :param letters: the chosen dead letters or their ids; None = all that match.
+        :param dry_run: delete nothing, only count.
+        :return: how many this call deleted. For a dry run: how many it would delete.
         :raises ValidationError: if ``letters`` is refused.
         """
         removed = 0
@@ -142,7 +149,7 @@ class DeadLetters:
 
 
 def _chosen(letters: Any) -> list[str] | None:
-    """The ids, each once."""
+    """The ids, without duplicates."""
     if letters is None:
         return None
     if isinstance(letters, (str, DeadLetter)) or not isinstance(letters, Iterable):
@@ -163,14 +170,14 @@ def open_dead_letters(
     check_open: Callable[[], None],
     reporter: Reporter,
 ) -> DeadLetters:
-    """For :meth:`anybus.StreamBus.dead_letters`, and with its errors."""
+    """Implements :meth:`anybus.StreamBus.dead_letters`, and raises its errors."""
     if stream is None:
         stream = f"{only.topic}.dead"
     stream = check_topic("dead_letter_topic", stream)
     if stream == only.topic:
-        refuse("dead_letter_topic", stream, "another topic than the one that they come from")
+        refuse("dead_letter_topic", stream, "a topic other than the one from which the dead letters come")
     if not isinstance(backend, DeadLetterStore):
         raise UnsupportedError(
-            f"{type(backend).__name__} cannot look through dead letters: it is no anybus.abc.DeadLetterStore"
+            f"{type(backend).__name__} cannot list dead letters: it does not implement anybus.abc.DeadLetterStore"
         )
     return DeadLetters(backend, stream, only, check_open=check_open, reporter=reporter)

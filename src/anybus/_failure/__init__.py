@@ -1,1 +1,1 @@
-"""What becomes of failures: backoff, policies, verdicts, the settlement table, copies for retries and dead letters."""
+"""How failures are handled: backoff, policies, verdicts, the settlement table, copies for retries and dead letters."""

@@ -9,15 +9,15 @@ from .._ground.checks import check_delay, refuse
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialBackoff:
-    """A delay that grows by a factor with every failure up to a cap, spread by full jitter.
+    """A delay with full jitter, whose upper bound grows by a factor with every failure, up to a cap.
 
-    Full jitter draws the delay evenly between zero and the bound, which keeps a crowd that failed together from
-    coming back together (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
+    Full jitter draws the delay evenly between zero and the bound. So messages that failed together are not all retried
+    together (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
 
-    :param initial: seconds, the bound after the first failure.
-    :param factor: by what the bound grows each time, at least 1.
-    :param maximum: seconds, the cap.
-    :param jitter: False waits exactly the bound.
+    :param initial: the bound after the first failure, in seconds.
+    :param factor: the factor by which the bound grows with each failure, from 1 to 1,000,000.
+    :param maximum: the cap, in seconds, at least ``initial``.
+    :param jitter: False = always wait for the whole bound.
     :raises ValidationError: if a value is refused.
     """
 
@@ -37,30 +37,30 @@ class ExponentialBackoff:
             refuse("maximum", self.maximum, f"at least initial ({self.initial})")
 
     def delay(self, failures: int, draw: float) -> float:
-        """Seconds to wait after so many failures (from 1).
+        """Seconds to wait after this many failures (from 1).
 
-        :param draw: a random number from [0, 1), given by the caller so that this stays a pure function.
+        :param draw: a random number from [0, 1). The caller draws it, so that this stays a pure function.
         """
-        # The exponent is bounded: beyond this the cap has long been reached, and a float would overflow.
+        # The exponent is bounded, because a float would overflow. The cap is reached long before.
         bound = min(self.maximum, self.initial * self.factor ** min(failures - 1, 50))
         return bound * draw if self.jitter else bound
 
 
 @dataclass(frozen=True)
 class DelayList:
-    """Delays in seconds, one after the other; the last one repeats."""
+    """A delay in seconds for each failure, one after the other. The last one repeats."""
 
     delays: tuple[float, ...]
 
     def delay(self, failures: int, draw: float) -> float:
-        """As :meth:`ExponentialBackoff.delay`; nothing is drawn here."""
+        """Like :meth:`ExponentialBackoff.delay`; ``draw`` is not used."""
         return self.delays[min(failures, len(self.delays)) - 1]
 
 
 RECOVERY = ExponentialBackoff(initial=0.1, maximum=5.0)
-"""Between tries against a backend that fails with what can pass."""
+"""The backoff between tries after a transient error of the backend."""
 
 
 def recovery_delay(failures: int, draw: float) -> float:
-    """Half of the delay is fixed, half is drawn: never a busy loop, never a herd."""
+    """Half of the delay is fixed, which prevents a busy loop. The other half is random, which spreads the clients."""
     return RECOVERY.delay(failures, 0.5 + draw / 2)

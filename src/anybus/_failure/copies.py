@@ -1,4 +1,4 @@
-"""Copies that the bus makes of a message: for a retry, and for the dead letters. Pure functions of headers."""
+"""The copies that the bus makes of a message, for a retry and for the dead letters. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ MAX_COPY_BYTES: Final = 8 * 1024 * 1024
 RETRY_ATTEMPT: Final = "retry-attempt"
 RETRY_REASON: Final = "retry-reason"
 RETRY_FIRST_ID: Final = "retry-first-id"
-"""The id of the topic's entry, which a dead letter has to name however often its copies were retried."""
+"""The id of the original entry on the topic. A dead letter must name it, however often the message was retried."""
 RETRY_PUBLISHED_AT: Final = "retry-published-at"
-"""When the topic's entry was stored, by the server's clock: a copy's own id tells when the copy was."""
+"""When the original entry was stored, by the server's clock. (A copy's own id tells when the copy was stored.)"""
 
 _BUS_PREFIXES: Final = ("dead-letter-", "retry-")
-"""The headers that the bus writes on copies begin so."""
+"""The prefixes of the headers that the bus writes on copies."""
 
 _MAX_ATTEMPTS: Final = 2**32 - 1
 
 
 def stream_base(topic: str) -> str:
-    """What the names of everything kept beside a topic begin with. It hashes to the topic's own slot in a cluster.
+    """The prefix of the names of all keys that are kept beside a topic. In a cluster, they hash to the topic's slot.
 
-    Of a topic with braces in its name the base tells its length, so that no two topics share one.
+    If the topic's name has braces, the prefix includes the length of the name, so that no two topics share a prefix.
     """
     topic = plain_text(topic)
     if "{" not in topic and "}" not in topic:
@@ -45,7 +45,7 @@ def retry_stream(topic: str, group: str) -> str:
 
 
 def failed_attempts(headers: Mapping[str, str]) -> int:
-    """The count of failed handlings that a retry copy carries: ASCII digits that fit 32 bits, else 0 (as in Rust)."""
+    """The number of failed handlings in a retry copy's header: ASCII digits that fit 32 bits, else 0 (as in Rust)."""
     text = headers.get(RETRY_ATTEMPT, "")
     digits = text.removeprefix("+")
     significant = digits.lstrip("0")
@@ -56,7 +56,7 @@ def failed_attempts(headers: Mapping[str, str]) -> int:
 
 
 def cut(text: str, limit: int = MAX_REASON_BYTES) -> str:
-    """The text, cut to so many bytes of UTF-8, never within a character; what UTF-8 cannot carry is replaced."""
+    """The text, cut to ``limit`` bytes of UTF-8, but not within a character. What UTF-8 cannot encode is replaced."""
     encoded = text.encode(errors="replace")
     return encoded[:limit].decode(errors="ignore")
 
@@ -66,7 +66,7 @@ def wire_time(at: datetime) -> str:
 
 
 def first_published(headers: Mapping[str, str]) -> datetime | None:
-    """When the first entry of a retry copy was stored, as the copy tells; None if it does not, or makes no sense."""
+    """When the original entry of a retry copy was stored; None if the copy does not say, or the value is invalid."""
     try:
         at = datetime.fromisoformat(headers.get(RETRY_PUBLISHED_AT, "").replace("Z", "+00:00"))
     except ValueError:
@@ -77,16 +77,17 @@ def first_published(headers: Mapping[str, str]) -> datetime | None:
 def retry_copy(
     message: Message, *, failures: int, reason: str | None, first_id: str, published_at: datetime | None = None
 ) -> Message:
-    """The message as it goes to the retry stream. It keeps its topic.
+    """The copy of a message for the retry stream. It keeps its topic.
 
-    :param failures: how often it has failed so far.
-    :param reason: why; None leaves what an earlier retry wrote (a release is no failure).
-    :param published_at: when the first entry was stored; None = the backend does not say.
+    :param failures: how often the message has failed so far.
+    :param reason: why it failed; None = keep the reason of an earlier retry (a release is not a failure).
+    :param first_id: the id of the original entry.
+    :param published_at: when the original entry was stored; None = the backend does not say.
     """
     headers = {**message.headers, RETRY_ATTEMPT: str(failures), RETRY_FIRST_ID: first_id}
     if reason is not None:
         headers[RETRY_REASON] = cut(reason)
-    headers.pop(RETRY_PUBLISHED_AT, None)  # on a topic it is somebody else's
+    headers.pop(RETRY_PUBLISHED_AT, None)  # on an entry of the topic, this header is the application's own
     if published_at is not None:
         headers[RETRY_PUBLISHED_AT] = wire_time(published_at)
     return message.replace(headers=Headers(headers))
@@ -94,7 +95,7 @@ def retry_copy(
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a dead letter comes from: the first entry's place, and how often it was tried."""
+    """Where a dead letter comes from: the place of the original entry, and how often it was tried."""
 
     topic: str
     id: str
@@ -107,8 +108,8 @@ class Origin:
 def dead_letter(
     message: Message, topic: str, origin: Origin, *, code: str, reason: str, error_type: str, at: datetime
 ) -> Message:
-    """The message as it goes to the dead-letter topic: payload and other headers untouched."""
-    # What an earlier death (of a dead letter that was handled, and failed) left there is not this one's.
+    """The copy of a message for the dead-letter topic. The payload and the other headers stay unchanged."""
+    # Optional headers of an earlier dead letter are dropped: a dead letter may itself be handled, and fail again.
     headers = {
         name: value
         for name, value in message.headers.items()
@@ -134,9 +135,10 @@ def dead_letter(
 
 
 def restored(message: Message, topic: str, *, first_id: str | None = None) -> Message:
-    """A dead letter's message as it was before the bus wrote in its headers.
+    """A dead letter's message as it was before the bus added headers.
 
-    :param first_id: for the retry stream: its next dead letter has to name the topic's entry, too.
+    :param first_id: the id of the original entry. It is needed on the retry stream, so that the next dead letter also
+        names it.
     """
     headers = {name: value for name, value in message.headers.items() if not name.startswith(_BUS_PREFIXES)}
     if first_id is not None:
@@ -145,10 +147,10 @@ def restored(message: Message, topic: str, *, first_id: str | None = None) -> Me
 
 
 def undecodable(topic: str, raw: Mapping[str, bytes], *, keep_bytes: bool) -> Message:
-    """A message that stands for an entry nobody could decode.
+    """A message that represents an entry that could not be decoded.
 
-    :param keep_bytes: keep what the ``message`` field held as payload, for a backend that cannot carry raw fields;
-        what exceeds 8 MiB is cut, and a header says so.
+    :param keep_bytes: keep the bytes of the ``message`` field as payload, for a backend that cannot store raw fields.
+        They are cut to 8 MiB, and a header says so.
     """
     if not keep_bytes:
         return Message(topic)

@@ -1,4 +1,4 @@
-"""What becomes of failures: policies of a subscription, frozen and checked when made. Nothing here runs them."""
+"""The failure policies of a subscription, frozen and validated when created. Nothing here applies them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .verdicts import Reject, Retry
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A handling that failed, as a backoff function sees it.
+    """A failed handling, as a backoff function receives it.
 
     :ivar message: the message that was handled.
-    :ivar attempt: which handling failed, from 1.
-    :ivar max_attempts: the last one before the message becomes a dead letter.
-    :ivar reason: what the exception said, or ``Retry`` or ``delivery.retry()`` gave as reason.
+    :ivar attempt: the number of the failed handling, from 1.
+    :ivar max_attempts: the number of the last handling before the message becomes a dead letter.
+    :ivar reason: the exception's text, or the reason given to ``Retry`` or to ``delivery.retry()``.
     :ivar error: the exception (:class:`~anybus.HandlerTimeoutError` after ``handler_timeout``); None after
-        ``delivery.retry()``, and for a cancellation that nobody asked for.
+        ``delivery.retry()``, and after a stray cancellation (one that no cancel scope caused).
     """
 
     message: Message
@@ -38,21 +38,24 @@ Backoff = Union[ExponentialBackoff, float, Sequence[float], BackoffFunction]
 Rule = Union[type[Exception], Callable[[Exception], bool]]
 Rules = Union[Rule, Sequence[Rule]]
 
-_BACKOFFS = "an anybus.ExponentialBackoff, a number of seconds, a list of them, or a function of an anybus.Failure"
-_RULES = "an exception type, a function of an exception, or a list of these"
+_BACKOFFS = (
+    "an anybus.ExponentialBackoff, a number of seconds, a list of seconds, or a function that takes one anybus.Failure"
+)
+_RULES = "an exception type, a function that takes one exception, or a list of these"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CircuitBreaker:
-    """Pauses a subscription whose handler only fails, so that a database that is down does not send a whole topic to
-    the dead letters.
+    """Pauses a subscription whose handler keeps failing. So a database that is down does not turn a whole topic into
+    dead letters.
 
-    After ``failures`` failures in a row, without one success, nothing is taken for ``pause`` seconds, and what waits is
-    handed back, uncounted. Then it is on trial: one handling begins at a time, until one succeeds; a failure before
-    that pauses again. What was in flight when it opened goes on, and does not count as one that begins.
+    After ``failures`` failures in a row, without a success in between, the circuit opens: the subscription takes
+    nothing for ``pause`` seconds, and releases the waiting messages, uncounted. After the pause, the circuit is on
+    trial: only one handling is started at a time. The first success closes the circuit, a failure opens it again.
+    Handlings that were in flight when the circuit opened continue, and do not count as started during the trial.
 
-    :param failures: so many in a row.
-    :param pause: seconds.
+    :param failures: how many failures in a row open the circuit.
+    :param pause: how long the subscription takes nothing, in seconds.
     :raises ValidationError: if a value is refused.
     """
 
@@ -66,7 +69,7 @@ class CircuitBreaker:
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """The parts of a retry policy that the application's own code decides, or the clock."""
+    """The parts of a retry policy that depend on the application's own code, or on the clock."""
 
     retry_on: tuple[Rule, ...] | None = None
     give_up_on: tuple[Rule, ...] | None = None
@@ -75,7 +78,7 @@ class FailurePolicy:
 
 
 def check_backoff(value: Any) -> Backoff:
-    """The value, a list of delays as a tuple."""
+    """Check a ``retry_backoff``. A list of delays is returned as a tuple."""
     if isinstance(value, ExponentialBackoff):
         return value
     if isinstance(value, (int, float)):
@@ -83,16 +86,16 @@ def check_backoff(value: Any) -> Backoff:
     listed = _listed(value)
     if listed is not None:
         if not listed:
-            refuse("retry_backoff", value, "at least one delay, where a list is given")
+            refuse("retry_backoff", value, "a list of at least one delay")
         return tuple(check_delay("retry_backoff", delay) for delay in listed)
     if not callable(value) or inspect.isclass(value):
         refuse("retry_backoff", value, _BACKOFFS)
-    check_function("retry_backoff", value, "a plain function of an anybus.Failure")
+    check_function("retry_backoff", value, "a plain function that takes one anybus.Failure")
     return cast("BackoffFunction", value)
 
 
 def backoff_table(backoff: Backoff) -> ExponentialBackoff | DelayList:
-    """What the settlement table asks for delays. For a function: what stands in for it where it fails."""
+    """The backoff for the settlement table. For a function: the fallback that is used if the function fails."""
     if isinstance(backoff, ExponentialBackoff):
         return backoff
     if isinstance(backoff, (int, float)):
@@ -101,13 +104,13 @@ def backoff_table(backoff: Backoff) -> ExponentialBackoff | DelayList:
 
 
 def check_rules(field: str, value: Any) -> tuple[Rule, ...] | None:
-    """The rules as a tuple; None = none were given."""
+    """Check ``retry_on`` or ``give_up_on``. The rules are returned as a tuple; None = there are none."""
     if value is None:
         return None
     listed = _listed(value)
     rules = (value,) if listed is None else listed
     if not rules:
-        refuse(field, value, f"{_RULES}; None = no rule, and max_retry=0 = no retries")
+        refuse(field, value, f"{_RULES} (for no rule use None, for no retries max_retry=0)")
     for rule in rules:
         _check_rule(field, rule)
     return rules
@@ -116,17 +119,17 @@ def check_rules(field: str, value: Any) -> tuple[Rule, ...] | None:
 def _check_rule(field: str, rule: Any) -> None:
     if inspect.isclass(rule):
         if not issubclass(rule, Exception):
-            refuse(field, rule, "a subclass of Exception, where a type is given")
+            refuse(field, rule, "a subclass of Exception, if it is a type")
         if issubclass(rule, (Retry, Reject)):
-            refuse(field, rule, "another type than Retry and Reject, which always mean what they say")
+            refuse(field, rule, "a type other than Retry and Reject, which are always obeyed")
     elif callable(rule):
-        check_function(field, rule, "a plain function of an exception")
+        check_function(field, rule, "a plain function that takes one exception")
     else:
         refuse(field, rule, _RULES)
 
 
 def _listed(value: Any) -> tuple[Any, ...] | None:
-    """The members of a list or tuple; None = it is none."""
+    """The members of a list or tuple; None = the value is not a list or tuple."""
     return tuple(value) if _is_list(value) else None
 
 
@@ -135,11 +138,11 @@ def _is_list(value: object) -> bool:
 
 
 def check_no_contradiction(retry_on: tuple[Rule, ...] | None, give_up_on: tuple[Rule, ...] | None) -> None:
-    """``give_up_on`` wins, so a type that it covers wholly would be named in ``retry_on`` in vain."""
+    """Refuse a type in ``retry_on`` that ``give_up_on`` covers completely: ``give_up_on`` takes precedence."""
     for wanted in retry_on or ():
         for unwanted in give_up_on or ():
             if wanted is unwanted or _covers(unwanted, wanted):
-                refuse("retry_on", wanted, f"without what give_up_on ({unwanted!r}) always gives up on")
+                refuse("retry_on", wanted, f"a rule that give_up_on ({unwanted!r}) does not cover completely")
 
 
 def _covers(rule: Rule, other: Rule) -> bool:

@@ -1,10 +1,11 @@
-"""Settlement: what a delivery's outcome leads to. A pure table, no I/O, no clock, no dice.
+"""Settlement: what the outcome of a delivery leads to. A pure table: no I/O, no clock, no random numbers.
 
-The theory of operation. An entry that was *taken* is first judged by :func:`on_taken`: handle it, handle it alone
-(a suspect), or give it up unhandled. A handling ends in a :class:`Result`; :func:`decide` turns that, with the
-attempt, the policy, the time and one random draw, into one decision: acknowledge, retry at a time, dead-letter,
-release, leave (manual mode: its handler returned without settling), let go (its handler crashed), or only report.
-Settling by hand goes through the same table, so that ``delivery.retry()`` and ``raise Retry`` cannot differ.
+When an entry is taken, :func:`on_taken` judges it: handle it, handle it alone (a suspect), or give up on it without
+handling it. A handling ends with a :class:`Result`. :func:`decide` turns the result, the attempt, the policy, the time
+and one random number into one decision: acknowledge, retry at a time, dead-letter, release, leave (in manual mode, if
+the handler returned without settling), abandon (if the handler crashed), or only report.
+
+Settling by hand uses the same table, so that ``delivery.retry()`` and ``raise Retry`` cannot differ.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from typing import Final, Literal, Union, get_args
 from .backoff import DelayList, ExponentialBackoff
 
 SUSPECT_AFTER = 3
-"""So many hand-overs without an outcome make an entry a suspect."""
+"""After this many deliveries without an outcome, an entry is a suspect."""
 
 
 AckMode = Literal["auto-on-handler-success", "manual", "auto-on-receive"]
 
 DeadLetterCode = Literal["rejected", "retries", "gave-up", "expired", "deliveries", "malformed", "invalid"]
 CODES: Final[tuple[DeadLetterCode, ...]] = get_args(DeadLetterCode)
-"""Why a message was given up: all that this version writes."""
+"""The codes that this version writes to say why a message was given up on."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the table needs to know of a subscription.
+    """What the table needs to know about a subscription.
 
-    :ivar counts_crashes: whether the backend counts deliveries, renews leases and releases; else our own reclaims
-        would count up what we hold or what never started, and there is no crash budget.
+    :ivar counts_crashes: whether there is a crash budget: the backend must count deliveries, renew leases and release
+        entries. Otherwise the subscription's own reclaims would also count entries that it holds, or that it never
+        started to handle.
     """
 
     ack_mode: AckMode = "auto-on-handler-success"
@@ -49,16 +51,16 @@ class Outcome(enum.Enum):
     RETURNED = "returned"
     FAILED = "failed"
     TIMED_OUT = "timed out"
-    RETRY = "retry asked for"
+    RETRY = "retry requested"
     GAVE_UP = "not to be retried"
     INVALID = "its payload cannot be read"
     REJECTED = "rejected"
     CANCELLED = "cancelled"
-    CRASHED = "raised what is no Exception"
+    CRASHED = "raised something that is not an Exception"
     RELEASED = "released"
     MALFORMED = "malformed"
     MISSING = "missing"
-    WORN_OUT = "handed over too often"
+    WORN_OUT = "delivered too often"
     EXPIRED = "too old when it was taken"
 
 
@@ -66,8 +68,8 @@ class Outcome(enum.Enum):
 class Result:
     """How a handling ended, or why there was none.
 
-    :ivar delay: seconds asked for by a retry or a release; None = the policy's.
-    :ivar error: the exception that the handler ended with.
+    :ivar delay: the delay that a retry or a release asked for, in seconds; None = the policy's.
+    :ivar error: the exception with which the handler ended.
     """
 
     outcome: Outcome
@@ -84,7 +86,7 @@ class Ack:
 
 @dataclass(frozen=True)
 class RetryAt:
-    """Bring it back: after ``delay`` seconds, that is at ``due``, as a handling of number ``attempt``."""
+    """Handle it again after ``delay`` seconds, that is at ``due``, as handling number ``attempt``."""
 
     due: float
     delay: float
@@ -94,7 +96,7 @@ class RetryAt:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """Give it up."""
+    """Give up on it: write a dead letter."""
 
     code: DeadLetterCode
     reason: str
@@ -103,7 +105,7 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class Release:
-    """Hand it back at once, uncounted."""
+    """Release it at once, uncounted."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,12 @@ class Leave:
 
 @dataclass(frozen=True)
 class LetGo:
-    """Stop holding it and tell the server nothing: it stays pending and counted until its lease ends."""
+    """Abandon it without telling the server: it stays pending, and counted, until its lease ends."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Nothing can be done any more (it was acknowledged before the start); tell the observer if it failed."""
+    """Tell the observer if it failed. Nothing else can be done: it was acknowledged before the handler started."""
 
 
 Decision = Union[Ack, RetryAt, DeadLetter, Release, Leave, LetGo, Report]
@@ -138,7 +140,10 @@ class Verdict(enum.Enum):
 
 
 def on_taken(deliveries: int | None, policy: Policy) -> Verdict:
-    """What to do with an entry that was taken, by the server's count of its hand-overs (this one included)."""
+    """What to do with an entry that was taken.
+
+    :param deliveries: the server's count of its deliveries, including this one; None = the backend does not count.
+    """
     if deliveries is None or not policy.counts_crashes or policy.ack_mode == "auto-on-receive":
         return Verdict.HANDLE
     if deliveries > policy.max_deliveries:
@@ -159,8 +164,8 @@ def decide(
     """What the result of a handling leads to.
 
     :param attempt: which handling it was, from 1.
-    :param deliveries: the server's count for this entry, named in the reason of an entry that wore it out.
-    :param now: the time in seconds, on whatever clock ``RetryAt.due`` shall be read.
+    :param deliveries: the server's count of deliveries, for the reason of an entry that was delivered too often.
+    :param now: the time in seconds. ``RetryAt.due`` is on the same clock.
     :param draw: a random number from [0, 1), for jitter.
     :param expires_in: seconds until the message is too old to be handled; None = it never is.
     """
@@ -170,13 +175,13 @@ def decide(
     if outcome is Outcome.MALFORMED:
         return DeadLetter("malformed", result.reason, result.error_type)
     if outcome is Outcome.WORN_OUT:
-        before = (deliveries or 1) - 1  # the count has this hand-over in it, which begins only now
-        reason = f"handed over {before} times without an outcome (max_deliveries={policy.max_deliveries})"
+        before = (deliveries or 1) - 1  # the count includes this delivery, which has only begun
+        reason = f"delivered {before} times without an outcome (max_deliveries={policy.max_deliveries})"
         return DeadLetter("deliveries", reason)
     if outcome is Outcome.EXPIRED:
         return DeadLetter("expired", result.reason)
     if outcome is Outcome.REJECTED:
-        # In auto-on-receive too: the copy is then a plain publish, since the entry is acknowledged already.
+        # Also with auto-on-receive: there the entry is already acknowledged, and the copy is a plain publish.
         return DeadLetter("rejected", result.reason, result.error_type)
     if policy.ack_mode == "auto-on-receive":
         return Report()
@@ -194,6 +199,6 @@ def decide(
         return DeadLetter("retries", result.reason, result.error_type)
     delay = policy.backoff.delay(attempt, draw) if result.delay is None else result.delay
     if expires_in is not None and delay >= expires_in:
-        # It would only come back to be given up on unhandled: better now, with the reason of its failure.
+        # A retry would be too old to be handled. Give up now, with the reason of this failure.
         return DeadLetter("expired", result.reason, result.error_type)
     return RetryAt(now + delay, delay, attempt + 1, result.reason)

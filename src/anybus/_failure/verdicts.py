@@ -1,12 +1,12 @@
-"""What a handler may raise to say what should become of its message."""
+"""The exceptions that a handler raises to decide what happens to its message."""
 
 from __future__ import annotations
 
 from .._ground.checks import check_delay, check_text
 
 
-class Retry(Exception):  # noqa: N818 - a word a handler raises, not an error of the library
-    """Raised by a handler: try this message again. Counts as a failure (``max_retry``).
+class Retry(Exception):  # noqa: N818 - a handler's decision, not an error of the library
+    """Raised by a handler to have its message handled again later. Counts as a failure (``max_retry``).
 
     :param reason: kept in the ``retry-reason`` header.
     :param delay: seconds until the next handling; None = the subscription's ``retry_backoff``.
@@ -19,8 +19,8 @@ class Retry(Exception):  # noqa: N818 - a word a handler raises, not an error of
         super().__init__(self.reason or "the handler asked for a retry")
 
 
-class Reject(Exception):  # noqa: N818 - a word a handler raises, not an error of the library
-    """Raised by a handler: give this message up now, whatever retries are left. It becomes a dead letter.
+class Reject(Exception):  # noqa: N818 - a handler's decision, not an error of the library
+    """Raised by a handler to give up on its message now, even if retries are left. It becomes a dead letter.
 
     :param reason: kept in the ``dead-letter-reason`` header.
     """

@@ -1,1 +1,1 @@
-"""What everything stands on: errors, checks of values, cancellation, the clock, the event loop, the log."""
+"""The base of all other packages: errors, checks of values, cancellation, the clock, the event loop, the log."""

@@ -1,4 +1,4 @@
-"""Checks of functions that an application gives: each is called with one argument, so it must accept one."""
+"""Checks of functions that an application passes in. Each is called with one argument, so it must accept one."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from .errors import ValidationError
 
 
 def check_async_function(field: str, function: Any, allowed: str) -> None:
-    """An async function of one argument, or an object whose ``__call__`` is one."""
+    """Refuse anything but an async function that takes one argument, or an object whose ``__call__`` is one."""
     inner = function
     while isinstance(inner, functools.partial):
         inner = inner.func
     if inspect.isclass(inner):
-        refuse(field, function, f"{allowed}, not a class")
+        refuse(field, function, f"{allowed} (a class is not accepted)")
     if not _is_async(inner):
         refuse(field, function, allowed)
     _check_takes_one(field, function, allowed)
 
 
 def check_function(field: str, function: Any, allowed: str, *, otherwise: str = "") -> None:
-    """A plain function of one argument.
+    """Refuse anything but a plain function that takes one argument.
 
-    :param otherwise: what else the field may hold, for the error.
+    :param otherwise: what else the field may hold, for the error text.
     """
     if not callable(function):
         refuse(field, function, f"{allowed}{otherwise}")
     if _is_async(function):
-        refuse(field, function, f"{allowed}, not an async one{otherwise}")
+        refuse(field, function, f"{allowed} (an async one is not accepted){otherwise}")
     _check_takes_one(field, function, f"{allowed}{otherwise}")
 
 
 def _is_async(function: Any) -> bool:
-    # An object whose __call__ is async is as good as an async function.
+    # An object whose __call__ is async also counts.
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 def _check_takes_one(field: str, function: Any, allowed: str) -> None:
-    """Refuse what surely cannot be called with one positional argument."""
+    """Refuse a function that certainly cannot be called with one positional argument."""
     try:
-        # What is really called: a decorator's wrapper may take more or less than the function that it wraps.
+        # The wrapper's own signature, since the wrapper is called: it may differ from that of the wrapped function.
         signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):
         if not inspect.ismethod(function):
-            return  # a builtin that does not tell
+            return  # a builtin without a signature
         signature = inspect.signature(function.__func__, follow_wrapped=False)  # a method that does not even take self
     try:
         signature.bind(None)
     except TypeError as error:
         if _declares_signature(function):
-            return  # a decorator declares this one, and may call the function with more
+            return  # the signature was declared by a decorator, which may pass more arguments to the function
         shown = f"{_name(function)}{_without_values(signature)}"
         if len(shown) > 200:
             shown = f"{shown[:180]}... ({len(shown)} characters)"
@@ -83,7 +83,7 @@ class _Elided:
 
 
 def _without_values(signature: inspect.Signature) -> inspect.Signature:
-    """Without annotations, which are long, and default values, which may be secret."""
+    """The signature without annotations, which are long, and without default values, which may be secret."""
     empty: Callable[[], Any] = inspect.Parameter.empty
     parameters = [
         parameter.replace(annotation=empty, default=empty if parameter.default is empty else _Elided())

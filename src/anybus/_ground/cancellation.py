@@ -1,4 +1,4 @@
-"""Telling a real cancellation from a stray one, and an error from the group that wraps it."""
+"""Tells real cancellations from stray ones, and unwraps exception groups."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if sys.version_info < (3, 11):
 
 
 def is_cancelled() -> bool:
-    """Whether a scope that we run in has been cancelled."""
+    """Whether a cancel scope around the caller has been cancelled."""
     return anyio.current_effective_deadline() == -math.inf
 
 
 def is_stray(error: BaseException) -> bool:
-    """Whether this is a cancellation exception although nobody cancelled the scope we run in.
+    """Whether this is a cancellation exception although no cancel scope around the caller was cancelled.
 
-    A handler can let an ``asyncio.CancelledError`` out (of a future it awaited, say), and ``asyncio``'s own ways of
-    cancelling everything hit each task once. In a task that the bus itself spawned that would end the whole
-    subscription without a word.
+    A handler can let out the ``asyncio.CancelledError`` of a future that it awaited, for example. Also, when asyncio
+    itself cancels everything, it hits each task once. In a task that the bus spawned, such an exception would silently
+    end the whole subscription.
     """
     return isinstance(error, anyio.get_cancelled_exc_class()) and not is_cancelled()
 
 
 def is_abandoned() -> bool:
-    """Whether a task whose task group we run in, or one above it, has ended without waiting for us.
+    """Whether the owner of a task group around the caller, at any level, has ended without waiting for its tasks.
 
-    That takes a task group that was entered by hand and never left. Nobody will ever cancel its scope, so a native
-    cancellation is all that can end its tasks: ``asyncio.run`` cancels each task that is left once, and then waits.
+    This happens if a task group was entered by hand and never left. Nobody will ever cancel its scope, so only a native
+    cancellation can end its tasks: ``asyncio.run`` cancels each remaining task once, and then waits.
     """
     parents = {task.id: task.parent_id for task in anyio.get_running_tasks()}
     ancestor = anyio.get_current_task().parent_id
@@ -47,7 +47,7 @@ def is_abandoned() -> bool:
 
 
 def as_failure(error: BaseException) -> Exception:
-    """The error as something to report and recover from; what is not (a real cancellation, Ctrl-C) is raised again."""
+    """The error as an ``Exception``, to report and to recover from. A real cancellation or Ctrl-C is raised again."""
     if isinstance(error, Exception):
         return error
     if is_stray(error):
@@ -56,11 +56,11 @@ def as_failure(error: BaseException) -> Exception:
 
 
 async def persist(part: Callable[[], Awaitable[object]]) -> None:
-    """Run a part to its end; a stray cancellation makes it begin again where it was."""
+    """Run a function to its end. After a stray cancellation it is called again, and continues where it was."""
     while True:
         try:
             await part()
-        except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled goes on
+        except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
             if not is_stray(error):
                 raise
         else:
@@ -68,7 +68,7 @@ async def persist(part: Callable[[], Awaitable[object]]) -> None:
 
 
 def sole(error: BaseException) -> BaseException:
-    """The error itself, where task groups have wrapped a single one; else the group."""
+    """The single error that task groups have wrapped; if there are several, the group."""
     members = _members(error)
     while len(members) == 1:
         error = members[0]
@@ -77,13 +77,13 @@ def sole(error: BaseException) -> BaseException:
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """The errors in a group, however deep; of anything else, itself."""
+    """All errors in a group, at any depth. For any other error, that error alone."""
     members = _members(error)
     return [leaf for member in members for leaf in leaves(member)] if members else [error]
 
 
 def cancellation_in(error: BaseException) -> BaseException | None:
-    """The cancellation in an error: itself, or a member of a group (trio's task groups mix them with errors)."""
+    """The cancellation in an error: the error itself, or a member of a group. (Trio's task groups mix the two.)"""
     if isinstance(error, anyio.get_cancelled_exc_class()):
         return error
     for member in _members(error):
@@ -94,16 +94,16 @@ def cancellation_in(error: BaseException) -> BaseException | None:
 
 
 def without_cancellations(error: BaseException) -> BaseException | None:
-    """The error without the cancellations in it; None if nothing else is in it."""
+    """The error without the cancellations in it; None if nothing is left."""
     if not isinstance(error, BaseExceptionGroup):
         return None if isinstance(error, anyio.get_cancelled_exc_class()) else error
     return error.split(anyio.get_cancelled_exc_class())[1]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def is_crash(error: BaseException) -> bool:
-    """Whether what is no ``Exception`` was caused by the code it comes out of.
+    """Whether an error that is not an ``Exception`` was caused by the code that raised it.
 
-    Not so ``KeyboardInterrupt``: it strikes whatever code runs when somebody presses Ctrl-C.
+    A ``KeyboardInterrupt`` was not: it hits whatever code runs when somebody presses Ctrl-C.
     """
     ends = [leaf for leaf in leaves(error) if not isinstance(leaf, Exception)]
     if not ends:

@@ -1,8 +1,10 @@
-"""Checks of values at the door: each returns the value to use, or says which field, which value, and what is allowed.
+"""Checks of values that an application passes in.
 
-What is checked is what is used: the returned value is of the plain type (``str``, ``int``, ``float``, ``bytes``,
-``datetime``), never of a subclass. A subclass may print, compare and hash as something else than it holds: a ``str``
-Enum prints its member's name. So callers keep what a check returns, not what they gave it.
+Each check returns the value to use, or raises an error that names the field, the value and what is allowed.
+
+Callers must keep the returned value, not the given one. The returned value has the plain type (``str``, ``int``,
+``float``, ``bytes``, ``datetime``), never a subclass. A subclass may print, compare and hash differently from what it
+holds: a ``str`` Enum, for example, prints its member's name.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ MAX_NAME_BYTES = 256
 RESERVED_PREFIX = "anybus:"
 
 PLAIN_TIMES: Final = (datetime,)
-"""The type of plain times. In a tuple, where freezegun does not put a class of its own in its place."""
+"""The plain datetime type. It is in a tuple so that freezegun does not replace it by a class of its own."""
 
 ChoiceT = TypeVar("ChoiceT", bound=str)
 
 
 def refuse(field: str, value: object, allowed: str) -> NoReturn:
+    """
+    :raises ValidationError: always. It says which field, what is allowed, and which value (shortened) was given.
+    """
     try:
         shown = repr(value)
     except ValueError:  # an int of more digits than Python will print
@@ -37,14 +42,14 @@ def refuse(field: str, value: object, allowed: str) -> NoReturn:
 
 
 def plain_text(value: str) -> str:
-    """The text that it holds, as a plain ``str``; any other type raises ``TypeError``."""
+    """The text as a plain ``str``, not a subclass. Any other type raises ``TypeError``."""
     return value if type(value) is str else str.__str__(value)
 
 
 def check_text(field: str, value: Any) -> str:
-    """A string that UTF-8 can carry (a lone surrogate cannot be sent to any server)."""
+    """A string that can be encoded as UTF-8. (A lone surrogate cannot be sent to any server.)"""
     try:
-        text = str.__str__(value)  # the base class's method: it also tells a str from what only pretends to be one
+        text = str.__str__(value)  # the base class's method also refuses objects that only pretend to be a str
     except TypeError:
         refuse(field, value, "a str")
     if not text.isascii():
@@ -71,25 +76,25 @@ def _checked_topic(field: str, value: str) -> str:
     if any(category(character) == "Cc" for character in value):
         refuse(field, value, "a name without control characters")
     if value.startswith(RESERVED_PREFIX):
-        refuse(field, value, f"a name that does not begin with {RESERVED_PREFIX!r} (kept for the bus itself)")
+        refuse(field, value, f"a name that does not begin with {RESERVED_PREFIX!r} (reserved for the bus itself)")
     return value
 
 
 def check_topic(field: str, value: Any) -> str:
     """A topic's name: not blank, at most 1,024 bytes, no control characters, not reserved."""
-    # Plain before it is looked up: the cache goes by hash and equality, which a subclass may define anew.
+    # Made plain before the lookup, because the cache uses hash and equality, which a subclass may override.
     return _checked_topic(field, value if type(value) is str else check_text(field, value))
 
 
 def is_entry_id(text: str) -> bool:
-    """Whether an entry can have this id: a number, or two joined by a dash, of 64 bits each."""
+    """Whether this is a possible entry id: a 64-bit number, or two of them joined by a dash."""
     first, dash, second = text.partition("-")
     parts = (first, second) if dash else (first,)
     return all(part.isascii() and part.isdigit() and len(part) <= 20 and int(part) < 2**64 for part in parts)
 
 
 def check_start_id(field: str, value: Any) -> str:
-    """Where a group begins."""
+    """Where a group starts."""
     text = check_name(field, value)
     if text != "$" and not is_entry_id(text):
         refuse(field, value, "'$', '0' or an entry's id ('1714982400000-0')")
@@ -99,7 +104,7 @@ def check_start_id(field: str, value: Any) -> str:
 def check_choice(field: str, value: Any, choices: Sequence[ChoiceT], *, allowed: str | None = None) -> ChoiceT:
     """One of a few words.
 
-    :param allowed: the choices in words; None = a list of them.
+    :param allowed: the choices as text, for the error; None = a list of them.
     """
     try:
         return choices[choices.index(str.__str__(value))]
@@ -108,13 +113,13 @@ def check_choice(field: str, value: Any, choices: Sequence[ChoiceT], *, allowed:
 
 
 def check_url(value: Any, allowed: str) -> str:
-    """A URL as text. It may hold a password, so errors do not show it."""
+    """A URL as text. Errors do not show the URL, because it may hold a password."""
     try:
         text = str.__str__(value)
         text.encode()
     except TypeError:
         shown = repr(value)
-        if "@" in shown or "?" in shown:  # a URL of another type, with a password perhaps
+        if "@" in shown or "?" in shown:  # a URL object, which may hold a password
             shown = f"of type {type(value).__name__}"
         raise ValidationError(f"url must be {allowed}, as a str, not {shown:.80}") from None
     except UnicodeEncodeError:
@@ -135,7 +140,10 @@ def check_int(field: str, value: Any, *, least: int) -> int:
 
 
 def check_delay(field: str, value: Any, *, positive: bool = False) -> float:
-    """A duration in seconds: finite, not negative (and not zero where that makes no sense)."""
+    """A duration in seconds: finite and not negative.
+
+    :param positive: also refuse zero.
+    """
     allowed = "a positive number of seconds" if positive else "a number of seconds, zero or more"
     seconds = check_number(field, value, allowed)
     if not math.isfinite(seconds) or seconds < 0 or (positive and seconds == 0):
@@ -154,20 +162,20 @@ def check_number(field: str, value: Any, allowed: str) -> float:
 
 
 def check_bytes(field: str, value: Any, allowed: str) -> bytes:
-    """The bytes that it holds; a buffer that can change is copied."""
+    """The bytes of a bytes-like object. A mutable buffer is copied."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         try:
-            # Not bytes(value), which asks a subclass for its __bytes__.
+            # Not bytes(value), which would call a subclass's __bytes__.
             if isinstance(value, bytes):
                 return bytes.__getitem__(value, slice(None))
             return bytes(memoryview(cast("bytearray", value)))
-        except TypeError:  # it only pretends to be one
+        except TypeError:  # the object only pretends to be bytes-like
             pass
     refuse(field, cast("object", value), allowed)
 
 
 def check_time(field: str, value: Any) -> datetime:
-    """A point in time, normalised to UTC; naive datetimes are refused, since nobody knows what they mean."""
+    """A point in time, converted to UTC. Naive datetimes are refused, because their meaning is ambiguous."""
     plain = PLAIN_TIMES[0]
     try:
         time = value if type(value) is plain else plain.combine(plain.date(value), plain.timetz(value))
@@ -178,4 +186,4 @@ def check_time(field: str, value: Any) -> datetime:
     try:
         return time.astimezone(timezone.utc)
     except OverflowError:
-        refuse(field, value, "a time that UTC can tell, from year 1 to 9999")
+        refuse(field, value, "a time from year 1 to 9999 in UTC")

@@ -8,7 +8,7 @@ from anyio.lowlevel import current_token
 
 
 def loop_clock() -> Callable[[], float]:
-    """AnyIO's ``current_time`` of the running loop, without its look for that loop: it is read for every message."""
+    """AnyIO's ``current_time``, bound to the running loop. It is read for every message, so the lookup is saved."""
     token = current_token()
     clock: Callable[[], float] = getattr(token.native_token, "time", token.backend_class.current_time)
     return clock

@@ -1,4 +1,4 @@
-"""Every error that the library raises."""
+"""The errors that the library raises."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from typing import Any
 
 
 class EventBusError(Exception):
-    """Base of every error that the library raises."""
+    """Base class of the library's errors."""
 
 
 class ValidationError(EventBusError, ValueError):
-    """A value was refused at the door: the text names the field, the value and what is allowed."""
+    """A value was refused. The text names the field, the value and what is allowed."""
 
 
 class UnsupportedError(EventBusError):
-    """The backend cannot do what was asked, and no fallback keeps the promise."""
+    """The backend cannot do what was asked, and there is no fallback that keeps the promise."""
 
 
 class AlreadySettledError(EventBusError):
-    """The delivery has been settled already; a delivery is settled exactly once."""
+    """The delivery has already been settled. A delivery can be settled only once."""
 
 
 class LeaseLostError(EventBusError):
-    """The backend says that the entry is no longer ours: another consumer has it, or it is settled."""
+    """The backend says that the entry no longer belongs to this consumer: another one has it, or it is settled."""
 
 
 class ClosedError(EventBusError):
-    """The bus or the subscription has ended; nothing can be done with it any more."""
+    """The bus or the subscription is not open: it has ended, or it has not been entered yet."""
 
 
 class HandlerTimeoutError(EventBusError, TimeoutError):
-    """A handler was cancelled after ``handler_timeout``. Reported, and shown to policies: handlers never see it."""
+    """A handler was cancelled after ``handler_timeout``. Reported and passed to policies; handlers never see it."""
 
 
 class SerializationError(EventBusError):
-    """A payload could not be turned into bytes, or bytes not into what was asked for.
+    """A payload could not be encoded, or data could not be decoded into what was asked for.
 
-    :ivar payload_of: the uid of the message whose payload could not be read by :meth:`Message.json`; None = the error
-        is about something else. Raised by the handler of that very message, it is not retried.
+    :ivar payload_of: the uid of the message whose payload :meth:`Message.json` could not read; None = the error is
+        about something else. If a handler lets this error out for its own message, the message is not retried.
     """
 
     def __init__(self, message: str = "", *, payload_of: str | None = None) -> None:
@@ -48,10 +48,10 @@ class SerializationError(EventBusError):
 class BackendError(EventBusError):
     """The backend failed.
 
-    :ivar may_have_happened: true if the server may have carried the command out all the same; false = surely not.
-    :ivar can_pass: true for a transient error: trying again later may succeed (a broken connection, a server that is
-        loading). False only if it is known that it will not, until somebody changes something (a wrong type, no
-        permission). A subscription waits out transient errors; any other ends it.
+    :ivar may_have_happened: true if the server may have carried out the command; false if it certainly has not.
+    :ivar can_pass: true for a transient error: a later try may succeed (a broken connection, a server that is loading).
+        False for a permanent error: it is known that no try will succeed until somebody changes something (a wrong
+        type, a missing permission). A subscription survives transient errors, and ends with a permanent one.
     """
 
     def __init__(self, message: str, *, may_have_happened: bool = True, can_pass: bool = True) -> None:
@@ -61,12 +61,12 @@ class BackendError(EventBusError):
 
 
 class GroupLostError(BackendError):
-    """The consumer group (or its whole stream) has vanished from the backend. The bus makes it again.
+    """The consumer group, or its whole stream, no longer exists on the backend. The bus recreates it.
 
-    :ivar stream: the stream whose group it was.
+    :ivar stream: the stream to which the group belonged.
     :ivar group: the group.
-    :ivar safe_id: the id up to which every member of the group had settled everything, if the backend knows;
-        the group is made again there, else at ``"0"``.
+    :ivar safe_id: the id up to which all members of the group had settled everything; None = the backend does not know.
+        The group is recreated at this position, or at ``"0"`` if it is not known.
     """
 
     def __init__(self, stream: str, group: str, safe_id: str | None = None) -> None:
@@ -78,14 +78,14 @@ class GroupLostError(BackendError):
         self.safe_id = safe_id
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An exception is copied and pickled by calling its type with what it says, unless it tells otherwise.
+        # By default, an exception is copied and pickled by calling its type with its text alone.
         return type(self), (self.stream, self.group, self.safe_id), self.__dict__
 
 
 def words(error: BaseException) -> str:
-    """What an exception says; its type's name if it says nothing, or cannot."""
+    """An exception's text; the name of its type if the text is empty or cannot be computed."""
     try:
-        # Plain: what str() returns may be of a subclass of str.
+        # str() may return an instance of a subclass.
         return str.__str__(str(error)) or type(error).__name__
     except Exception:
         return type(error).__name__
@@ -103,12 +103,14 @@ _BUGS = (
     TypeError,
     ValueError,
 )
-"""What a mistake in a program raises."""
+"""The exceptions that programming errors raise."""
 
 
 def can_pass(error: BaseException) -> bool:
-    """Whether trying again may help. Permanent is only what is known to be: a backend's own word, the bus's other
-    errors, and mistakes in the backend's code. All else (the operating system's errors, a driver's) is transient.
+    """Whether the error is transient, so that trying again may help.
+
+    A ``BackendError`` says so itself. The bus's other errors and programming errors in a backend are permanent. All
+    other errors (of the operating system, of a driver) are transient.
     """
     if isinstance(error, BackendError):
         return error.can_pass
@@ -116,5 +118,8 @@ def can_pass(error: BaseException) -> bool:
 
 
 def may_have_happened(error: BaseException) -> bool:
-    """Whether the backend may have done the work all the same; only a backend can say no."""
+    """Whether the backend may have done the work despite the error.
+
+    A ``BackendError`` says so itself. With the bus's other errors nothing was done. Any other exception leaves it open.
+    """
     return not isinstance(error, EventBusError) or (isinstance(error, BackendError) and error.may_have_happened)

@@ -1,4 +1,4 @@
-"""The event loop that a bus belongs to, the task that entered it, and the refusal of calls from anywhere else."""
+"""The event loop to which a bus belongs, and the task that entered it. Calls from anywhere else are refused."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from anyio.lowlevel import current_token
 T = TypeVar("T")
 
 _THREAD = (
-    "call it in its own loop, for example by anyio.from_thread.run(bus.publish, message), or from_thread.run_sync for "
-    "a plain function, in a thread that anyio.to_thread.run_sync started; in any other thread with "
-    "portal.call(bus.publish, message) of an anyio.from_thread.BlockingPortal that was opened in that loop"
+    "call it in its own event loop. In a thread that anyio.to_thread.run_sync started, use "
+    "anyio.from_thread.run(bus.publish, message), or anyio.from_thread.run_sync for a plain function. In any other "
+    "thread, use portal.call(bus.publish, message) with an anyio.from_thread.BlockingPortal opened in that event loop"
 )
-_LOOP = "make a bus for each event loop, and enter, use and leave it there (in tests: enter it inside the test)"
+_LOOP = "create a bus for each event loop, and enter, use and leave it there (in tests: enter it inside the test)"
 _TASK = (
-    "use it with 'async with' in one task. In tests: an async fixture of pytest-asyncio is entered in one task "
-    "and left in another; use AnyIO's pytest plugin (its fixtures and the test share a task), enter it inside the "
-    "test, or enter it in a task that the fixture starts (docs/testing.md shows all three)"
+    "enter and leave it in the same task, with 'async with'. In tests: pytest-asyncio enters an async fixture in one "
+    "task and leaves it in another. Use AnyIO's pytest plugin (its fixtures and the test share a task), or enter it "
+    "inside the test, or in a task that the fixture starts (docs/testing.md shows all three)"
 )
 
 
 class Home:
-    """The event loop in which this was made. A check costs some 0.3 microseconds."""
+    """The event loop in which this object was created. A check costs about 0.3 microseconds."""
 
     __slots__ = ("_current", "_native", "_thread")
 
     def __init__(self) -> None:
         token = current_token()
-        # AnyIO's `current_token`, without its look for the loop's kind: it is asked at every publish.
+        # AnyIO's `current_token` without the lookup of the loop's backend, because every publish calls it.
         self._current = token.backend_class.current_token
         self._native = token.native_token
         self._thread = threading.current_thread()
 
     def check(self, what: str) -> None:
         """
-        :raises RuntimeError: if this is not the loop in which we run.
+        :raises RuntimeError: if the caller runs in another event loop, or in a thread without one.
         """
         try:
             if self._current() is self._native:
                 return
-        except RuntimeError:  # no loop of this kind runs in this thread
+        except RuntimeError:  # no event loop of this kind runs in this thread
             pass
         self._refuse(what)
 
@@ -59,7 +59,7 @@ class Home:
 
 
 class Entered(AbstractAsyncContextManager[T, "bool | None"]):
-    """An async context manager with task groups inside, that says so when it is left in the wrong task or loop."""
+    """Wraps an async context manager with task groups inside, and tells if it is left in the wrong task or loop."""
 
     def __init__(self, what: str, inner: AbstractAsyncContextManager[T, bool | None]) -> None:
         self._what = what
@@ -79,8 +79,8 @@ class Entered(AbstractAsyncContextManager[T, "bool | None"]):
         traceback: TracebackType | None,
     ) -> bool | None:
         """
-        :raises RuntimeError: in another event loop, where nothing happens; in another task, after everything has ended
-            as if the body had raised.
+        :raises RuntimeError: in another event loop, without any effect; in another task, after everything has ended as
+            if the body had raised.
         """
         if self._home is not None:
             self._home.check(self._what)

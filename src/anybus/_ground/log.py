@@ -1,4 +1,4 @@
-"""The log: the logger ``anybus``, one line for each thing, the same fields on every record."""
+"""The log: the logger ``anybus``. One line per event, and the same fields on every record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIELDS: Final = (
     "delay",
     "code",
 )
-"""Attributes of every record of the logger; None where they do not apply. ``logging`` has none of these names."""
+"""Extra attributes of every record; None if they do not apply. ``logging`` itself uses none of these names."""
 
 _SHOWN: Final = ("uid", "key", "topic", "group", "consumer", "entry_id")
 _LONGEST: Final = 500
@@ -31,7 +31,7 @@ _UNKNOWN: Final = dict.fromkeys(FIELDS)
 
 
 def one_line(text: str) -> str:
-    """The text on one line, cut to a length that a line can have."""
+    """The text on one line, shortened to at most 500 characters."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
 
@@ -44,13 +44,14 @@ def say(
     hidden: Mapping[str, Any] = _NOTHING,
     error: BaseException | None = None,
 ) -> None:
-    """Log one line: the text, then what is known of the place and the message.
+    """Log one line: the text, then the known fields that identify the place and the message.
 
-    Nothing that handlers, filters or record factories of the application do can harm the bus.
+    Errors in the application's log handlers, filters and record factories cannot harm the bus.
 
-    :param text: a format in the way of ``logging``, so that what differs only in its arguments can be grouped.
+    :param text: a format string for ``logging``, so that lines that differ only in their arguments can be grouped.
+    :param fields: fields of the record that are also shown in its text.
     :param hidden: fields of the record that are not shown in its text.
-    :param error: whose traceback follows.
+    :param error: the exception whose traceback is logged after the line.
     """
     if not logger.isEnabledFor(level):
         return
@@ -61,6 +62,6 @@ def say(
     try:
         logger.log(level, text, *args, extra={**_UNKNOWN, **hidden, **fields}, exc_info=error)
     except Exception:
-        # A record factory of the application may have set one of these names, which `extra` may not overwrite.
+        # A record factory of the application may have set one of these names. `extra` must not overwrite it.
         with suppress(Exception):
             logger.log(level, text, *args, exc_info=error)

@@ -1,7 +1,8 @@
-"""Payloads as JSON, checked against types of the application's.
+"""Payloads as JSON, checked against the application's types.
 
-msgspec knows builtins, dataclasses, Structs and many more. A class with ``model_validate_json`` and ``model_dump_json``
-(Pydantic's models have them) reads and writes itself, at the top or anywhere inside what msgspec knows.
+msgspec supports builtins, dataclasses, Structs and many more types. A class with the methods ``model_validate_json``
+and ``model_dump_json`` (a Pydantic model, for example) reads and writes itself, at the top level or nested in a type
+that msgspec supports.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ class _UnusableTypeError(Exception):
 
 
 def read(payload: bytes, wanted: Any, uid: str) -> Any:
-    """
-    :param wanted: a type; None = whatever the JSON holds.
-    :param uid: of the message whose payload it is, for the error.
-    :raises SerializationError: if it is not JSON, not of that type, or the type cannot be used.
+    """Decode a payload.
+
+    :param wanted: a type; None = any JSON.
+    :param uid: the uid of the payload's message, for the error.
+    :raises SerializationError: if the payload is not JSON or not of that type, or if the type cannot be used.
     """
     try:
         if wanted is None:
@@ -61,12 +63,12 @@ def _validated(model: Any, data: bytes) -> Any:
     try:
         return model.model_validate_json(data)
     except (ValueError, RecursionError) as error:
-        # Its own text may repeat the payload, which does not belong in a log by accident.
+        # The error's own text may quote the payload, which must not reach a log by accident.
         raise msgspec.ValidationError(f"not a valid {_name(model)}: {_problems(error)}") from None
 
 
 def _problems(error: Any) -> str:
-    """What a model's error says, without the values that Pydantic shows in its text."""
+    """The text of a model's error, without the values that Pydantic includes."""
     try:
         found = error.errors(include_url=False, include_input=False, include_context=False)
         shown = [f"{problem['msg']} - at `{'.'.join(map(str, problem['loc'])) or '$'}`" for problem in found]
@@ -77,7 +79,7 @@ def _problems(error: Any) -> str:
 
 
 def _from_builtins(wanted: Any, value: Any) -> Any:
-    """For classes that msgspec does not know, inside others or alone."""
+    """Decode a class that msgspec does not support, nested or at the top level."""
     if _validator(wanted) is not None:
         return _validated(wanted, msgspec.json.encode(value))
     origin = get_origin(wanted) or wanted
@@ -90,13 +92,14 @@ def _from_builtins(wanted: Any, value: Any) -> Any:
 
 
 def write(obj: Any) -> bytes:
-    """
-    :raises SerializationError: if JSON cannot hold it.
+    """Encode an object.
+
+    :raises SerializationError: if the object cannot be encoded as JSON.
     """
     try:
-        # To look for a method that is not there takes longer than to write a small dict.
+        # Builtins first: looking for a missing method takes longer than encoding a small dict.
         payload = _encode(obj) if type(obj) in _BUILTINS or not _writes_itself(obj) else _dumped(obj)
-        # NaN and infinities become null, on their way through msgspec and through Pydantic.
+        # msgspec and Pydantic write NaN and infinities as null.
         if b"null" in payload and (path := _lost_number(obj, payload)) is not None:
             raise ValueError(f"JSON has no NaN and no infinity - at `{path}`")
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
@@ -115,7 +118,7 @@ def _dumped(model: Any) -> bytes:
         raise TypeError(f"model_dump_json of {type(model).__name__} returned {type(text).__name__}, not str")
     payload = text.encode() if isinstance(text, str) else text
     if b"NaN" in payload or b"Infinity" in payload:
-        msgspec.json.decode(payload)  # a word in a text, or no JSON at all
+        msgspec.json.decode(payload)  # raises, unless the word is part of a string
     return payload
 
 
@@ -134,7 +137,7 @@ def _to_builtins(obj: Any) -> Any:
 
 
 def _lost_number(obj: Any, payload: bytes) -> str | None:
-    """Where a null stands for a float that JSON does not have; None = nowhere."""
+    """The path of a null that was written for a NaN or an infinity; None = there is none."""
     stack = [("$", msgspec.to_builtins(obj, enc_hook=_to_builtins), msgspec.json.decode(payload))]
     while stack:
         path, given, written = stack.pop()
@@ -143,7 +146,7 @@ def _lost_number(obj: Any, payload: bytes) -> str | None:
                 return path
         else:
             of_given, of_written = _children(path, given), _children(path, written)
-            if len(of_given) == len(of_written):  # else a model has written itself in a shape of its own
+            if len(of_given) == len(of_written):  # otherwise a model's JSON has a shape of its own
                 stack += [(*child, inside) for child, (_, inside) in zip(of_given, of_written, strict=True)]
     return None
 

@@ -29,7 +29,7 @@ class Headers(Mapping[str, str]):
 
     @classmethod
     def trusted(cls, items: dict[str, str]) -> Headers:
-        """Headers that a decoder has checked already, and that nobody else holds. For codecs."""
+        """Headers from a dict that a decoder has already checked, and to which nobody else refers. For codecs."""
         if not items:
             return NO_HEADERS
         headers = cls.__new__(cls)
@@ -37,7 +37,7 @@ class Headers(Mapping[str, str]):
         return headers
 
     def plain(self) -> dict[str, str]:
-        """The dict inside, not to be changed. For codecs."""
+        """The dict inside, which must not be changed. For codecs."""
         return self._items
 
     def __getitem__(self, name: str) -> str:
@@ -56,7 +56,7 @@ class Headers(Mapping[str, str]):
         return f"Headers({self._items!r})"
 
     def __or__(self, other: Mapping[str, str]) -> Headers:
-        """A copy with the other's headers added; the other wins where a name is in both."""
+        """A copy with the other's headers added. For a name that is in both, the other's value is used."""
         return Headers({**self._items, **other})
 
 
@@ -77,15 +77,15 @@ NO_HEADERS = Headers()
 
 def new_uid() -> str:
     """A time-ordered UUID (version 7, RFC 9562 section 5.7): 48 bits of Unix milliseconds, 74 random bits."""
-    global _uid_time  # noqa: PLW0603 - a memory, nothing more
+    global _uid_time  # noqa: PLW0603 - only a cache
     milliseconds = time.time_ns() // 1_000_000
     known, prefix = _uid_time
     if known != milliseconds:
-        # Many messages are made in one millisecond.
+        # Cached, because many messages are created in the same millisecond.
         text = f"{milliseconds:012x}"
         prefix = f"{text[:8]}-{text[8:]}-7"
         _uid_time = (milliseconds, prefix)
-    # os.urandom and not the random module: two processes forked from one must never agree.
+    # os.urandom, not the random module: two processes forked from one parent must not generate the same ids.
     tail = os.urandom(10).hex()
     return f"{prefix}{tail[:3]}-{_VARIANT[tail[3]]}{tail[4:7]}-{tail[7:19]}"
 
@@ -115,23 +115,25 @@ class _Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Message(_Envelope, frozen=True, gc=False):
-    """One message. ``Message(topic, payload, key=...)`` is enough to make one.
+    """One message. ``Message(topic, payload, key=...)`` is enough to create one.
 
-    :param topic: where it is published.
-    :param payload: the bytes that the application sends.
-    :param uid: its identity wherever it goes; a time-ordered UUID unless given.
-    :param key: what it is about (an order's number), for ordering and filters.
-    :param kind: the event's type (``OrderCreated``).
-    :param source: who made it.
-    :param occurred_at: when it happened, UTC; now unless given.
-    :param headers: text by name; kept immutable.
+    :param topic: the topic to which it is published.
+    :param payload: the application's bytes.
+    :param uid: identifies the message wherever it goes; default: a new time-ordered UUID.
+    :param key: what the message is about (an order's number, for example), for ordering and filters.
+    :param kind: the type of the event (``OrderCreated``).
+    :param source: what created the message (a service's name, for example).
+    :param occurred_at: when the event happened, with a time zone, converted to UTC; default: now.
+    :param headers: a mapping of names to text. An immutable copy is kept.
     :param content_type: the payload's media type.
     :param event_version: the version of the payload's schema.
-    :param idempotency_key: what makes two messages the same to their receiver; not blank, at most 256 bytes.
-    :param expires_at: when it loses its meaning, UTC. Carried, and left to the application.
-    :param trace_uid: the trace it belongs to.
-    :param correlation_uid: the conversation it belongs to.
-    :raises ValidationError: if a field's value is refused; the text names the field and what is allowed.
+    :param idempotency_key: messages with the same key count as the same message to their receiver. Not blank, at most
+        256 bytes.
+    :param expires_at: when the message loses its meaning, with a time zone, converted to UTC. The bus carries it, and
+        leaves it to the application to act on it.
+    :param trace_uid: the trace to which the message belongs.
+    :param correlation_uid: the conversation to which the message belongs.
+    :raises ValidationError: if a value is refused. The text names the field, the value and what is allowed.
     """
 
     topic: str
@@ -144,7 +146,7 @@ class Message(_Envelope, frozen=True, gc=False):
         if type(self.payload) is not bytes:
             _set(self, "payload", check_bytes("payload", self.payload, "bytes (for JSON use Message.from_json)"))
         uid, key, kind, source = self.uid, self.key, self.kind, self.source
-        # The way of nearly every message: plain, and what is ASCII needs no further look.
+        # A fast path for nearly every message: plain strings, and ASCII needs no further check.
         if not (
             type(uid) is type(key) is type(kind) is type(source) is str
             and uid.isascii()
@@ -173,12 +175,13 @@ class Message(_Envelope, frozen=True, gc=False):
 
     @classmethod
     def from_json(cls, topic: str, obj: Any, **fields: Any) -> Message:
-        """A message whose payload is ``obj`` as JSON, its content type ``application/json`` unless given.
+        """Create a message whose payload is ``obj`` as JSON. Its content type is ``application/json`` unless given.
 
-        :param obj: anything msgspec can encode (builtins, dataclasses, Structs, datetimes, UUIDs...), or a model with
-            ``model_dump_json``, as Pydantic's; models may also stand inside the others.
-        :param fields: further fields, as of the class itself.
-        :raises SerializationError: if ``obj`` cannot be written as JSON, which has no NaN and no infinity.
+        :param obj: anything that msgspec can encode (builtins, dataclasses, Structs, datetimes, UUIDs...), or a model
+            with ``model_dump_json`` (a Pydantic model, for example). Models may also be nested in the other types.
+        :param fields: the other fields of the message.
+        :raises SerializationError: if ``obj`` cannot be encoded as JSON. JSON has no NaN and no infinity.
+        :raises ValidationError: if the value of another field is refused.
         """
         payload = _json.write(obj)
         fields.setdefault("content_type", "application/json")
@@ -191,20 +194,21 @@ class Message(_Envelope, frozen=True, gc=False):
     def json(self, type: type[T]) -> T: ...
 
     def json(self, type: Any = None) -> Any:
-        """The payload, read as JSON; with ``type`` (a dataclass, a Struct, ``list[int]``...) checked against it.
+        """The payload, decoded from JSON. With ``type``, it is also checked: ``message.json(Order)``.
 
-        :param type: what msgspec can check against, or a class with ``model_validate_json``, as Pydantic's models;
-            models may also stand inside the others (``list[Order]``).
-        :raises SerializationError: if the payload is not JSON, or not of that type, or the type cannot be used. A
-            handler that lets this out for its own message gives it up at once, with the code ``invalid``: trying again
-            would not help.
+        :param type: a type that msgspec can check against (a dataclass, a Struct, ``list[int]``...), or a class with
+            ``model_validate_json`` (a Pydantic model, for example). Models may also be nested in the other types
+            (``list[Order]``). None = any JSON.
+        :raises SerializationError: if the payload is not JSON or not of that type, or if the type cannot be used. If a
+            handler lets this error out for its own message, the message is given up on at once, with the code
+            ``invalid``: trying again would not help.
         """
         return _json.read(self.payload, type, self.uid)
 
     def replace(self, **changes: Any) -> Message:
         """A copy with some fields changed.
 
-        :raises ValidationError: if a new value is refused, or there is no such field.
+        :raises ValidationError: if a new value is refused, or a field does not exist.
         """
         try:
             return msgspec.structs.replace(self, **changes)
@@ -213,19 +217,19 @@ class Message(_Envelope, frozen=True, gc=False):
 
     @property
     def trace_context(self) -> TraceContext | None:
-        """The W3C trace context in the headers; None if there is none, or it is not valid."""
+        """The W3C trace context in the headers; None if there is none, or if it is invalid."""
         return TraceContext.from_headers(self.headers)
 
     @property
     def schema(self) -> Schema:
-        """What describes the payload: kind, content type and version."""
+        """The description of the payload: kind, content type and version."""
         return Schema(self.kind, self.content_type, self.event_version)
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         return [("uid", self.uid), ("topic", self.topic), ("key", self.key), ("payload_bytes", len(self.payload))]
 
     def __repr__(self) -> str:
-        # Payload and headers may be large, or secret: neither belongs in a log by accident.
+        # Payload and headers may be large or secret. They must not reach a log by accident.
         return f"<Message {self.uid} topic={self.topic!r} key={self.key!r} payload={len(self.payload)} bytes>"
 
 
@@ -234,7 +238,7 @@ def _set(message: Message, field: str, value: Any) -> None:
 
 
 def check_outgoing(message: Any, max_payload_bytes: int) -> Message:
-    """What an application publishes, checked at the door.
+    """Check a message that an application publishes.
 
     :param max_payload_bytes: 0 = no limit.
     """
@@ -251,7 +255,7 @@ _LIFTED = {"content-type": "content_type", "event-version": "event_version", "id
 
 
 def lift_headers(message: Message) -> Message:
-    """Headers that double a field fill that field where it is unset (never where it is set, even if empty)."""
+    """Copy headers to the unset fields that mean the same. A field that is set stays, even if it is empty."""
     if not message.headers:
         return message
     changes = {

@@ -1,4 +1,4 @@
-"""What describes a payload."""
+"""The description of a payload."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .._ground.checks import check_text
 
 @dataclass(frozen=True)
 class Schema:
-    """A payload's description, as its message carries it.
+    """The description of a payload, as its message carries it.
 
-    :ivar kind: the event's type (``OrderCreated``); empty if unset.
+    :ivar kind: the type of the event (``OrderCreated``); empty if unset.
     :ivar content_type: the media type, or None.
     :ivar version: the version of the payload's schema (``event_version`` on the wire), or None.
     :raises ValidationError: if a value is not text.

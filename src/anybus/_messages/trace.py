@@ -1,4 +1,4 @@
-"""Trace context in headers, as the W3C defines it (https://www.w3.org/TR/trace-context/)."""
+"""The trace context in headers, as the W3C defines it (https://www.w3.org/TR/trace-context/)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .._ground.checks import check_text, refuse
 from .._ground.errors import ValidationError
 
-# Version ff is invalid; so are a trace id and a parent id of zeros. Versions after 00 may append fields.
+# Version ff is invalid, and so are a trace id or a parent id of zeros only. Versions after 00 may append fields.
 _TRACEPARENT = re.compile(
     r"(?!ff)(?P<version>[0-9a-f]{2})-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})(?P<parent>[0-9a-f]{16})"
     r"-(?P<flags>[0-9a-f]{2})(?P<more>-.*)?"
@@ -18,7 +18,7 @@ _TRACEPARENT = re.compile(
 
 @dataclass(frozen=True)
 class TraceContext:
-    """A W3C trace context: where in which trace a message was made.
+    """A W3C trace context: the position in a trace at which a message was created.
 
     :param traceparent: ``00-<trace id>-<parent id>-<flags>``, lower-case hexadecimal.
     :param tracestate: vendors' own data; empty if unset.
@@ -39,19 +39,22 @@ class TraceContext:
 
     @property
     def trace_id(self) -> str:
+        """32 hexadecimal digits."""
         return self.traceparent[3:35]
 
     @property
     def parent_id(self) -> str:
+        """16 hexadecimal digits."""
         return self.traceparent[36:52]
 
     @property
     def sampled(self) -> bool:
+        """Whether the flags say that the caller may have recorded the trace."""
         return bool(int(self.traceparent[53:55], 16) & 1)
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> TraceContext | None:
-        """The context that the headers carry; None if there is none, or it is not valid (as the W3C asks)."""
+        """The context in the headers; None if there is none, or if it is invalid (as the W3C demands)."""
         traceparent = headers.get("traceparent")
         if traceparent is None:
             return None
@@ -61,6 +64,6 @@ class TraceContext:
             return None
 
     def to_headers(self) -> dict[str, str]:
-        """The headers to publish with, as a message's ``headers`` or in ``PublishOptions.metadata``."""
+        """The context as headers, for a message's ``headers`` or for ``PublishOptions.metadata``."""
         given = {"traceparent": self.traceparent, "tracestate": self.tracestate, "baggage": self.baggage}
         return {name: value for name, value in given.items() if value}

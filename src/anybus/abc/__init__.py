@@ -1,4 +1,4 @@
-"""Contracts: what a backend must do, and what an observer is told."""
+"""The contracts of backends, codecs and observers."""
 
 from ._backend import Feature as Feature
 from ._backend import LeaseKeeper as LeaseKeeper

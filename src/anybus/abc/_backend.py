@@ -1,4 +1,4 @@
-"""The contract of a backend: five methods to write, the rest provided."""
+"""The contract of a backend: five methods are required, the others have a default implementation."""
 
 from __future__ import annotations
 
@@ -43,15 +43,18 @@ _STREAMS_AT_ONCE = 32
 class StreamBackend(abc.ABC):
     """Streams with consumer groups, as the bus needs them. An async context manager.
 
-    Durations are float seconds. A method that is cancelled while it takes entries hands back what it took, uncounted,
-    within a shielded second, before the cancellation comes out. A cancelled publish may or may not have happened.
-    Errors are :class:`~anybus.BackendError`, saying whether they can pass and whether the work may have been done.
-    Only errors that are known to be permanent end a subscription; a driver's own exceptions count as transient, what a
-    mistake in a program raises (``TypeError``, ``AttributeError``...) as permanent.
+    Durations are seconds, as floats.
+
+    If a method is cancelled while it takes entries, it first releases them, uncounted, within a shielded second, and
+    then raises the cancellation. A cancelled publish may or may not have happened.
+
+    Errors are :class:`~anybus.BackendError`. They say whether they are transient, and whether the work may have been
+    done. Only an error that is known to be permanent ends a subscription. A driver's own exceptions count as transient.
+    The exceptions of programming errors (``TypeError``, ``AttributeError``...) count as permanent.
     """
 
     features: frozenset[Feature] = frozenset()
-    """What this backend really does. The bus looks here when an option is given, and falls back or refuses."""
+    """What this backend can do. The bus checks this when an option is given, and uses a fallback or refuses."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,25 +66,29 @@ class StreamBackend(abc.ABC):
 
     @abc.abstractmethod
     async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
-        """Make the stream and the group.
+        """Create the stream and the group.
 
-        :param start_id: ``"$"`` = only what comes after, ``"0"`` = from the start, else the id after which it begins.
-            An id is a number, or two joined by a dash.
-        :return: true if it was made now, false if it existed.
+        :param start_id: ``"$"`` = only entries that are appended later, ``"0"`` = from the first entry, an entry's id =
+            after that entry. An id is a number, or two numbers joined by a dash.
+        :return: true if the group was created now, false if it existed before.
         """
 
     @abc.abstractmethod
     async def publish(self, stream: str, message: Message) -> str:
-        """Append; return the entry's id. Ids are never reused."""
+        """Append a message.
+
+        :return: the entry's id. Ids are never reused.
+        """
 
     @abc.abstractmethod
     async def read_new(
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float
     ) -> list[FetchedEntry]:
-        """Up to ``count`` entries never delivered to the group, in order.
+        """Take up to ``count`` entries that were never delivered to the group, in order.
 
-        :param timeout: seconds to wait if there is none; 0 does not wait. Nothing came = an empty list, not an error.
-            The bus counts leases from when it called: a read must not wait for longer.
+        :param timeout: how many seconds to wait if there are none; 0 = do not wait. A read must not wait for longer,
+            because the bus counts a lease from the moment of the call.
+        :return: the entries; an empty list, not an error, if none came.
         :raises GroupLostError: if the group no longer exists.
         """
 
@@ -89,39 +96,46 @@ class StreamBackend(abc.ABC):
     async def reclaim_idle(
         self, stream: str, group: str, consumer: str, *, min_idle: float, count: int
     ) -> list[FetchedEntry]:
-        """Take over up to ``count`` pending entries of any consumer that have been idle for ``min_idle`` seconds.
+        """Take over up to ``count`` pending entries, of any consumer, that have been idle for ``min_idle`` seconds.
 
-        Goes on where the last scan of this (stream, group, consumer) stopped, wraps around, and looks on until it has
-        ``count`` entries or has been once round. It may stop after 20 ms, or a megabyte; the next call goes on from
-        there.
+        The scan starts where the last scan of this (stream, group, consumer) stopped, and wraps around at the end. It
+        ends when it has ``count`` entries, or has looked at all of them once. It may also stop after 20 ms or after a
+        megabyte: the next call continues there.
 
         :raises GroupLostError: if the group no longer exists.
         """
 
     @abc.abstractmethod
     async def ack(self, stream: str, group: str, message_id: str) -> None:
-        """Acknowledge an entry. Unknown ids are ignored."""
+        """Acknowledge an entry. An unknown id is ignored."""
 
     async def ack_many(
         self, stream: str, group: str, message_ids: Sequence[str], *, consumer: str | None = None
     ) -> list[str]:
-        """Acknowledge many: returning means that the server accepted the whole batch.
+        """Acknowledge many entries. If it returns, the server has accepted the whole batch.
 
-        :param consumer: with the feature ``fence``, only entries that still belong to this consumer are acked.
-        :return: the ids that were not, whether somebody else's or no longer pending. The provided loop cannot
-            check the owner, and returns none.
-        :raises BackendError: nobody knows which were acked; trying again does no harm.
+        The default implementation is a loop over :meth:`ack`. It cannot check the owner, and returns an empty list.
+
+        :param consumer: with the feature ``fence``: acknowledge only entries that still belong to this consumer.
+        :return: with ``consumer``: the ids that were not acknowledged, because they belong to another consumer or are
+            no longer pending.
+        :raises BackendError: if it is not known which entries were acknowledged. Trying again does no harm.
         """
         for message_id in message_ids:
             await self.ack(stream, group, message_id)
         return []
 
     async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
-        """Drop every state kept for a consumer (and its name, if nothing is pending there). Never raises."""
+        """Drop all state of a consumer, and its name if it has no pending entries. Never raises."""
         return
 
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
-        """Append many, in order within a stream; one result per item, in order. One failure hides no other."""
+        """Append many messages, in order within each stream.
+
+        The default implementation publishes to up to 32 streams at once.
+
+        :return: one result per item, in order: the entry's id, or the error. A failure does not affect other items.
+        """
         results: list[str | EventBusError] = [BackendError("not tried", may_have_happened=False)] * len(items)
         by_stream: defaultdict[str, list[int]] = defaultdict(list)
         for index, (stream, _, _) in enumerate(items):
@@ -143,7 +157,7 @@ class StreamBackend(abc.ABC):
         return results
 
     async def publish_with(self, stream: str, message: Message, spec: PublishSpec) -> str:
-        """``publish`` with what needs more than the message.
+        """``publish`` with options that go beyond the message.
 
         :raises UnsupportedError: if the backend cannot.
         """
@@ -152,13 +166,13 @@ class StreamBackend(abc.ABC):
     async def renew(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> list[str]:
         """Reset the idle time of entries that still belong to this consumer, without counting a delivery.
 
-        :return: those still owned.
+        :return: the ids of those entries.
         :raises UnsupportedError: if the backend cannot (feature ``renew``).
         """
         raise UnsupportedError(f"{type(self).__name__} cannot renew leases")
 
     async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
-        """Hand back those entries that still belong to this consumer, for reclaim at once, uncounted.
+        """Release those entries that still belong to this consumer, uncounted. They can be reclaimed at once.
 
         :raises UnsupportedError: if the backend cannot (feature ``release``).
         """
@@ -167,13 +181,14 @@ class StreamBackend(abc.ABC):
     async def transfer(
         self, stream: str, group: str, consumer: str, message_id: str, outputs: Sequence[Output]
     ) -> list[str] | None:
-        """Append the outputs and acknowledge the original, in one step where the backend can (``atomic_transfer``).
+        """Append the outputs and acknowledge the original entry, in one step if the backend can (``atomic_transfer``).
 
-        The provided one publishes each output, then acks: interrupted between the two it doubles, and never loses.
-        It checks no owner.
+        The default implementation publishes each output, then acknowledges. If it is interrupted in between, messages
+        are duplicated, never lost. It does not check the owner.
 
-        :return: the new ids (of a delayed output: its schedule's); None = no longer ours, nothing was done.
-        :raises UnsupportedError: if an output asks for a delay or raw fields and the backend cannot.
+        :return: the new ids (for a delayed output: its schedule id); None = the entry no longer belongs to this
+            consumer, and nothing was done.
+        :raises UnsupportedError: if an output asks for a delay or raw fields, and the backend cannot do that.
         """
         for output in outputs:
             if output.delay or output.raw is not None:
@@ -185,7 +200,10 @@ class StreamBackend(abc.ABC):
     async def transfer_many(
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
     ) -> list[list[str] | EventBusError | None]:
-        """``transfer`` for many; one result or error per item, in order."""
+        """:meth:`transfer` for many entries.
+
+        :return: one result or error per item, in order.
+        """
         return [
             await result_or_error(self.transfer, stream, group, consumer, message_id, outputs)
             for message_id, outputs in items
@@ -200,69 +218,77 @@ class StreamBackend(abc.ABC):
         at: datetime | None = None,
         spec: PublishSpec | None = None,
     ) -> str:
-        """Store now, append when due by the server's clock, even if the publisher is gone.
+        """Store a message now. It is appended when it is due, by the server's clock, even if the publisher is gone.
 
-        :param delay: seconds from now; exactly one of ``delay`` and ``at`` is given.
+        Exactly one of ``delay`` and ``at`` is given.
+
+        :param delay: seconds from now.
+        :param at: the time, with a time zone.
         :return: a schedule id for :meth:`cancel_later`.
         :raises UnsupportedError: if the backend cannot (feature ``delay``).
         """
         raise UnsupportedError(f"{type(self).__name__} cannot delay messages")
 
     async def cancel_later(self, stream: str, schedule_id: str) -> bool:
-        """Take back what was stored by :meth:`publish_later`. False = already appended, or unknown.
+        """Cancel a message that was stored by :meth:`publish_later`.
 
+        :return: false if it was already appended, or is unknown.
         :raises UnsupportedError: if the backend cannot (feature ``delay``).
         """
         raise UnsupportedError(f"{type(self).__name__} cannot delay messages")
 
 
 class PassSource(abc.ABC):
-    """What a backend may offer beside :class:`StreamBackend`: a whole reclaim pass in one go."""
+    """What a backend may offer beside :class:`StreamBackend`: a whole reclaim pass in one call."""
 
     @abc.abstractmethod
     async def redeliver(
         self, stream: str, retry_stream: str, group: str, consumer: str, *, min_idle: float, count: int
     ) -> Redelivered:
-        """``reclaim_idle`` of the topic, ``read_new`` of its retry stream without waiting, and ``reclaim_idle`` of
-        that: at most ``count`` entries in all, the three taking turns at going first.
+        """Take entries in three steps: ``reclaim_idle`` of the topic, ``read_new`` of its retry stream without waiting,
+        and ``reclaim_idle`` of the retry stream.
+
+        They take at most ``count`` entries in all. Each call starts with another of the three steps.
         """
 
 
 class RightsChecker(abc.ABC):
-    """What a backend may offer beside :class:`StreamBackend`: whether a subscription may do what it will have to."""
+    """What a backend may offer beside :class:`StreamBackend`: checks the permissions that a subscription will need."""
 
     @abc.abstractmethod
     async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
-        """Called once for a subscription, before anything is made or taken. Changes nothing.
+        """Called once for a subscription, before anything is created or taken. Changes nothing.
 
-        :param dead_letter_topic: None = what is given up on is dropped.
-        :raises BackendError: one that cannot pass, and names all rights that are missing.
+        :param dead_letter_topic: None = messages that are given up on are dropped.
+        :raises BackendError: if permissions are missing. It is permanent, and names all of them.
         """
 
 
 class LeaseKeeper(abc.ABC):
     """What a backend may offer beside :class:`StreamBackend`: one lease for all members of a group, kept beside it.
 
-    A member counts as running for a lease, at most 15 seconds, after its last call of either method, or until
-    ``forget_consumer``. The bus calls :meth:`kept_lease` three times in that time. What is kept does not depend on the
-    group: it is there when a lost group is made again.
+    Each call of either method marks the member as running for the time of one lease, at most 15 seconds, or until
+    ``forget_consumer``. The bus calls :meth:`kept_lease` three times in that time. The lease is kept independently of
+    the group: it still exists when a lost group is recreated.
     """
 
     @abc.abstractmethod
     async def agree_lease(self, stream: str, group: str, consumer: str, lease: float, *, change: bool = False) -> float:
-        """Called when a member begins, after the group exists. In one step: of two newcomers exactly one is first.
+        """Called when a member starts, after the group exists. Atomic: of two new members, exactly one is first.
 
-        :param lease: seconds. It is kept if none is kept yet, if no other member runs, or with ``change``.
-        :return: the lease by which the members that run go. Another one than ``lease`` says: without ``change``, that
-            it was not kept and the consumer is no member; with ``change``, that it was kept, and they do not know yet.
+        :param lease: the lease of the new member, in seconds. It is kept if none is kept yet, if no other member runs,
+            or with ``change``.
+        :return: the lease that the running members use. If it differs from ``lease`` without ``change``: the new lease
+            was not kept, and the consumer is not a member. If it differs with ``change``: the new lease was kept, and
+            the running members do not know it yet.
         """
 
     @abc.abstractmethod
     async def kept_lease(self, stream: str, group: str, consumer: str, lease: float) -> float:
-        """Called now and then by a member that runs.
+        """Called regularly by a running member.
 
-        :param lease: by which it goes; kept if none is kept any more.
-        :return: the lease that is kept.
+        :param lease: the lease that the member uses, in seconds. It is kept if none is kept any more.
+        :return: the lease that is kept, in seconds.
         """
 
 
@@ -271,42 +297,43 @@ class TimedPublisher(abc.ABC):
 
     @abc.abstractmethod
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
-        """``publish``, in so many seconds at most. (A cancel scope for each of many small publishes is dear.)
+        """``publish`` with a time limit. (A cancel scope for each of many small publishes would be expensive.)
 
-        :raises BackendError: as ``publish`` does, and if the time is over; ``may_have_happened`` tells whether the
-            message may have been stored all the same.
+        :param timeout: the limit in seconds.
+        :raises BackendError: as ``publish`` does, and if the time is over. ``may_have_happened`` tells whether the
+            message may have been stored.
         """
 
 
 class StreamInspector(abc.ABC):
-    """What a backend with the feature ``inspect`` offers beside :class:`StreamBackend`: looking, touching nothing."""
+    """What a backend with the feature ``inspect`` offers beside :class:`StreamBackend`. Inspecting changes nothing."""
 
     @abc.abstractmethod
     async def count_entries(self, stream: str) -> int:
-        """How many entries the stream holds; 0 if there is no such stream."""
+        """How many entries the stream holds; 0 if the stream does not exist."""
 
     @abc.abstractmethod
     async def pending_entries(self, stream: str, group: str, *, limit: int = 1000) -> list[PendingEntry]:
         """The group's pending entries, lowest id first, at most ``limit``.
 
-        :raises GroupLostError: if there is no such group.
+        :raises GroupLostError: if the group does not exist.
         """
 
     @abc.abstractmethod
     async def consumer_names(self, stream: str, group: str) -> list[str]:
         """The names of the group's consumers, sorted.
 
-        :raises GroupLostError: if there is no such group.
+        :raises GroupLostError: if the group does not exist.
         """
 
 
 async def result_or_error(function: Callable[..., Awaitable[T]], /, *args: object) -> T | EventBusError:
-    """What the call returned, or the error that it ended with, as the bus's own kind."""
+    """The result of the call, or its error as an ``EventBusError``."""
     try:
         return await function(*args)
     except EventBusError as error:
         return error
-    except Exception as error:  # a backend's bug must not hide its neighbours' results
+    except Exception as error:  # a bug in the backend must not hide the results of other items
         wrapped = BackendError(
             f"{type(error).__name__}: {error}", may_have_happened=may_have_happened(error), can_pass=can_pass(error)
         )

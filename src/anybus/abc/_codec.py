@@ -1,4 +1,4 @@
-"""The codec: how a message becomes bytes, and bytes a message again."""
+"""The contract of a codec: it turns messages into bytes, and bytes into messages."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from .._messages.message import Message
 
 
 class Codec(abc.ABC):
-    """Encodes and decodes the one field of an entry that holds a message. Stateless, safe to share."""
+    """Encodes and decodes the field of an entry that holds a message. Stateless, so it can be shared."""
 
     name: str
-    """What it is called in errors and logs."""
+    """The codec's name in errors and logs."""
 
     @abc.abstractmethod
     def encode(self, message: Message) -> bytes:
-        """The message as bytes.
+        """Encode a message.
 
         :raises SerializationError: if it cannot be encoded.
         """
 
     @abc.abstractmethod
     def decode(self, data: bytes) -> Message:
-        """The message that the bytes hold, as it was written (headers are not lifted here).
+        """Decode a message, as it was written. (The bus copies headers to fields later.)
 
-        :raises SerializationError: if they hold none; whatever the input, it is an ordinary error of this one entry.
+        :raises SerializationError: if the bytes are not a valid message. It is the only error to raise, whatever the
+            bytes are: the bus then treats this one entry as malformed.
         """

@@ -1,4 +1,4 @@
-"""What operators need of a backend: to read a stream without a group, and to take entries out of it."""
+"""What a backend needs for dead letters: to read a stream without a group, and to remove entries from it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from .._ground.errors import EventBusError
 from .._messages.message import Message
 
 RAW_PREFIX = "raw:"
-"""The raw fields of a malformed entry stand beside the message of its dead letter under names that begin so."""
+"""A malformed entry's raw fields are stored beside the message of its dead letter, under names with this prefix."""
 
 
 @dataclass(frozen=True)
 class StoredEntry:
-    """An entry as it lies in its stream.
+    """An entry as it is stored in its stream.
 
-    :ivar message: None = the field ``message`` is missing, cannot be decoded, or was too large to be read.
-    :ivar fields: the other fields that were read; all of them where there is no message.
-    :ivar sizes: bytes of each field that ``fields`` holds or, for its size, lacks.
+    :ivar id: the entry's id.
+    :ivar message: the message; None = the field ``message`` is missing, cannot be decoded, or was too large to be read.
+    :ivar fields: the other fields that were read. If there is no message, all fields that were read.
+    :ivar sizes: the size in bytes of each field in ``fields``, and of each field that was too large to be read.
     :ivar error: why there is no message.
     :ivar published_at: when the backend stored it, UTC; None = it does not say.
     """
@@ -34,15 +35,17 @@ class StoredEntry:
 
     @property
     def size(self) -> int:
-        """Bytes that it has, about, whether they were read or not."""
+        """About how many bytes the entry has, whether they were read or not."""
         return sum(self.sizes.values()) + (0 if self.message is None else len(self.message.payload))
 
 
 @dataclass(frozen=True)
 class Move:
-    """An entry to be taken out of its stream in the step that appends what takes its place.
+    """An entry that is removed from its stream in the same step in which its replacement is appended to another stream.
 
-    :ivar message: what is appended to ``stream``; None = the entry's own raw fields, as they were before it died.
+    :ivar id: the id of the entry that is removed.
+    :ivar stream: the stream to which the replacement is appended.
+    :ivar message: the replacement; None = the entry's own raw fields, as they were before it became a dead letter.
     """
 
     id: str
@@ -53,44 +56,51 @@ class Move:
 class DeadLetterStore(abc.ABC):
     """What a backend may offer beside :class:`StreamBackend`, for :meth:`anybus.StreamBus.dead_letters`.
 
-    Errors are those of :class:`StreamBackend`. Ids that no entry can have are ids of entries that are gone.
+    Errors are those of :class:`StreamBackend`. An id that no entry can have counts as the id of an entry that is gone.
     """
 
     @abc.abstractmethod
     async def last_entry_id(self, stream: str) -> str | None:
-        """The id of the stream's last entry; None = it holds none."""
+        """The id of the stream's last entry; None = the stream is empty or does not exist."""
 
     @abc.abstractmethod
     async def read_page(
         self, stream: str, *, after: str | None, until: str, count: int, max_bytes: int, max_entry_bytes: int
     ) -> list[StoredEntry]:
-        """Entries in their order, from behind ``after`` (None = the first) to ``until``; an empty list = no more.
+        """Entries in order, from after ``after`` (None = from the first) up to and including ``until``.
 
-        At most ``count``, and no larger than ``max_bytes`` together, but always one if there is one. Of an entry that
-        is larger than ``max_entry_bytes`` only the field ``message`` is read, if that is not; of the rest the sizes.
+        A page has at most ``count`` entries, and at most ``max_bytes`` in all, but at least one entry if there is one.
+        If an entry is larger than ``max_entry_bytes``, only its field ``message`` is read, unless that field alone is
+        too large. Of the other fields only the sizes are returned.
 
-        :raises ValidationError: if ``after`` or ``until`` is no entry's id.
+        :return: the entries; an empty list = there are no more.
+        :raises ValidationError: if ``after`` or ``until`` is not an entry's id.
         """
 
     @abc.abstractmethod
     async def read_entry(self, stream: str, entry_id: str, *, max_entry_bytes: int) -> StoredEntry | None:
-        """One entry, read as by :meth:`read_page`; None = it is gone."""
+        """One entry, with the size limit of :meth:`read_page`; None = it is gone."""
 
     @abc.abstractmethod
     async def has_group(self, stream: str, group: str) -> bool:
-        """Whether the stream has that group."""
+        """Whether the stream has this group."""
 
     @abc.abstractmethod
     async def move_entries(self, stream: str, moves: Sequence[Move]) -> list[str | EventBusError | None]:
-        """For each: append, and delete the entry, in one step. One result per move, in order.
+        """For each move, append the replacement and delete the entry, in one step.
 
-        A backend that cannot do both in one step appends first: interrupted it doubles, and never loses.
+        A backend that cannot do both in one step appends first. If it is interrupted in between, entries are
+        duplicated, never lost.
 
-        :return: the new id; None = the entry is gone, nothing was done; an error = nothing was done, the entry is
-            still there. One failure hides no other.
-        :raises BackendError: if nobody knows which were done. Those that were are gone: trying again does no harm.
+        :return: one result per move, in order. The new id; or None = the entry is gone, and nothing was done; or an
+            error = nothing was done, and the entry still exists. A failure does not affect other moves.
+        :raises BackendError: if it is not known which moves were done. Trying again does no harm, because the entries
+            of those moves are gone.
         """
 
     @abc.abstractmethod
     async def remove_entries(self, stream: str, entry_ids: Sequence[str]) -> int:
-        """Delete entries, pending somewhere or not; how many were still there."""
+        """Delete entries, whether they are pending or not.
+
+        :return: how many of them still existed.
+        """

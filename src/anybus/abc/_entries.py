@@ -1,4 +1,4 @@
-"""What a backend hands out, and what it is given to append."""
+"""The values that a backend returns, and those that it is given to append."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class ClaimedMessage(msgspec.Struct, frozen=True, gc=False):
     """An entry that was read and decoded.
 
     :ivar id: the entry's id in its stream.
-    :ivar deliveries: how often the backend has handed the entry over, this time included; None = it does not count.
-    :ivar published_at: when the backend stored it, UTC; None = it does not say.
+    :ivar message: the message.
+    :ivar deliveries: how often the backend has delivered the entry, including this time; None = it does not count.
+    :ivar published_at: when the backend stored it, UTC; None = the backend does not say.
     """
 
     id: str
@@ -28,7 +29,13 @@ class ClaimedMessage(msgspec.Struct, frozen=True, gc=False):
 
 
 class MalformedEntry(msgspec.Struct, frozen=True):
-    """An entry that could not be decoded: its raw fields, and why."""
+    """An entry that could not be decoded.
+
+    :ivar id: the entry's id in its stream.
+    :ivar raw: its fields.
+    :ivar error: why it could not be decoded.
+    :ivar deliveries: as in :class:`ClaimedMessage`.
+    """
 
     id: str
     raw: Mapping[str, bytes]
@@ -37,7 +44,7 @@ class MalformedEntry(msgspec.Struct, frozen=True):
 
 
 class MissingEntry(msgspec.Struct, frozen=True):
-    """An entry that is pending, but whose body is gone: somebody trimmed it."""
+    """An entry that is pending, but whose body is gone: somebody trimmed the stream, or deleted the entry."""
 
     id: str
 
@@ -47,12 +54,14 @@ FetchedEntry = Union[ClaimedMessage, MalformedEntry, MissingEntry]
 
 @dataclass(frozen=True)
 class Output:
-    """A message to append in the step that acknowledges another.
+    """A message that is appended in the same step in which another one is acknowledged.
 
-    :ivar delay: seconds after which it is appended (feature ``delay``).
-    :ivar raw: fields kept unchanged beside the message, as ``raw:<name>`` (feature ``raw``).
-    :ivar limited: true for what an application publishes: a backend's limit on sizes holds. The bus's own copies are
-        never refused for their size.
+    :ivar stream: the stream to which it is appended.
+    :ivar message: the message.
+    :ivar delay: it is appended after this many seconds (feature ``delay``).
+    :ivar raw: fields that are stored unchanged beside the message, as ``raw:<name>`` (feature ``raw``).
+    :ivar limited: true for a message that an application publishes: the backend's size limit applies. The bus's own
+        copies are never refused for their size.
     """
 
     stream: str
@@ -64,17 +73,22 @@ class Output:
 
 @dataclass(frozen=True)
 class PublishSpec:
-    """What a publish needs beyond its message. Its fields come with the features that read them."""
+    """Options of a publish, beyond the message. There are none yet: fields come with the features that use them."""
 
 
 @dataclass(frozen=True)
 class Redelivered:
-    """What one pass over a topic and its retry stream took.
+    """The entries that one pass over a topic and its retry stream took.
 
-    :ivar lost: the error of a step that failed (a group that is gone, say); the others' entries are here all the same.
-    :ivar searched: they were looked for, since an earlier reply was lost; what this consumer holds anyway may be among
-        them, not handed over again.
-    :ivar more: something was left because it was too much for one call: the bus calls again as soon as it has room.
+    :ivar reclaimed: entries of the topic that were idle.
+    :ivar retries: new entries of the retry stream.
+    :ivar reclaimed_retries: entries of the retry stream that were idle.
+    :ivar lost: the error of a step that failed (because its group is gone, for example). The entries of the other steps
+        are still returned.
+    :ivar searched: true if the reply to an earlier pass was lost, and these entries were found by a search for what
+        that pass took. They may include entries that this consumer already holds, which were not delivered again.
+    :ivar more: true if entries were left because they were too many or too large for one call. The bus calls again as
+        soon as it has room.
     """
 
     reclaimed: list[FetchedEntry]
@@ -87,10 +101,12 @@ class Redelivered:
 
 @dataclass(frozen=True)
 class PendingEntry:
-    """An entry delivered and not yet acknowledged, as the backend sees it.
+    """An entry that was delivered and is not yet acknowledged, as the backend sees it.
 
-    :ivar idle: seconds since it was last handed over or renewed; released entries are idle for ever.
-    :ivar deliveries: how often it was handed over without an outcome.
+    :ivar id: the entry's id.
+    :ivar consumer: the consumer to which it belongs.
+    :ivar idle: seconds since it was last delivered or renewed. For a released entry: longer than any lease.
+    :ivar deliveries: how often it was delivered without an outcome.
     """
 
     id: str

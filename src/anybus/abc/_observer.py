@@ -1,4 +1,4 @@
-"""The observer: told of what happens, so that metrics need no patching."""
+"""The contract of an observer: it is told of everything that happens, for metrics for example."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ ErrorScope = Literal["read", "reclaim", "ack-flush", "renew", "publish", "handle
 
 @dataclass(frozen=True)
 class BusEvent:
-    """What happened, where. One frozen value for every hook; what does not apply is None.
+    """What happened, and where. The same frozen type for every hook. A field is None if it does not apply.
 
-    :ivar scope: which part of the bus speaks: for errors ``read``, ``reclaim``, ``ack-flush``, ``renew``,
-        ``publish``, ``handler`` or ``close``; for the rest the hook's own name (``settled``).
+    :ivar scope: for errors, the part of the bus that failed: ``read``, ``reclaim``, ``ack-flush``, ``renew``,
+        ``publish``, ``handler`` or ``close``. For all other events, the hook's own name (``settled``).
     :ivar message_id: the entry's id on the backend.
-    :ivar attempt: which handling it is, from 1.
-    :ivar detail: in words: how a delivery was settled, where a group was made again.
+    :ivar attempt: the number of the handling, from 1.
+    :ivar error: the exception.
+    :ivar detail: more, as text: how a delivery was settled, or at which position a group was recreated.
     """
 
     scope: str
@@ -30,26 +31,26 @@ class BusEvent:
 
 
 class Observer:
-    """Base class of empty hooks: override those you want. Plain functions, never awaited; they must not block.
+    """A base class of empty hooks: override those that you need. Hooks are plain functions, and must not block.
 
-    What a hook raises is logged to the ``anybus`` logger, and harms nothing.
+    If a hook raises, the error is logged by the ``anybus`` logger, and has no other effect.
     """
 
     def on_error(self, event: BusEvent) -> None:
         """Something failed: a read, a handler, an acknowledgement... ``event.error`` is the exception.
 
-        Overridden, it takes the log's place for what it is told of. Not overridden, errors go to the ``anybus`` logger,
-        as they do without an observer. No other hook keeps anything out of the log.
+        If this hook is overridden, these errors are not logged. Otherwise the ``anybus`` logger logs them, as it does
+        without an observer. No other hook affects the log.
         """
 
     def on_started(self, event: BusEvent) -> None:
-        """A subscription began: its group exists, its consumer has its name."""
+        """A subscription started: its group exists, and its consumer has its name."""
 
     def on_ended(self, event: BusEvent) -> None:
-        """A subscription ended; ``event.error`` tells why if it failed."""
+        """A subscription ended. If it failed, ``event.error`` tells why."""
 
     def on_published(self, event: BusEvent) -> None:
-        """A message was accepted by the backend."""
+        """The backend accepted a message."""
 
     def on_received(self, event: BusEvent) -> None:
         """An entry was taken, by reading or by reclaiming."""
@@ -59,18 +60,20 @@ class Observer:
         ``dropped`` or ``released``."""
 
     def on_dead_lettered(self, event: BusEvent) -> None:
-        """A message was given up on, and the backend has it; ``event.detail`` is the code and the reason."""
+        """A message was given up on, and the backend has stored the dead letter. ``event.detail`` is the code and the
+        reason.
+        """
 
     def on_lease_lost(self, event: BusEvent) -> None:
-        """An entry that was held here is no longer ours, or can no longer be known to be."""
+        """An entry that is held here no longer belongs to this consumer, or it is no longer certain that it does."""
 
     def on_circuit_opened(self, event: BusEvent) -> None:
-        """A handler has only failed for a while, and its subscription is paused; ``event.detail`` is how often and for
-        how long. The log says it, too.
+        """A handler kept failing, and its subscription is paused. ``event.detail`` tells after how many failures, and
+        for how long. This is also logged.
         """
 
     def on_circuit_closed(self, event: BusEvent) -> None:
-        """A handling has succeeded, and the subscription works as before. The log says it, too."""
+        """A handling succeeded, and the subscription works as before. This is also logged."""
 
     def on_group_made_again(self, event: BusEvent) -> None:
-        """A group had vanished and was made again; ``event.detail`` is the position."""
+        """A lost group was recreated. ``event.detail`` is the position. :meth:`on_error` is told of the loss, too."""

@@ -1,4 +1,4 @@
-"""Streams in memory, for tests, for trying things out, and for applications of one process."""
+"""The backend in memory: for tests, for experiments, and for applications that run in one process."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ _shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
 class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLetters):
     """Streams, groups and pending entries in this process's memory.
 
-    It keeps what is published, as a stream does, for as long as it lives. Time is AnyIO's clock, so that a virtual
-    clock drives it. It belongs to one event loop. Methods without an underscore that are plain functions are for
-    tests: they do to a stream what an operator, or a bad day, does to a server.
+    Like a stream on a server, it keeps every published message, for as long as the backend lives. It uses AnyIO's
+    clock, so a virtual clock drives it. It belongs to one event loop.
 
-    :param name: once entered, shares its streams with all others of that name in the same event loop.
+    The public methods that are plain functions are for tests. They do what an operator or an accident does to a server.
+
+    :param name: once entered, the backend shares its streams with all others of this name in the same event loop.
     """
 
     features: frozenset[Feature] = frozenset(
@@ -97,7 +98,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
     async def read_new(
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float
     ) -> list[FetchedEntry]:
-        # The checkpoint comes first: between taking entries and returning them nothing can be cancelled.
+        # The checkpoint comes first, so that nothing can be cancelled between taking entries and returning them.
         await checkpoint()
         taken = self._take_new(stream, group, consumer, count)
         if taken or timeout <= 0:
@@ -119,7 +120,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         await checkpoint()
         store, members = self._find(stream, group)
         entries = list(members.pending.values())
-        # Ids only grow, so the pending entries lie in the order of their ids, and the scan can be resumed by position.
+        # Ids only grow, so pending entries are in the order of their ids, and the scan can continue by position.
         start = bisect.bisect_right(entries, members.cursors.get(consumer, 0), key=_position)
         now = anyio.current_time()
         taken: list[FetchedEntry] = []
@@ -127,7 +128,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         for pending in (*entries[start:], *entries[:start]):
             if now - pending.since < min_idle:
                 continue
-            pending.hand_over(consumer, now)
+            pending.deliver_to(consumer, now)
             taken.append(store.fetch(pending.entry, pending.deliveries))
             if len(taken) == count:
                 cursor = pending.entry.sequence
@@ -201,7 +202,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         await checkpoint()
         _, members = self._find(stream, group)
         for pending in members.owned(consumer, message_ids):
-            pending.hand_back()
+            pending.release()
             members.consumers.add(RETURNED)
 
     async def transfer(
@@ -256,14 +257,14 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         return sorted(self._find(stream, group)[1].consumers)
 
     def append_raw(self, stream: str, fields: Mapping[str, bytes]) -> str:
-        """Append an entry that no codec understands. For tests."""
+        """Append an entry that cannot be decoded. For tests."""
         store = self._stream(stream)
         entry_id = store.append(None, dict(fields)).id
         store.wake_readers()
         return entry_id
 
     def entries(self, stream: str) -> list[tuple[str, Message | None, Mapping[str, bytes]]]:
-        """What a stream holds: id, message (None if malformed) and raw fields of each entry. For tests."""
+        """The entries of a stream: id, message (None if malformed) and raw fields of each. For tests."""
         store = self._streams.get(plain_text(stream))
         return [] if store is None else [(entry.id, entry.message, entry.raw) for entry in store.alive()]
 
@@ -272,14 +273,14 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         self._stream(stream).delete(entry_id)
 
     def delete_group(self, stream: str, group: str) -> None:
-        """Destroy a group, as an operator's mistake does; its safe floor is kept. For tests."""
+        """Delete a group, as an operator may do by mistake. Its safe floor is kept. For tests."""
         store, group = self._stream(stream), plain_text(group)
         members = store.groups.pop(group)
         store.floors[group] = members.floor()
         members.wake_all()
 
     def delete_stream(self, stream: str) -> None:
-        """Delete a stream with its entries, groups and floors, as FLUSHALL does. Ids go on. For tests."""
+        """Delete a stream with its entries, groups and floors, as FLUSHALL does. Ids keep growing. For tests."""
         stream = plain_text(stream)
         old = self._streams.pop(stream)
         self._streams[stream] = Stream(old.last)
@@ -315,7 +316,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         store.move_due(anyio.current_time())
         entries = store.after(members.position, count)
         if not entries:
-            members.position = max(members.position, store.last)  # what lay between has been deleted
+            members.position = max(members.position, store.last)  # the entries in between were deleted
             return []
         members.position = entries[-1].sequence
         members.consumers.add(consumer)
@@ -352,7 +353,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         store = self._stream(stream)
         schedule_id = store.schedule(anyio.current_time() + delay, lift_headers(message), dict(raw or {}))
         for members in store.groups.values():
-            members.wake_all()  # what blocks here must look anew at when the next entry is due
+            members.wake_all()  # blocked readers must check again when the next entry is due
         return schedule_id
 
 

@@ -1,4 +1,4 @@
-"""Dead letters in memory: reading a stream without a group, and taking entries out of it."""
+"""Dead letters in memory: reading a stream without a group, and removing entries from it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .store import Entry, Stream
 
 
 class MemoryDeadLetters(DeadLetterStore):
-    """This part of the memory backend. Nothing is copied by reading, so that nothing is ever too large to be read."""
+    """The memory backend's part for dead letters. Reading copies nothing, so no entry is too large to be read."""
 
     _streams: dict[str, Stream]
 
     @abc.abstractmethod
     def _stream(self, name: str) -> Stream:
-        """The stream of that name."""
+        """The stream of this name."""
 
     async def last_entry_id(self, stream: str) -> str | None:
         await checkpoint()

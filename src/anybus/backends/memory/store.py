@@ -1,4 +1,4 @@
-"""The data of the memory backend: streams, groups and pending entries. Nothing here awaits but a waiting reader."""
+"""The data of the memory backend: streams, groups and pending entries. Only a waiting reader awaits here."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from ..._messages.message import Message
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
 
 RETURNED: Final = "anybus:returned"
-"""The parking consumer: it owns what was released and waits to be reclaimed."""
-
+"""The parking consumer: released entries belong to it until they are reclaimed."""
 
 LEASE_SIGN: Final = 15.0
-"""So many seconds at most a member counts as running without a new sign."""
+"""A member counts as running for this many seconds at most, unless it gives a new sign."""
 
 _COMPACT_AT: Final = 256
 
 
 class Entry:
-    """What a stream stores under an id."""
+    """An entry of a stream."""
 
     __slots__ = ("deleted", "id", "message", "published_at", "raw", "sequence")
 
@@ -40,7 +39,7 @@ class Entry:
 
 
 class Pending:
-    """An entry delivered and not acknowledged: whose it is, since when, and how often it was handed over."""
+    """An entry that was delivered and is not acknowledged: its consumer, since when, and its number of deliveries."""
 
     __slots__ = ("consumer", "deliveries", "entry", "since")
 
@@ -50,19 +49,19 @@ class Pending:
         self.since = since
         self.deliveries = 1
 
-    def hand_over(self, consumer: str, now: float) -> None:
+    def deliver_to(self, consumer: str, now: float) -> None:
         self.consumer = consumer
         self.since = now
         self.deliveries += 1
 
-    def hand_back(self) -> None:
+    def release(self) -> None:
         self.consumer = RETURNED
         self.since = -math.inf
         self.deliveries = max(self.deliveries - 1, 0)
 
 
 class Group:
-    """A consumer group: its position, what is pending, and who waits for entries."""
+    """A consumer group: its position, its pending entries, and the readers that wait for entries."""
 
     def __init__(self, position: int) -> None:
         self.position = position
@@ -78,7 +77,7 @@ class Group:
                 yield pending
 
     def floor(self) -> int:
-        """The position below which every member had settled everything."""
+        """The position up to which all members have settled everything."""
         return min((pending.entry.sequence - 1 for pending in self.pending.values()), default=self.position)
 
     def drop_if_empty(self, consumer: str) -> None:
@@ -94,12 +93,12 @@ class Group:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
             else:
-                # Woken and cancelled in the same moment: somebody else must get the entry.
+                # Woken and cancelled at the same moment: another reader must get the entry.
                 self.pass_on(stream)
             raise
 
     def pass_on(self, stream: Stream) -> None:
-        """Wake one waiting reader if there is something for it. One at a time: each passes on what it leaves."""
+        """Wake one waiting reader if there are entries for it. Each reader then wakes the next one."""
         if self._waiters and stream.last > self.position:
             self._waiters.popleft().set()
 
@@ -109,14 +108,14 @@ class Group:
 
 
 class GroupLease:
-    """The lease of a group, and until when each of its members counts as running."""
+    """The lease of a group, and the time until which each member counts as running."""
 
     def __init__(self) -> None:
         self.seconds: float | None = None
         self.members: dict[str, float] = {}
 
     def sign(self, consumer: str, lease: float, now: float) -> None:
-        """The consumer runs, and goes by this lease."""
+        """The consumer runs, and uses this lease."""
         self.members = {name: until for name, until in self.members.items() if until > now}
         self.members[consumer] = now + min(lease, LEASE_SIGN)
 
@@ -125,7 +124,7 @@ class GroupLease:
 
 
 class Stream:
-    """Entries in the order of their ids, and the groups that read them."""
+    """The entries in the order of their ids, and the groups that read them."""
 
     def __init__(self, base: int) -> None:
         self._base = base
@@ -169,13 +168,13 @@ class Stream:
 
     def find(self, entry_id: str) -> Entry | None:
         digits = entry_id.removesuffix("-0")
-        # Longer numbers are no entry's, and Python would refuse to read the longest.
+        # No entry has a longer number, and Python refuses to parse extremely long ones.
         index = int(digits) - self._base - 1 if digits.isascii() and digits.isdigit() and len(digits) < 20 else -1
         entry = self._log[index] if 0 <= index < len(self._log) else None
         return None if entry is None or entry.deleted or entry.id != entry_id else entry
 
     def delete(self, entry_id: str) -> bool:
-        """Delete an entry's body; false = it is gone already."""
+        """Delete an entry's body; false = it is already gone."""
         entry = self.find(entry_id)
         if entry is None:
             return False
@@ -189,7 +188,7 @@ class Stream:
             self._compact()
 
     def acked(self, stream: str, entry: Entry) -> None:
-        """A retry stream has one group only: what that has acknowledged is of no use any more."""
+        """Delete an acknowledged entry of a retry stream, which has only one group: nobody else will read it."""
         if stream.startswith("anybus:") and not entry.deleted:
             self._delete(entry)
 

@@ -1,4 +1,4 @@
-"""Commands that go by a connection of their own, so that nobody else suffers if the server closes it."""
+"""Commands that use a connection of their own, so that nothing else is affected if the server closes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AT_ONCE = 4
 
 
 class Loner:
-    """Opens such connections, a few at a time."""
+    """Opens a separate connection for each call, a few at a time."""
 
     def __init__(self, settings: Settings, mux: Multiplexer) -> None:
         self._settings = settings
@@ -29,13 +29,13 @@ class Loner:
     async def pipeline(
         self, commands: Sequence[Command], timeout: float | None = None, *, patient: bool = False
     ) -> list[Any]:
-        """Send commands together; their replies, error replies included, in order.
+        """Send commands together. Returns their replies, error replies included, in order.
 
-        While there is no connection that all share, they wait for that one, as everything does.
+        While the shared connection is broken, the commands wait until it is open again, like all others.
 
-        :param patient: as of ``Multiplexer.pipeline``.
-        :raises BackendError: if there is no connection, or it breaks, or there was no answer in time;
-            ``may_have_happened`` tells whether all of it had been sent.
+        :param patient: as in ``Multiplexer.pipeline``.
+        :raises BackendError: if there is no connection, if it breaks, or if there is no answer in time.
+            ``may_have_happened`` tells whether all of the commands had been sent.
         """
         sent = False
 
@@ -54,7 +54,7 @@ class Loner:
                     text = f"the connection to {self._settings.place} broke: {str(error) or type(error).__name__}"
                     raise broken(text, may_have_happened=sent) from error
                 finally:
-                    await link.aclose()  # noqa: ASYNC102 - shielded in there
+                    await link.aclose()  # noqa: ASYNC102 - shielded inside
         raise broken("no answer within publish_timeout", may_have_happened=sent)
 
     async def _talk(self, link: Link, commands: Sequence[Command], on_sent: Any) -> list[Any]:
@@ -78,7 +78,7 @@ class Loner:
                 data = pack(commands)
                 try:
                     await link.send(data[:-1])
-                    # Without its last byte it is not carried out. Who sends that may be interrupted when it has left.
+                    # The server does nothing without the last byte. Sending that byte may be interrupted after it left.
                     on_sent()
                     await link.send(data[-1:])
                 except BROKEN as error:
@@ -86,7 +86,7 @@ class Loner:
 
             tasks.start_soon(watch)
             tasks.start_soon(send)
-            # Beside the sending: a server that refuses says so while it is under way, and closes.
+            # Receive while sending: a server that refuses says so during the sending, and closes the connection.
             try:
                 while not finished.is_set():
                     data = await link.receive()

@@ -1,4 +1,4 @@
-"""How many entries to ask for at once, where the server closes connections whose replies are too large for it."""
+"""How many entries to request at once. A server closes a connection if a reply is too large for its limits."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Hashable, Iterable
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry
 
 _SMALL = 262_144
-"""A reply that no server is too small for."""
+"""A reply of this size, in bytes, is allowed by every server."""
 
 _ENOUGH = 1024
 
 
 class Appetite:
-    """Half as many after every second break in a row; more again as far as replies of that size have come through.
+    """The number of entries per request. It is halved from the second broken connection in a row on. It grows again, up
+    to the size of replies that have arrived.
 
-    Without it a read of many large entries (``client-output-buffer-limit``) would break the connection for ever. What
-    was asked for when a connection breaks for other reasons is as large the next time, and the time after comes
-    through.
+    Otherwise, a read of many large entries would break the connection again and again (``client-output-buffer-limit``).
+    A single break has other reasons most of the time, so it changes nothing.
     """
 
     def __init__(self) -> None:
@@ -28,13 +28,13 @@ class Appetite:
         self._came_through = 0
 
     def of(self, count: int) -> int:
-        """How many to ask for instead of so many."""
+        """How many entries to request if ``count`` are wanted."""
         count = min(count, self._most)
         self._asked = max(self._asked, count)
         return count
 
     def broke(self, connection: Hashable) -> None:
-        """This connection broke while entries were on their way."""
+        """A connection broke while the reply to a request for entries was expected."""
         if connection == self._last_break:
             return
         self._last_break = connection
@@ -44,7 +44,7 @@ class Appetite:
             self._asked = 0
 
     def came(self, entries: Iterable[FetchedEntry]) -> None:
-        """These have arrived."""
+        """These entries have arrived."""
         if not self._breaks and self._most == _ENOUGH:
             return
         sizes = [_size(entry) for entry in entries]

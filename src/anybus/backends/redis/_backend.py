@@ -1,4 +1,4 @@
-"""The backend on Redis Streams: publishing, settling, looking. (Taking entries is ``_taking``.)"""
+"""The backend on Redis Streams: publishing, settling, inspecting. (Taking entries is in ``_taking``.)"""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ class RedisBackend(
 ):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
-    One multiplexed connection carries everything that does not block; each blocking read has one of its own.
+    One multiplexed connection carries all commands that do not block. Each blocking read has a connection of its own.
 
     :param url: ``redis://``, ``rediss://`` (TLS, verified) or ``unix://``, with user, password, database and redis-py's
         ``ssl_…`` options in its query. ``valkey://`` means ``redis://``, ``valkeys://`` means ``rediss://``.
-    :param codec: how messages are written; JSON, as the existing Rust and Go buses do, unless given.
-    :param connect_timeout: seconds that TCP and TLS may take to connect, and seconds of silence while a connection
-        is set up.
-    :param command_timeout: seconds of silence, while something waits, after which a connection counts as dead.
-    :raises ValidationError: if the URL cannot be understood.
+    :param codec: how messages are encoded; None = JSON, compatible with the existing Rust and Go buses.
+    :param connect_timeout: the time limit in seconds for TCP and TLS to connect. After that, while a connection is set
+        up: how many seconds the server may be silent.
+    :param command_timeout: a connection counts as dead after this many seconds of silence while a reply is expected.
+    :raises ValidationError: if the URL is invalid.
     """
 
     features: frozenset[Feature] = frozenset(
@@ -90,12 +90,13 @@ class RedisBackend(
     def from_client_settings(
         cls, client: Any, *, codec: Codec | None = None, connect_timeout: float = 5.0, command_timeout: float = 5.0
     ) -> RedisBackend:
-        """A backend that takes host, TLS, credentials and database from a configured redis-py client.
+        """Create a backend with the host, TLS settings, credentials and database of a configured redis-py client.
 
-        It opens connections of its own; the client, its pool and its timeouts are left alone.
+        The backend opens its own connections. It does not use the client, its pool or its timeouts.
 
-        :raises ValidationError: if it is no redis-py client.
-        :raises UnsupportedError: if it is one for a cluster, or behind a sentinel.
+        :raises ValidationError: if it is not a redis-py client.
+        :raises UnsupportedError: if it is a client for a cluster or behind a sentinel, or if it checks certificates by
+            OCSP.
         """
         backend = cls.__new__(cls)
         settings = from_client(client, connect_timeout=connect_timeout, command_timeout=command_timeout)
@@ -117,7 +118,7 @@ class RedisBackend(
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
         if self._is_entered:
-            raise RuntimeError("this RedisBackend has already been entered: make one for each bus")
+            raise RuntimeError("this RedisBackend has already been entered: create one for each bus")
         self._is_entered = True
         failure: BaseException | None = None
         alarmed: BaseException | None = None
@@ -146,7 +147,7 @@ class RedisBackend(
                         with anyio.move_on_after(_SHIELDED, shield=True):
                             await self._taking.aclose()
                     finally:
-                        # Whatever hit us there: without this the group would wait for ever, shielded.
+                        # Even if the line above raises: otherwise the task group would wait forever, shielded.
                         self._client.mux.close()
         finally:
             self._is_entered = False
@@ -155,8 +156,8 @@ class RedisBackend(
         if failure is not None:
             raise failure
         if cancelled:
-            # asyncio's own cancellation can coincide with one that opening a connection uses inside, and look like
-            # that: the group has taken it for its own. It is not to be lost, and a new one looks like what it is.
+            # A native asyncio cancellation can coincide with an internal one, used for opening a connection. The task
+            # group then takes it for its own, and swallows it. It must not get lost, so a new one is raised.
             raise anyio.get_cancelled_exc_class()
 
     async def publish(self, stream: str, message: Message) -> str:
@@ -217,7 +218,7 @@ class RedisBackend(
         return data
 
     def _encode_copy(self, message: Message) -> bytes:
-        """Of the bus's own copies only those are refused that the server would not take."""
+        """Encode one of the bus's own copies. It is refused only if the server would not accept it."""
         data = self._codec.encode(message)
         self._check_limit(data, 0)
         return data
@@ -227,7 +228,7 @@ class RedisBackend(
         if limit is not None and len(data) > limit.size - room:
             raise ValidationError(
                 f"a message must be at most {limit.size - room} bytes when encoded, not {len(data)}: "
-                f"{self._client.settings.place} takes no more ({limit.setting})"
+                f"{self._client.settings.place} does not accept more ({limit.setting})"
             )
 
     async def publish_later(
@@ -310,11 +311,11 @@ class RedisBackend(
             known = [message_id for message_id in message_ids if is_entry_id(message_id)]
             if known:
                 await self._client.ask(stream, group, ("XACK", stream, group, *known))
-                if stream.startswith(RESERVED):  # a retry stream, which has this one group only
+                if stream.startswith(RESERVED):  # a retry stream, which has only this group
                     try:
                         await self._client.call("XDEL", stream, *known)
                     except BackendError as error:
-                        error.may_have_happened = True  # they are acknowledged
+                        error.may_have_happened = True  # the entries are already acknowledged
                         raise
             return []
         refused: list[str] = []
@@ -323,7 +324,7 @@ class RedisBackend(
                 part = message_ids[start : start + PER_SCRIPT]
                 refused += await self._owned(scripts.ACK, stream, group, consumer, part)
             except BackendError as error:
-                error.may_have_happened = error.may_have_happened or start > 0  # what went before is acknowledged
+                error.may_have_happened = error.may_have_happened or start > 0  # earlier parts are acknowledged
                 raise
         return refused
 
@@ -350,7 +351,7 @@ class RedisBackend(
             await self._taking.forget(stream, group, consumer)
             await self._client.run(scripts.FORGET, stream, group, (stream, leases(stream, group)), (group, consumer))
         except BackendError:
-            return  # its name stays, without anything pending: a peer removes it
+            return  # the consumer's name stays. A peer removes it later, since it has no pending entries
 
     async def transfer(
         self, stream: str, group: str, consumer: str, message_id: str, outputs: Sequence[Output]

@@ -1,4 +1,4 @@
-"""Commands and scripts on the multiplexed connection, their errors in the bus's words."""
+"""Commands and scripts on the multiplexed connection. Their errors become the bus's errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import _dead_letter_scripts, _lease_scripts, _rights, _scripts, _taking_s
 from ._alone import Loner
 from ._decoding import predecessor
 from ._durability import QUESTIONS, SAVE_POINTS, evicts, fields, keeps_no_log, keeps_nothing
-from ._errors import SENSELESS, has_code, leads_elsewhere, may_be_partly_done, senseless, translate
+from ._errors import UNEXPECTED, has_code, leads_elsewhere, may_be_partly_done, translate, unexpected_reply
 from ._keys import meta
 from ._limits import LARGE, ROOM, Limit, ask_limit
 from ._link import Link, ask, tolerate
@@ -37,12 +37,12 @@ class Client:
         self.server = Server()
         self.limit: Limit | None = None
         self.careful_above = LARGE
-        """Of larger messages somebody has to look whether the server takes them."""
+        """Messages larger than this must be checked: the server may not accept them."""
         self.mux = Multiplexer(settings, self._greet)
         self._loner = Loner(settings, self.mux)
 
     async def _greet(self, link: Link) -> None:
-        """On every new connection: is this a server that we can work with? Load the scripts."""
+        """Called for every new connection: check that the server is supported, and load the scripts."""
         server = await look_at(link, self.settings)
         self.limit = await ask_limit(link)
         self.careful_above = LARGE if self.limit is None else self.limit.size - ROOM
@@ -51,7 +51,7 @@ class Client:
         self.server = replace(server, can_load=not any(isinstance(reply, ServerError) for reply in loaded))
 
     async def warn(self) -> None:
-        """Log what the server's settings may lose. For information: what is refused is not known, and not required."""
+        """Log a warning if the server's settings may lose messages. If it refuses the questions, nothing is logged."""
         with suppress(BackendError), anyio.move_on_after(self.settings.command_timeout):
             memory, persistence = await self.mux.pipeline(QUESTIONS)
             warnings = [evicts(fields(memory))]
@@ -63,7 +63,8 @@ class Client:
                 say(logging.WARNING, text, self.settings.place, warning, hidden={"scope": "connection"})
 
     async def call(self, *command: Argument) -> Any:
-        """
+        """Send one command, and return its reply.
+
         :raises BackendError: if the server refuses, or the connection breaks.
         """
         [reply] = await self.mux.pipeline((command,))
@@ -72,18 +73,19 @@ class Client:
         return reply
 
     def goes_alone(self, size: int) -> bool:
-        """Whether an argument of so many bytes may cost the connection that it is sent by."""
+        """Whether the server may close the connection because of an argument of this many bytes."""
         return size > LARGE and self.limit is None
 
     async def alone(self, command: Command, timeout: float) -> Any:
-        """Send a command by a connection of its own; its reply. Raises as ``Multiplexer.single`` does."""
+        """Send a command on a connection of its own, and return its reply. Raises as ``Multiplexer.single`` does."""
         [reply] = await self._loner.pipeline((command,), timeout, patient=True)
         return reply
 
     async def publish(self, commands: Sequence[Command]) -> list[Any]:
-        """As ``Multiplexer.pipeline``, patiently.
+        """Like ``Multiplexer.pipeline`` with ``patient=True``, but very large commands use a connection of their own.
 
-        What goes alone breaks with nobody; what follows it waits, to stay in order. An error is that of its part only.
+        The commands after a large one wait for it, to keep the order. An error concerns only the commands that were
+        sent together.
         """
         if not any(self.goes_alone(_size(command[-1])) for command in commands):
             return await self.mux.pipeline(commands, patient=True)
@@ -107,10 +109,10 @@ class Client:
         return replies
 
     async def ask(self, stream: str, group: str, command: Command) -> Any:
-        """A command about a group.
+        """Send a command about a group, and return its reply.
 
         :raises GroupLostError: if the group no longer exists.
-        :raises BackendError: as of :meth:`call`.
+        :raises BackendError: as :meth:`call` does.
         """
         [reply] = await self.mux.pipeline((command,))
         if isinstance(reply, ServerError):
@@ -131,7 +133,7 @@ class Client:
         return reply
 
     async def finish(self, call: Call, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        """The reply of a script's call that has arrived. A server that has forgotten the script is told it again."""
+        """The reply to a script's call that has ended. If the server has forgotten the script, it is sent again."""
         if call.error is not None:
             raise call.error
         reply = call.replies[-1]
@@ -141,36 +143,36 @@ class Client:
         return reply
 
     async def load_scripts(self) -> None:
-        """Tell a server that has forgotten them (SCRIPT FLUSH) all scripts again. Nobody waits for the replies."""
+        """Load all scripts again on a server that has forgotten them (SCRIPT FLUSH). The replies are not awaited."""
         if not self.server.can_load:
-            return  # EVAL, which follows, teaches it the one that is needed
+            return  # the EVAL that follows sends the script that is needed
         await self.mux.start([("SCRIPT", "LOAD", script.source) for script in _ALL])
 
     def unwatched(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Command:
-        """A script's call whose reply nobody looks at, so that nobody would tell the server the script again."""
+        """A call of a script whose reply is ignored. So a forgotten script would not be noticed."""
         if self.server.can_load:
             return evalsha(script, keys, args)
         return ("EVAL", script.source, len(keys), *keys, *args)
 
     @contextmanager
     def reading(self, reply: Any) -> Generator[None, None, None]:
-        """What stands in the block takes a reply apart.
+        """For a block that parses a reply.
 
-        :raises BackendError: if no server answers so. The connection may be out of step: it is given up.
+        :raises BackendError: if the reply has an unexpected form. The connection may be out of step, so it is closed.
         """
         try:
             yield
-        except SENSELESS as error:
+        except UNEXPECTED as error:
             self.mux.reset()
-            raise senseless(self.settings.place, reply) from error
+            raise unexpected_reply(self.settings.place, reply) from error
 
     def text(self, reply: Any) -> str:
-        """A reply that must be text, an entry's id for instance. Raises as :meth:`reading` does."""
+        """A reply that must be text, an entry's id for example. Raises as :meth:`reading` does."""
         with self.reading(reply):
             return str(reply.decode())
 
     def refused(self, error: ServerError, *, may_have_happened: bool = False) -> BackendError:
-        """What the shared connection was answered."""
+        """The bus's error for an error reply on the shared connection."""
         if leads_elsewhere(error):
             self.mux.reset()
         return translate(error, may_have_happened=may_have_happened)
@@ -178,7 +180,7 @@ class Client:
     async def refused_in(
         self, stream: str, group: str, error: ServerError, *, may_have_happened: bool = False
     ) -> BackendError:
-        """The error of something asked about a group: if the group is gone, with the floor that was kept of it."""
+        """The bus's error for an error reply about a group. If the group is gone, it has the group's kept floor."""
         lost = has_code(error, "NOGROUP") or "no such key" in str(error)
         unblocked = has_code(error, "UNBLOCKED") and "instance state changed" not in str(error)
         if not lost and not unblocked:

@@ -1,4 +1,4 @@
-"""The scripts behind an operator's work on dead letters. Like all of them: append first, delete after it."""
+"""The scripts for an operator's work on dead letters. Like all scripts, they append first and delete afterwards."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Final
 from ._scripts import FAILED, MOST_VALUES, Script
 from ._taking_scripts import MOST_BYTES
 
-# One entry after another, so that never more than one is held beyond what is handed out. ARGV: from where, to where
-# (as of XRANGE), at most so many, so many bytes together, so many bytes in one entry. Of an entry that is larger only
-# `message` comes along, if that is not; the others' values are nil, and their sizes are told.
+# Reads entries one by one, so that at most one is read in vain. ARGV: start and end (as of XRANGE), the maximum number
+# of entries, the maximum bytes in all, the maximum bytes of one entry. Of a larger entry only `message` is returned, if
+# that is not too large itself. The other values are nil. The sizes of all fields are returned.
 PAGE: Final = Script(
     "page",
     """
@@ -40,10 +40,11 @@ return found
 
 LAST: Final = Script("last", "return (redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1] or {false})[1]\n")
 
-# KEYS: the stream, then every stream that something is appended to. ARGV: the number of moves; of each: id, the index
-# of its key, the number of fields (0 = the entry's own raw fields), the fields.
-# Has results for the first of them only, at least one, where all together are too many bytes for one call. 'many': it
-# has more fields than a script can append; it is the last one then. 'half': what was appended could not be taken back.
+# KEYS: the stream, then every target stream. ARGV: the number of moves; for each: id, the index of its key, the number
+# of fields (0 = the entry's own raw fields), the fields.
+# If the moves together have too many bytes for one call, there are results only for the first of them, at least one.
+# 'many': the entry has more fields than a script can append; then it is the last result. 'half': the entry could not be
+# deleted, and what was appended could not be taken back.
 MOVE: Final = Script(
     "move",
     FAILED
@@ -96,8 +97,8 @@ return results
 """,
 )
 
-# The second step of a move with too many fields for a script. KEYS: the stream, where it was appended. ARGV: id, the id
-# of what was appended.
+# The second step of a move with too many fields for a script. KEYS: the stream, the target stream. ARGV: the entry's
+# id, the id of what was appended.
 REMOVE_MOVED: Final = Script(
     "remove moved",
     FAILED

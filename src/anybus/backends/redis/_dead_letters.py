@@ -1,4 +1,4 @@
-"""Dead letters on Redis: reading a stream without a group, and taking entries out of it."""
+"""Dead letters on Redis: reading a stream without a group, and removing entries from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RAW: Final = RAW_PREFIX.encode()
 
 
 class RedisDeadLetters(DeadLetterStore):
-    """This part of the Redis backend."""
+    """The Redis backend's part for dead letters."""
 
     _client: Client
     _codec: Codec
@@ -96,18 +96,18 @@ class RedisDeadLetters(DeadLetterStore):
             waiting.append((index, move, fields))
         done = 0
         while waiting:
-            # The script ends early where all of them are too many bytes for one call.
+            # If they have too many bytes for one call, the script ends early.
             part = waiting[: next(fitting([size(fields) for _, _, fields in waiting], _MOVES_AT_ONCE))]
             try:
                 moved = await self._move(stream, part)
             except BackendError as failure:
                 if len(moves) > 1 and is_out_of_reach(failure):
-                    # A script is refused as a whole for one key that this user may not touch.
+                    # A script is refused as a whole if the user may not access one of its keys.
                     moved = [await self._move_alone(stream, one) for one in part]  # noqa: ASYNC120
                 elif not done:
                     raise
                 else:
-                    moved = [failure] * len(waiting)  # what became of those before is known
+                    moved = [failure] * len(waiting)  # not raised, because the results of earlier moves are known
             for (index, _, _), result in zip(waiting, moved, strict=False):
                 results[index] = result
             done += len(moved)
@@ -124,7 +124,7 @@ class RedisDeadLetters(DeadLetterStore):
     async def _move(
         self, stream: str, part: Sequence[tuple[int, Move, tuple[Argument, ...]]]
     ) -> list[str | BackendError | None]:
-        """What became of the first of these, at least one."""
+        """The results of the first of these moves, at least one."""
         keys: list[str] = [stream]
         args: list[Argument] = [len(part)]
         for _, move, fields in part:
@@ -140,7 +140,7 @@ class RedisDeadLetters(DeadLetterStore):
                 if answer[0] == b"many":
                     if not results:
                         results.append(await self._move_large(stream, move))
-                    break  # what follows is sent again
+                    break  # the moves that follow are sent again
                 results.append(self._moved(answer))
         return results
 
@@ -154,9 +154,9 @@ class RedisDeadLetters(DeadLetterStore):
         return self._client.refused(error, may_have_happened=status == b"half")
 
     async def _move_large(self, stream: str, move: Move) -> str | BackendError | None:
-        """An entry with more raw fields than a script can append, in two steps.
+        """Move an entry with more raw fields than a script can append, in two steps.
 
-        Interrupted between the two it is in both streams.
+        If it is interrupted between the two, the entry is in both streams.
         """
         try:
             found = await self._client.call("XRANGE", stream, move.id, move.id)

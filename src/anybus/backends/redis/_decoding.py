@@ -1,4 +1,4 @@
-"""From the server's replies to entries."""
+"""Decodes the server's replies into entries."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..._messages.message import NO_HEADERS, lift_headers
 from ...abc import ClaimedMessage, Codec, FetchedEntry, MalformedEntry, MissingEntry
 
 MAX_ENCODED: Final = 8 * 1024 * 1024
-"""What an application publishes may be so large, encoded."""
+"""The largest message that an application may publish, in bytes, encoded."""
 
 MAX_RECEIVED: Final = MAX_ENCODED + 64 * 1024
-"""Room for the headers of retries and dead letters."""
+"""The largest message that is received: with room for the headers of retries and dead letters."""
 
 
 class EntryDecoder:
-    """Decodes entries; what cannot be decoded is told entry by entry, and never fails its neighbours."""
+    """Decodes entries. An entry that cannot be decoded is reported by itself, and does not affect other entries."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
@@ -35,11 +35,12 @@ class EntryDecoder:
         else:
             for index in range(0, len(fields) - 1, 2):
                 if fields[index] == b"message":
-                    body = fields[index + 1]  # the last of two wins, as in the other implementations
+                    body = fields[index + 1]  # if there are several, the last one, as in the other implementations
         if body is None:
-            return self._malformed(entry_id, fields, "there is no field 'message'", deliveries)
+            return self._malformed(entry_id, fields, "the entry has no field 'message'", deliveries)
         if len(body) > MAX_RECEIVED:
-            return self._malformed(entry_id, fields, f"{len(body)} bytes are more than {MAX_RECEIVED}", deliveries)
+            text = f"a message must be at most {MAX_RECEIVED} bytes, not {len(body)}"
+            return self._malformed(entry_id, fields, text, deliveries)
         try:
             message = self._codec.decode(body)
             if message.headers is not NO_HEADERS:
@@ -47,9 +48,9 @@ class EntryDecoder:
         except SerializationError as error:
             return self._malformed(entry_id, fields, str(error), deliveries)
         except (KeyboardInterrupt, SystemExit):
-            raise  # perhaps from a signal handler, which can strike anywhere
-        except BaseException as error:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
-            # A codec of the application's own that raises what it should not: its neighbours must not suffer.
+            raise  # a signal handler can raise these anywhere
+        except BaseException as error:  # noqa: ASYNC103 - a codec awaits nothing, so this is no real cancellation
+            # The application's own codec raised an error that it should not: other entries must not be affected.
             return self._malformed(entry_id, fields, f"the codec raised {error!r}", deliveries)  # noqa: ASYNC104
         return ClaimedMessage(entry_id, message, deliveries, self._published_at(entry_id))
 
@@ -62,7 +63,7 @@ class EntryDecoder:
     def _published_at(self, entry_id: str) -> datetime:
         prefix, at = self._second
         if not entry_id.startswith(prefix):
-            # Entries of one read often share their millisecond.
+            # Cached by the millisecond, which the entries of one read often share.
             milliseconds = entry_id.partition("-")[0]
             try:
                 at = datetime.fromtimestamp(int(milliseconds) / 1000, timezone.utc)
@@ -72,13 +73,13 @@ class EntryDecoder:
         return at
 
     def read(self, reply: Any) -> list[FetchedEntry]:
-        """The reply of an XREADGROUP of one stream: what is new has been handed over once."""
+        """Decode the reply to an XREADGROUP of one stream. New entries have been delivered once."""
         if not reply:
             return []
         return self.new(reply[0][1])
 
     def new(self, entries: Any) -> list[FetchedEntry]:
-        """The entries of one stream, new ones. What is nearly every one is decoded here, the rest in :meth:`entry`."""
+        """Decode new entries of one stream. Ordinary entries are decoded here, all others by :meth:`entry`."""
         found: list[FetchedEntry] = []
         append, decode = found.append, self._codec.decode
         prefix, at = self._second
@@ -90,7 +91,7 @@ class EntryDecoder:
                         message = lift_headers(message)
                 except (KeyboardInterrupt, SystemExit):
                     raise
-                except BaseException:  # noqa: ASYNC103 - as in entry(), which says it in words
+                except BaseException:  # noqa: ASYNC103 - entry() decodes again, and reports the error
                     pass
                 else:
                     entry_id = raw_id.decode()
@@ -103,12 +104,12 @@ class EntryDecoder:
         return found
 
     def reclaimed(self, entries: Any) -> list[FetchedEntry]:
-        """What the reclaim script returns: id, fields (nil = gone), the server's count."""
+        """Decode what the reclaim script returns: id, fields (nil = gone), the server's count of deliveries."""
         return [self.entry(raw_id, fields, int(deliveries)) for raw_id, fields, deliveries in entries]
 
 
 def position(entry_id: str) -> tuple[int, int]:
-    """An entry id as numbers, which is how they are ordered."""
+    """An entry id as two numbers, by which ids are ordered."""
     milliseconds, _, sequence = entry_id.partition("-")
     return int(milliseconds), int(sequence or 0)
 
@@ -122,6 +123,6 @@ def predecessor(entry_id: str) -> str:
 
 
 def span(message_ids: Sequence[str]) -> tuple[str, str]:
-    """A range that most likely holds these ids: compared as text, which is right for ids of the same length."""
+    """A range that most likely contains these ids. They are compared as text, which is right if their lengths agree."""
     low, high = min(message_ids), max(message_ids)
     return (low, high) if is_entry_id(low) and is_entry_id(high) else ("-", "+")

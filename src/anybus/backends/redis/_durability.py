@@ -1,4 +1,4 @@
-"""What a server's settings may lose, in words for its operator."""
+"""Warnings for the operator: settings of the server by which messages may be lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SAVE_POINTS: Command = ("CONFIG", "GET", "save")
 
 
 def fields(reply: Any) -> dict[str, str]:
-    """What INFO says; nothing, where it is refused."""
+    """The fields of an INFO reply; empty if it was refused."""
     if not isinstance(reply, bytes):
         return {}
     lines = reply.decode(errors="replace").splitlines()
@@ -19,7 +19,7 @@ def fields(reply: Any) -> dict[str, str]:
 
 
 def evicts(info: dict[str, str]) -> str | None:
-    """A warning, where a full server throws keys away."""
+    """A warning if the server evicts keys when its memory is full."""
     policy = info.get("maxmemory_policy", "noeviction")
     if info.get("maxmemory", "0") == "0" or policy == "noeviction":
         return None
@@ -31,12 +31,12 @@ def evicts(info: dict[str, str]) -> str | None:
 
 
 def keeps_no_log(info: dict[str, str]) -> bool:
-    """Whether there is no append-only file. Snapshots have to be asked about then, by CONFIG."""
+    """Whether there is no append-only file. Then CONFIG must be asked whether there are snapshots."""
     return info.get("aof_enabled") == "0"
 
 
 def keeps_nothing(save_points: Any) -> str | None:
-    """A warning, where a server without an append-only file takes no snapshots either."""
+    """A warning if a server without an append-only file does not take snapshots either."""
     if save_points != [b"save", b""]:
-        return None  # there are some, or CONFIG is refused
+        return None  # there are snapshots, or CONFIG was refused
     return "keeps nothing on disk (no appendonly, no save): when it stops, all messages are lost. Set appendonly yes"

@@ -1,4 +1,4 @@
-"""What the server's errors mean to the bus."""
+"""What the server's errors mean for the bus."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..._ground.errors import BackendError
 from ._protocol import ServerError
 
 _PERMANENT_CODES = ("CROSSSLOT", "NOPERM", "WRONGTYPE")
-"""With these errors the same command will fail until somebody changes something. The list is closed: any other error
-counts as transient, since nobody knows all that servers, their managed variants and proxies may say."""
+"""With these errors, the same command fails until somebody changes something. The list is closed: any other error
+counts as transient, because nobody knows all errors of servers, managed servers and proxies."""
 
 _PERMANENT_TEXTS = (
     "unknown command",
@@ -67,11 +67,11 @@ _CLASSES: dict[str, type[redis.exceptions.RedisError]] = {
 }
 
 _NOPERM_IN_SCRIPTS = ("The user executing the script can't", "ACL failure in script")
-"""What a script is told, on Redis up to 7.0 and from then on, where the user lacks a right."""
+"""The error in a script if the user lacks a permission, on Redis before 7.0 and from 7.0 on."""
 
 
 def has_code(error: Exception, code: str) -> bool:
-    """Whether this is that error. On 6.2 a script's error hides the code in the middle of its text."""
+    """Whether the error has this code. On Redis 6.2, an error in a script has its code in the middle of the text."""
     text = str(error)
     if code == "NOPERM" and isinstance(error, ServerError) and any(words in text for words in _NOPERM_IN_SCRIPTS):
         return True
@@ -81,33 +81,33 @@ def has_code(error: Exception, code: str) -> bool:
 def may_be_partly_done(error: ServerError, *, partly: bool) -> bool:
     """Whether a script that ended with this error may have done a part of its work.
 
-    :param partly: whether the errors of its commands may come after its first write.
+    :param partly: whether the script's commands may fail after its first write.
     """
-    within = "user_script" in str(error)  # else the server has not begun to run it
+    within = "user_script" in str(error)  # otherwise the server has not started the script
     return within and (partly or not any(has_code(error, code) for code in _NOTHING_DONE))
 
 
 def is_out_of_reach(error: BackendError) -> bool:
-    """Whether the server refused a command before it began, since the user may not run it or touch one of its keys."""
+    """Whether the server refused a command before it ran: the user may not run it, or not access one of its keys."""
     refusal = error.__cause__
     return isinstance(refusal, redis.exceptions.NoPermissionError) and "user_script" not in str(refusal)
 
 
 def is_permanent(error: ServerError) -> bool:
-    """Whether this error is known to come again, however often the same is tried."""
+    """Whether it is known that the same command would fail again."""
     text = str(error).lower()
     return any(has_code(error, code) for code in _PERMANENT_CODES) or any(part in text for part in _PERMANENT_TEXTS)
 
 
 def is_about_credentials(error: ServerError) -> bool:
-    """Whether the server wants other credentials, or any."""
+    """Whether the server demands credentials, or other ones."""
     return str(error).startswith(_CREDENTIALS)
 
 
 def leads_elsewhere(error: ServerError) -> bool:
-    """Whether the connection has to be opened again: its server is no primary (any more), or has forgotten who we are.
+    """Whether the connection must be reopened: its server is not a primary (any more), or no longer knows the user.
 
-    The address may lead to another server by then (a failover behind a virtual IP, a DNS name or a balancer).
+    A new connection may reach another server (after a failover behind a virtual IP, a DNS name or a load balancer).
     """
     return any(
         has_code(error, code) for code in ("MASTERDOWN", "MOVED", "NOAUTH", "READONLY")
@@ -115,11 +115,12 @@ def leads_elsewhere(error: ServerError) -> bool:
 
 
 def translate(error: ServerError, *, entering: bool = False, may_have_happened: bool = False) -> BackendError:
-    """The error of a server, or of a proxy in front of it, in the bus's words.
+    """The bus's error for an error reply of a server, or of a proxy in front of it.
 
-    :param entering: whether the bus is just being entered. Wrong credentials are permanent only then: they are a
-        mistake in the configuration. Later they are a rotation that one side has heard of before the other.
-    :param may_have_happened: whether a part of the work may have been done whatever the error says (in a script).
+    :param entering: whether the bus is just being entered. If so, wrong credentials are permanent: the configuration is
+        wrong. Later, they are transient: the credentials were changed, and the two sides do not know it at the same
+        time.
+    :param may_have_happened: whether a part of the work may have been done, whatever the error says (in a script).
     """
     text = str(error)
     code = text.partition(" ")[0]
@@ -133,7 +134,7 @@ def translate(error: ServerError, *, entering: bool = False, may_have_happened: 
     )
     translated = BackendError(
         f"the server refused: {text}" if surely_not else f"the server answered: {text}",
-        # A proxy may have passed the command on before something went wrong.
+        # A proxy may have forwarded the command before the error occurred.
         may_have_happened=may_have_happened or not surely_not,
         can_pass=not permanent and not (entering and credentials),
     )
@@ -142,19 +143,17 @@ def translate(error: ServerError, *, entering: bool = False, may_have_happened: 
     return translated
 
 
-SENSELESS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-"""What taking a reply apart raises when it is of another kind than any server's."""
+UNEXPECTED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""The exceptions that parsing a reply raises if the reply has an unexpected form."""
 
 
-def senseless(place: str, reply: object) -> BackendError:
-    """The server answered with what makes no sense: nobody knows what it did."""
-    return BackendError(
-        f"{place} answered with what makes no sense here: {reply!r:.80}", may_have_happened=True, can_pass=True
-    )
+def unexpected_reply(place: str, reply: object) -> BackendError:
+    """The error for a reply of an unexpected form: it is not known what the server did."""
+    return BackendError(f"unexpected reply from {place}: {reply!r:.80}", may_have_happened=True, can_pass=True)
 
 
-def again(error: BackendError) -> BackendError:
-    """The same error for one more caller, who may note in it what else he knows: that is not true for the others."""
+def duplicate(error: BackendError) -> BackendError:
+    """A copy of an error, one for each caller: a caller may change its copy, and that must not affect the others."""
     same = copy(error)
     same.__cause__ = error.__cause__
     return same

@@ -1,4 +1,4 @@
-"""Names of keys. The topic is the key itself, as in the Rust implementation; everything else lies in its slot."""
+"""The names of keys. A topic's key is its name, as in the Rust implementation. All other keys are in its slot."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Final
 from ..._failure.copies import stream_base
 
 LAYOUT: Final = 1
-"""The version of the layout of keys, and of the scripts that work on them."""
+"""The version of the key layout, and of the scripts that use it."""
 
 RESERVED: Final = "anybus:"
-"""What the names of retry streams, and of everything else that is kept beside a topic, begin with."""
+"""The prefix of all keys that are kept beside a topic, retry streams included."""
 
 RETURNED: Final = "anybus:returned"
-"""The parking consumer of released entries. Whoever empties it removes it."""
+"""The parking consumer: released entries belong to it. The script that takes its last entry removes it."""
 
 
 def _split(stream: str) -> tuple[str, str]:
-    """A stream's base and, of a retry stream, its ``:group``."""
+    """The base of a stream's keys and, for a retry stream, ``:group``."""
     if not stream.startswith(RESERVED):
         return stream_base(stream), ""
     rest = stream.removeprefix(RESERVED)
@@ -35,18 +35,18 @@ def _has_tag(topic: str) -> bool:
 
 
 def delayed(stream: str) -> str:
-    """Where what is to be appended to a stream later waits: a sorted set by due time."""
+    """The sorted set of entries that are to be appended to a stream later, by due time."""
     base, group = _split(stream)
     return f"{base}:delayed{group}"
 
 
 def meta(stream: str) -> str:
-    """Where the safe floors of a stream's groups are kept."""
+    """The hash of the safe floors of a stream's groups."""
     base, group = _split(stream)
     return f"{base}:meta{group}"
 
 
 def leases(stream: str, group: str) -> str:
-    """Where the lease of a topic's group is kept, and who of its members is alive: a sorted set."""
+    """The sorted set of the lease of a topic's group, and of the members that are alive."""
     base, _ = _split(stream)
     return f"{base}:lease:{group}"

@@ -1,4 +1,4 @@
-"""The script behind the lease that all members of a group share."""
+"""The script for the lease that all members of a group share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Final
 from ._scripts import Script
 
 LONGEST: Final = 15_000
-"""For so many ms a member counts as running at most, each time that it says so."""
+"""For how many ms at most a member counts as running after each call."""
 
 # ARGV: consumer, its lease in seconds, for how many ms it counts as running, and `join`, `change` or `stay`.
-# The lease has the highest score, and each member the time until which it counts as running.
+# In the sorted set, the score of the lease is +inf. The score of a member is the time until which it counts as running.
 AGREE: Final = Script(
     "agree",
     f"local longest = {LONGEST}"
@@ -18,7 +18,7 @@ AGREE: Final = Script(
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local latest = string.format('%.0f', now + longest)
--- Said before the server's clock was set back: who was killed since would count as running until it has caught up.
+-- Scores too far in the future: the server's clock was set back. A dead member would count as running for too long.
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. latest, '(+inf', 'LIMIT', 0, 100)) do
   redis.call('ZADD', KEYS[1], latest, member)
 end

@@ -1,4 +1,4 @@
-"""One lease for all members of a group: kept in a sorted set beside the topic, with the members that run."""
+"""One lease for all members of a group. It is kept in a sorted set beside the topic, with the running members."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ._lease_scripts import AGREE, LONGEST
 
 
 class RedisLeases(LeaseKeeper):
-    """This part of the Redis backend."""
+    """The Redis backend's part for leases."""
 
     _client: Client
 

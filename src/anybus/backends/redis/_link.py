@@ -27,28 +27,29 @@ MAX_RECEIVE = 65536 * 4
 _CHUNK = 65536
 
 BROKEN = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError, BrokenProtocolError)
-"""What tells that a connection is of no use any more."""
+"""The exceptions that mean that a connection cannot be used any more."""
 
 PAUSE = 5.0
-"""After so many seconds without a reply the server is asked for one before a connection is used again."""
+"""After this many seconds without a reply, a PING is sent before a connection is used again."""
 
 _SHORTEST_PROBE = 0.5
 
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
-"""TCP's own probes, by the names that one platform or another has for them."""
+"""Options for TCP's own probes. Platforms have different names for the first one."""
 
 PING: Command = ("PING",)
 
 
 class Link:
-    """An open connection. ``client_id`` is the server's number for it.
+    """An open connection.
 
-    Its own writes go past the event loop's transport, straight to the socket: nothing has to wait for a task then. No
-    duplicate of the descriptor is needed for that, since the transport says when it has closed it (``fileno`` is -1).
-    What the kernel does not take at once goes by the transport, and so does all that follows until the server has
-    answered everything: it would overtake what is still in the transport's buffer.
+    Writes bypass the event loop's transport, and go directly to the socket, so that no task switch is needed. The
+    descriptor is not duplicated for this, because the transport tells when it has closed it (``fileno`` is -1). Bytes
+    that the kernel does not accept at once are sent by the transport. So are all bytes after them, until the server has
+    answered everything: otherwise they would overtake the bytes in the transport's buffer.
 
-    :ivar latency: seconds that the server took to answer the greeting.
+    :ivar client_id: the server's number for this connection.
+    :ivar latency: how many seconds the server took to answer the greeting.
     """
 
     def __init__(self, stream: ByteStream, settings: Settings) -> None:
@@ -69,9 +70,9 @@ class Link:
         return self._direct and self._in_order
 
     def send_nowait(self, data: bytes | memoryview) -> int:
-        """Hand over what the kernel takes at once; how many bytes that was.
+        """Send as many bytes as the kernel accepts at once, and return their number.
 
-        Nothing else may be in the middle of being sent. If the connection is broken, :meth:`receive` will tell.
+        No other send may be under way. If the connection is broken, :meth:`receive` will raise.
         """
         if self._raw is None or not self.can_send_nowait:
             return 0
@@ -83,9 +84,10 @@ class Link:
         return count
 
     async def send(self, data: bytes, *, silence: float | None = None) -> None:
-        """Send all of it.
+        """Send all bytes.
 
-        :param silence: seconds after which it is given up if nothing more is taken.
+        :param silence: give up if the other side accepts nothing more for this many seconds; None = never.
+        :raises TimeoutError: if it gave up.
         """
         left = memoryview(data)[self.send_nowait(data) :]
         try:
@@ -100,7 +102,7 @@ class Link:
             self._left = 0
 
     def all_answered(self) -> None:
-        """The server has answered everything: nothing of what was sent is in the transport's buffer any more."""
+        """To be called when the server has answered everything: then the transport's buffer is empty."""
         self._in_order = True
 
     @property
@@ -109,7 +111,7 @@ class Link:
         return self._sent + self._left
 
     def arrived(self) -> int:
-        """How many bytes the other side's kernel has confirmed; 0 where nobody knows."""
+        """How many bytes the other side's kernel has confirmed; 0 if the platform does not tell."""
         if self._raw is None or sys.platform == "win32":
             return 0
         try:
@@ -123,7 +125,7 @@ class Link:
 
     async def receive_within(self, silence: float) -> bytes:
         """
-        :raises TimeoutError: if for so long nothing has come, and nothing of what was sent has arrived.
+        :raises TimeoutError: if for this many seconds nothing was received, and no sent bytes were confirmed.
         """
         arrived = self.arrived()
         while True:
@@ -135,29 +137,29 @@ class Link:
 
     @property
     def probe_timeout(self) -> float:
-        """In how many seconds the server has to answer a PING after a pause. Not much: another connection costs less
-        than a wait for one that is dead.
+        """Within how many seconds the server must answer a PING after a pause. The time is short, because opening
+        another connection costs less than waiting for a dead one.
         """
         return min(self.settings.command_timeout, max(_SHORTEST_PROBE, 4 * self.latency))
 
     async def answers(self) -> bool:
-        """Whether the server answers a PING. If not, or if this is cancelled, the link is of no use any more.
+        """Whether the server answers a PING. If not, or if this is cancelled, the link cannot be used any more.
 
-        Nothing else may be under way.
+        No other command may be under way.
         """
         with anyio.move_on_after(self.probe_timeout), suppress(*BROKEN):
-            await ask(self, [PING])  # no right to PING is an answer, too
+            await ask(self, [PING])  # an error reply is also an answer
             return True
         return False
 
     async def aclose(self) -> None:
-        """Close without ceremony: the server notices by itself, and nobody waits for TLS's goodbye."""
+        """Close at once, without a TLS shutdown: the server notices by itself."""
         with anyio.CancelScope(shield=True):
             await anyio.aclose_forcefully(self._stream)
 
 
 def _keep_alive(raw: Any) -> None:
-    """Have the kernel probe a silent connection: who stands between forgets it less easily."""
+    """Let the kernel probe a silent connection, so that firewalls and NATs on the way do not drop it."""
     if raw.family not in (socket.AF_INET, socket.AF_INET6):
         return
     with suppress(OSError):
@@ -170,10 +172,10 @@ def _keep_alive(raw: Any) -> None:
 
 
 async def open_link(settings: Settings, *, entering: bool = False) -> Link:
-    """Connect, authenticate, choose the database, set the name.
+    """Connect, authenticate, select the database, set the connection's name.
 
-    :param entering: whether the bus is just being entered: wrong credentials are permanent then.
-    :raises BackendError: if any of it fails; ``can_pass`` tells whether trying again may help.
+    :param entering: whether the bus is just being entered. If so, wrong credentials are a permanent error.
+    :raises BackendError: if any of these fails. ``can_pass`` tells whether trying again may help.
     """
     stage: Stage = "connecting"
     try:
@@ -213,7 +215,7 @@ async def _secured(stream: ByteStream, settings: Settings) -> ByteStream:
             standard_compatible=False,
         )
     except BaseException:
-        await anyio.aclose_forcefully(stream)  # noqa: ASYNC102, ASYNC120 - it closes without waiting
+        await anyio.aclose_forcefully(stream)  # noqa: ASYNC102, ASYNC120 - closes without waiting
         raise
 
 
@@ -224,7 +226,7 @@ async def _introduce(link: Link, settings: Settings) -> None:
             with anyio.fail_after(settings.connect_timeout):
                 credentials = await settings.credentials.get_credentials_async()
         except Exception as error:
-            # The application's own code: whatever it raises, it may have credentials again next time.
+            # The application's own code. Whatever it raises, the error is transient: the next call may succeed.
             raise broken(f"no credentials for {settings.place}: {error!r}", may_have_happened=False) from error
         required.append(("AUTH", *credentials))
     if settings.db:
@@ -240,14 +242,14 @@ async def _introduce(link: Link, settings: Settings) -> None:
     await tolerate(link, replies[len(required) :])
     client_id = replies[-1]
     if not isinstance(client_id, (int, ServerError)):
-        raise BrokenProtocolError(f"CLIENT ID was answered with {client_id!r:.80}")
+        raise BrokenProtocolError(f"unexpected reply to CLIENT ID: {client_id!r:.80}")
     link.client_id = client_id if isinstance(client_id, int) else 0
 
 
 async def tolerate(link: Link, replies: list[Any]) -> None:
-    """Let pass that the server refuses what was asked for information only, in whatever words.
+    """Ignore error replies to optional commands, whatever their text.
 
-    :raises ServerError: if it refuses everything now: it wants credentials, is full, is loading...
+    :raises ServerError: if the server refuses every command now: it demands credentials, is full, is loading...
     """
     refusals = [reply for reply in replies if isinstance(reply, ServerError) and not is_permanent(reply)]
     if not refusals:
@@ -261,10 +263,10 @@ async def tolerate(link: Link, replies: list[Any]) -> None:
 
 
 async def ask(link: Link, commands: list[Command], *, silence: float | None = None) -> list[Any]:
-    """Send commands on a link that nobody else uses; all replies, error replies included.
+    """Send commands on a link that nobody else uses. Returns all replies, error replies included.
 
-    :param silence: seconds without a sign of life after which it is given up; None = ``connect_timeout``.
-    :raises ServerError: if the connection breaks after the server has said why.
+    :param silence: give up after this many seconds without a sign of life; None = ``connect_timeout``.
+    :raises ServerError: if the connection breaks after the server has told the reason.
     :raises TimeoutError: if the server is silent for too long.
     """
     patience = link.settings.connect_timeout if silence is None else silence
@@ -282,7 +284,7 @@ async def ask(link: Link, commands: list[Command], *, silence: float | None = No
         while not finished:
             protocol.feed(await link.receive_within(patience))
     except BROKEN:
-        # A server that is full says so, once, and closes the connection.
+        # A server with too many connections sends one error reply, and closes the connection.
         for reply in replies.replies:
             if isinstance(reply, ServerError):
                 raise reply from None

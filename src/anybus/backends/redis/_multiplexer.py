@@ -1,4 +1,4 @@
-"""One connection for everything that does not block: commands of concurrent callers leave in one write."""
+"""One connection for all commands that do not block. Commands of concurrent callers are sent in one write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..._ground.cancellation import is_abandoned, is_stray, persist, sole
 from ..._ground.clock import loop_clock
 from ..._ground.errors import BackendError, EventBusError
 from ..._ground.log import say
-from ._errors import SENSELESS, again, broken, is_about_credentials, translate
+from ._errors import UNEXPECTED, broken, duplicate, is_about_credentials, translate
 from ._link import BROKEN, Link, open_link
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack, pack_one
 from ._pulse import Pulse
@@ -34,11 +34,11 @@ _MARGIN = 0.25
 
 _LOOK = 0.1
 _LAST_SECONDS = 2.0
-"""For so long at most an abandoned connection goes on while it is used."""
+"""An abandoned connection stays open for at most this many seconds while it is in use."""
 
 
 class Call(Replies):
-    """A caller's place in the line, and the event that wakes it."""
+    """A caller's place in the queue, and the event that wakes it."""
 
     __slots__ = ("event", "patient", "sent")
 
@@ -50,15 +50,15 @@ class Call(Replies):
 
 
 class Multiplexer:
-    """Shares one connection among all callers, and opens it again when it breaks and somebody needs it.
+    """Shares one connection among all callers. If it breaks, it is reopened as soon as somebody needs it.
 
-    A caller that is cancelled leaves its place in the line: its reply is still taken, in order, and dropped.
+    If a caller is cancelled, its reply is still received, in order, and dropped.
     """
 
     def __init__(self, settings: Settings, on_connect: Callable[[Link], Awaitable[None]]) -> None:
         self._settings = settings
         self._on_connect = on_connect
-        self._scope: anyio.CancelScope | None = None  # made within the loop, as the bus may be made before it runs
+        self._scope: anyio.CancelScope | None = None  # created when the loop runs: the bus may be created before that
         self._link: Link | None = None
         self._protocol = Protocol()
         self._unsent: list[tuple[bytes, Call | Single]] = []
@@ -74,7 +74,7 @@ class Multiplexer:
         self._clock = anyio.current_time
         self._pulse: Pulse | None = None
         self._closed = False
-        self._minded: anyio.CancelScope | None = None
+        self._owner_watch: anyio.CancelScope | None = None
         self.connections = 0
 
     @property
@@ -84,26 +84,28 @@ class Multiplexer:
     def close(self) -> None:
         self._closed = True
         self._wake_waiters()
-        for scope in (self._scope, self._minded):
+        for scope in (self._scope, self._owner_watch):
             if scope is not None:
                 scope.cancel()
 
     async def connect(self) -> Link:
-        """The first connection, which must succeed, for :meth:`run`.
+        """Open the first connection, for :meth:`run`. If it fails, the bus cannot be entered.
 
-        Not made in there: whoever waits for it may be cancelled, and the shield would not let that through.
+        It is not opened in :meth:`run`: a cancellation must reach the caller that waits for it, and the shield in there
+        would block it.
         """
         self._scope = anyio.CancelScope(shield=True)
         self._clock = loop_clock()
         self._closed = False
-        self._minded = None
+        self._owner_watch = None
         return await self._connect(entering=True)
 
     async def run(self, link: Link, alarm: Callable[[BaseException], None], tasks: TaskGroup) -> None:
-        """Serve until closed, on the first connection and then on others.
+        """Serve until closed, on the first connection and then on new ones.
 
-        Shielded: when everything around it is cancelled, subscriptions still have to hand back what they hold.
+        This is shielded: if everything is cancelled, subscriptions still need the connection to release their entries.
 
+        :param alarm: called with an error that must end the bus.
         :param tasks: the task group in which this runs.
         """
         assert self._scope is not None
@@ -116,35 +118,36 @@ class Multiplexer:
                             connected = await self._reconnect()
                         link, connected = connected, None
                         await self._serve(link)
-                    except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a broken connection
+                    except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
                         if isinstance(error, anyio.get_cancelled_exc_class()):
                             if not is_stray(error):
                                 raise
-                            if self._minded is None:
-                                self._minded = anyio.CancelScope(shield=True)
-                                tasks.start_soon(self._mind_the_owner, self._minded)
+                            if self._owner_watch is None:
+                                self._owner_watch = anyio.CancelScope(shield=True)
+                                tasks.start_soon(self._watch_owner, self._owner_watch)
                         else:
-                            # On trio a KeyboardInterrupt may strike in here. It ends the program, which still has to
-                            # hand back what it holds: this goes on until then.
+                            # On trio, a KeyboardInterrupt may be raised in here. It ends the program, but this loop
+                            # continues: subscriptions still need the connection to release their entries.
                             alarm(sole(error))
         finally:
             self._closed = True
             self._fail_unsent(self._closed_error())
 
-    async def _mind_the_owner(self, scope: anyio.CancelScope) -> None:
-        """Close when whoever entered the bus has ended without leaving it.
+    async def _watch_owner(self, scope: anyio.CancelScope) -> None:
+        """Close when the task that entered the bus has ended without leaving it.
 
-        After a stray cancellation only. It may have been the event loop's last one, which hits the owner too, perhaps
-        later than us. An owner that has ended does not close this any more, and no second cancellation comes.
+        This runs only after a stray cancellation. That may have been the event loop's final one, which also hits the
+        owner, perhaps later than this task. An owner that has ended cannot close the connection any more, and there is
+        no second cancellation.
         """
         with scope:
             await persist(self._until_abandoned)
             self.close()
 
     async def _until_abandoned(self) -> None:
-        while not is_abandoned():  # noqa: ASYNC110 - nothing tells that a task has ended
+        while not is_abandoned():  # noqa: ASYNC110 - there is no event for the end of a task
             await anyio.sleep(_LOOK)
-        # Subscriptions that were cancelled in the same moment hand back what they hold.
+        # Subscriptions that were cancelled at the same moment still release their entries.
         last = self._clock() + _LAST_SECONDS
         quiet = 0
         while quiet < 2 and self._clock() < last:
@@ -161,9 +164,9 @@ class Multiplexer:
         except BROKEN as error:
             await link.aclose()
             raise broken(f"the connection to {self._settings.place} broke", may_have_happened=False) from error
-        except SENSELESS as error:
+        except UNEXPECTED as error:
             await link.aclose()
-            text = f"{self._settings.place} answers what makes no sense: is it a Redis or Valkey server?"
+            text = f"unexpected replies from {self._settings.place}: is it a Redis or Valkey server?"
             raise broken(text, may_have_happened=False) from error
         except BaseException:
             await link.aclose()
@@ -178,17 +181,17 @@ class Multiplexer:
             try:
                 link = await self._connect()
             except EventBusError as error:
-                if not isinstance(error, BackendError):  # known to be no server for us: too old, or a cluster
+                if not isinstance(error, BackendError):  # an unsupported server: too old, or a cluster
                     error = BackendError(str(error), may_have_happened=False, can_pass=False)
                 self._last_error = error
                 failures += 1
                 self._fail_unsent(error)
                 if not said and isinstance(error.__cause__, ServerError) and is_about_credentials(error.__cause__):
                     said = True
-                    text = "%s does not take the credentials (%s): no connection until it does; tried again and again"
+                    text = "%s does not accept the credentials (%s): not connected; trying again until it does"
                     say(logging.ERROR, text, self._settings.place, error, hidden=_SCOPE)
                 if not error.can_pass:
-                    # Nobody waits for what will not come; the next use tries again.
+                    # Do not let callers wait for a connection that will not come. The next use tries again.
                     self._wake_waiters()
                     self._demand = anyio.Event()
                 await anyio.sleep(recovery_delay(failures, random.random()))
@@ -207,8 +210,8 @@ class Multiplexer:
         pulse = self._pulse = Pulse(link, protocol, self._clock, self._send_first, self._wake_up)
         self.connections += 1
         self._wake_waiters()
-        again = " again" if self.connections > 1 else ""
-        say(logging.INFO, f"connected{again} to %s", self._settings.place, hidden=_SCOPE)
+        connected = "reconnected" if self.connections > 1 else "connected"
+        say(logging.INFO, f"{connected} to %s", self._settings.place, hidden=_SCOPE)
         reason: BaseException | None = None
         try:
             async with anyio.create_task_group() as tasks:
@@ -253,20 +256,20 @@ class Multiplexer:
             self._rest = b""
             self._pulse = None
             if not self._closed:
-                say(logging.WARNING, "%s; it is opened again when it is needed", self._broke(reason), hidden=_SCOPE)
-            self._abandon(protocol, reason, unsent_stays=pulse.probing)
+                say(logging.WARNING, "%s; it is reopened when it is needed", self._broke(reason), hidden=_SCOPE)
+            self._fail_calls(protocol, reason, unsent_stays=pulse.probing)
             await link.aclose()
 
     def _broke(self, reason: BaseException | None) -> str:
         text = f"the connection to {self._settings.place}"
         if reason is None:
-            return f"{text} was given up"
+            return f"{text} was abandoned"
         text += f" broke: {str(reason) or type(reason).__name__}"
         if isinstance(reason, BrokenProtocolError):
-            text += " (what arrived was not the protocol)"
+            text += " (the data received is not valid in the Redis protocol)"
         return text
 
-    def _abandon(self, protocol: Protocol, reason: BaseException | None, *, unsent_stays: bool) -> None:
+    def _fail_calls(self, protocol: Protocol, reason: BaseException | None, *, unsent_stays: bool) -> None:
         text = self._broke(reason)
         protocol.fail(broken(text, may_have_happened=True))
         if unsent_stays:
@@ -279,15 +282,15 @@ class Multiplexer:
         unsent, self._unsent = self._unsent, []
         self._unsent_size = 0
         for _, call in unsent:
-            call.fail(again(error))
+            call.fail(duplicate(error))
 
     def _postpone_unsent(self) -> None:
-        """What waits in the line goes by the next connection, which is made at once."""
+        """Send the commands in the queue on the next connection, which is opened at once."""
         unsent, self._unsent = self._unsent, []
         self._unsent_size = 0
         for packed, call in unsent:
             if isinstance(call, Single) or call.patient:
-                # It waits by itself: a wave's deadline ends with this connection, and the next may take a while.
+                # The caller waits by itself: a wave's deadline ends with this connection, and the next may take time.
                 call.fail(_POSTPONED)
             else:
                 self._unsent.append((packed, call))
@@ -296,7 +299,7 @@ class Multiplexer:
             self._demand.set()
 
     def _send_first(self, data: bytes) -> None:
-        """Send while nothing else is under way."""
+        """Send while no other send is under way."""
         assert self._link is not None
         self._rest = data[self._link.send_nowait(data) :]
         if self._rest:
@@ -321,22 +324,24 @@ class Multiplexer:
                 self._sending = False
 
     def _empty_line(self) -> bytes:
-        """What waits in the line, to be sent now."""
+        """Empty the queue, and return its bytes, which must be sent now."""
         line, self._unsent = self._unsent, []
         parts, self._rest = [self._rest], b""
         self._unsent_size = 0
         self._waves.seal()
         expect = self._protocol.expect
         for packed, call in line:
-            if call.error is None:  # else its deadline passed in the line, and it was told that it was not sent
+            if call.error is None:  # otherwise its deadline passed in the queue, and its caller knows it was not sent
                 call.sent = True
                 expect(call)
                 parts.append(packed)
         return b"".join(parts)
 
     def _put(self, packed: bytes, call: Call | Single) -> None:
-        """Into the line. The writer takes its time, so that commands leave together. They leave at once if nothing is
-        under way, or if they are worth a write of their own: the server works on them while more are made.
+        """Add to the queue. The writer sends the queue a moment later, so that commands leave together.
+
+        They are sent at once if no reply is expected, or if they are enough for a write of their own: then the server
+        already works on them while more commands are added.
         """
         self._unsent.append((packed, call))
         self._unsent_size += len(packed)
@@ -354,10 +359,10 @@ class Multiplexer:
             self._wake_writer.set()
 
     async def single(self, command: Command, timeout: float) -> Any:
-        """Send one command, with whatever else leaves now; its reply.
+        """Send one command, together with others that are sent now, and return its reply.
 
-        :raises BackendError: if the connection broke, or there was no answer in time; ``may_have_happened`` tells
-            whether it had been sent.
+        :raises BackendError: if the connection broke, or there was no answer in time. ``may_have_happened`` tells
+            whether the command had been sent.
         """
         if self._link is None:
             return await self._single_when_connected(command, timeout)
@@ -381,15 +386,15 @@ class Multiplexer:
         if call is None or not call.event.is_set():
             error = broken("no answer within publish_timeout", may_have_happened=call is not None and call.sent)
             if call is not None:
-                call.fail(error)  # in the line still, it stays there
+                call.fail(error)  # it stays in the queue, but will not be sent
             raise error
         if call.error is not None:
             raise call.error
         return call.replies[0]
 
     def reset(self) -> None:
-        """Give this connection up: the server says that it is not the one we want (a replica, now)."""
-        self._link = None  # at once: who comes next waits for another connection, and does not die with this one
+        """Abandon this connection: its server is the wrong one (a replica, now), or its replies are out of step."""
+        self._link = None  # at once, so that the next callers wait for a new connection, and do not fail with this one
         if self._serving is not None:
             self._serving.cancel()
 
@@ -397,13 +402,14 @@ class Multiplexer:
         return broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
 
     async def until_connected(self, *, patient: bool = False) -> None:
-        """
-        :param patient: for as long as the caller has time, if that has an end.
-        :raises BackendError: if there is no connection in time; surely nothing was sent.
+        """Wait for a connection.
+
+        :param patient: wait until the caller's own deadline, if it has one.
+        :raises BackendError: if there is no connection in time. Nothing was sent.
         """
         now = anyio.current_time()
-        # The caller's time may end earlier. It is told in time, so that it learns that nothing was sent; on a busy
-        # machine the loop is late, and a margin that is too short would leave it without that knowledge.
+        # Slightly before the caller's own deadline, so that the caller learns that nothing was sent. On a busy machine
+        # the event loop is late: too short a margin would lose that knowledge.
         deadline = anyio.current_effective_deadline()
         deadline -= min(_MARGIN, max(0.0, deadline - now) / 10)
         if not patient or deadline == math.inf:
@@ -416,14 +422,14 @@ class Multiplexer:
                 await self._ready.wait()
                 error = self._last_error
                 if error is not None and not error.can_pass:
-                    raise again(error)
+                    raise duplicate(error)
         if scope.cancelled_caught:
-            # The last error says where, and why.
+            # The last error tells the place and the reason.
             text = f"not connected to {self._settings.place}" if self._last_error is None else str(self._last_error)
             raise broken(text, may_have_happened=False)
 
     async def start(self, commands: Sequence[Command], *, patient: bool = False) -> Call:
-        """Put commands in the line; they leave with the next write. Waits only while there is no connection."""
+        """Add commands to the queue; the next write sends them. This waits only while there is no connection."""
         if self._link is None:
             await self.until_connected(patient=patient)
         call = Call(len(commands), patient=patient)
@@ -434,10 +440,10 @@ class Multiplexer:
         return call
 
     async def pipeline(self, commands: Sequence[Command], *, patient: bool = False) -> list[Any]:
-        """Send commands together; their replies, error replies included, in order.
+        """Send commands together. Returns their replies, error replies included, in order.
 
-        :param patient: while there is no connection, wait for one for as long as the caller has time.
-        :raises BackendError: if the connection broke; ``may_have_happened`` tells whether they had been sent.
+        :param patient: if there is no connection, wait for one until the caller's own deadline, if it has one.
+        :raises BackendError: if the connection broke. ``may_have_happened`` tells whether they had been sent.
         """
         while True:
             call = await self.start(commands, patient=patient)
@@ -448,9 +454,9 @@ class Multiplexer:
                 raise call.error
 
     async def call(self, *command: Any) -> Any:
-        """Send a command; its reply.
+        """Send a command, and return its reply.
 
-        :raises ServerError: an error reply.
+        :raises ServerError: if it is an error reply.
         :raises BackendError: if the connection broke.
         """
         [reply] = await self.pipeline((command,))

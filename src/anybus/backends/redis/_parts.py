@@ -1,4 +1,4 @@
-"""How much goes into one call: a script holds up the whole server while it runs."""
+"""How much goes into one call. A script blocks the whole server while it runs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ._protocol import Argument
 from ._taking_scripts import MOST_BYTES
 
 PER_SCRIPT: Final = 250
-"""At most so many items."""
+"""The maximum number of items in one call of a script."""
 
 
 def size(arguments: Sequence[Argument]) -> int:
-    """Their bytes, about."""
+    """About how many bytes the arguments have."""
     return sum(len(argument) if isinstance(argument, (bytes, str)) else 8 for argument in arguments)
 
 
 def fitting(sizes: Sequence[int], most: int = PER_SCRIPT) -> Iterator[int]:
-    """Cut items of these sizes into parts, each within the bounds of one call: yields the number of items of each.
+    """Split items of these sizes into parts that fit into one call each. Yields the number of items of each part.
 
-    An item that is larger than all that may be in one call has one for itself.
+    An item that is too large for one call gets a part of its own.
     """
     count = total = 0
     for item in sizes:

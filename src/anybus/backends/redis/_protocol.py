@@ -1,4 +1,4 @@
-"""RESP, without any I/O: commands become bytes, bytes become replies, and replies find their callers in order."""
+"""RESP, without any I/O: turns commands into bytes and bytes into replies, and assigns replies to callers in order."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: i
 
 
 def pack_one(command: Command) -> bytes:
-    """One command as bytes."""
+    """Encode one command."""
     return _pack(tuple(command))
 
 
 class ServerError(Exception):
-    """An error reply, as the server worded it."""
+    """An error reply, with the server's text."""
 
 
 class BrokenProtocolError(Exception):
-    """The server sent what is not RESP, or a reply that nobody asked for. The connection cannot be used any more."""
+    """The server sent data that is not RESP, or a reply without a command. The connection cannot be used any more."""
 
 
 class Replies:
-    """The place of one caller in the line: so many replies belong to it."""
+    """The place of one caller in the queue, for the number of replies that it expects."""
 
     __slots__ = ("done", "error", "expected", "replies")
 
@@ -46,7 +46,7 @@ class Replies:
 
 
 class Protocol:
-    """One connection's conversation. Feed it what arrives; it hands each reply to whoever asked first."""
+    """The state of one connection. Feed it the bytes that arrive: each reply goes to the caller that asked first."""
 
     def __init__(self) -> None:
         self._reader = hiredis.Reader(
@@ -56,28 +56,28 @@ class Protocol:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether anybody still waits for a reply."""
+        """Whether a reply is still expected."""
         return bool(self._line)
 
     @property
     def oldest(self) -> Replies | None:
-        """Whoever has waited for the longest."""
+        """The caller that has waited for the longest time."""
         return self._line[0] if self._line else None
 
     def expect(self, replies: Replies) -> None:
-        """The commands of this caller are sent next."""
+        """To be called when this caller's commands are sent next."""
         self._line.append(replies)
 
     def feed(self, data: bytes) -> None:
-        """Take what arrived.
+        """Process the bytes that arrived.
 
-        :raises BrokenProtocolError: if it makes no sense; everything still waiting has to be failed.
+        :raises BrokenProtocolError: if they are invalid. Then :meth:`fail` must be called.
         """
         reader, line = self._reader, self._line
         reader.feed(data)
         while (reply := reader.gets()) is not _NOT_ENOUGH:
             if not line:
-                raise BrokenProtocolError(f"a reply that nobody waits for: {str(reply)[:80]}")
+                raise BrokenProtocolError(f"received a reply that nobody waits for: {str(reply)[:80]}")
             first = line[0]
             first.replies.append(reply)
             if len(first.replies) == first.expected:
@@ -85,13 +85,13 @@ class Protocol:
                 first.done()
 
     def fail(self, error: Exception) -> None:
-        """The connection is gone: nobody who waits will get a reply."""
+        """The connection is gone: fail all callers that still wait for replies."""
         while self._line:
             self._line.popleft().fail(error)
 
 
 def pack(commands: Sequence[Command]) -> bytes:
-    """The commands as bytes.
+    """Encode commands.
 
     :raises TypeError: if an argument is not bytes, str, int or float.
     """

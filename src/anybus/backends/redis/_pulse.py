@@ -1,4 +1,4 @@
-"""The pulse of a connection that is shared: whether the other side still answers."""
+"""The pulse of the shared connection: checks whether the other side still answers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ._link import PAUSE, PING, Link
 from ._protocol import Protocol, Replies, pack_one
 
 LOOKS = 4
-"""So often within ``command_timeout`` somebody looks whether the server still answers."""
+"""How many times within ``command_timeout`` the silence is measured."""
 
 PING_EVERY = 10.0
-"""Seconds of idleness after which a PING shows whoever stands between that the connection is in use."""
+"""After this many idle seconds, a PING is sent, so that firewalls and NATs on the way do not drop the connection."""
 
 
 class Pulse:
-    """Asks for a sign of life where none has come for too long.
+    """Sends a PING if there has been no sign of life for too long.
 
-    :param send: takes the bytes of a PING.
-    :param on_answer: called when one has been answered.
-    :ivar last_reply: when something came last.
-    :ivar probing: a PING is under way. Nothing else may be sent until it is answered: so nothing is sent on a dead
-        connection.
+    :param send: called with the bytes of a PING.
+    :param on_answer: called when a PING has been answered.
+    :ivar last_reply: when bytes were last received.
+    :ivar probing: a PING is under way. Nothing else may be sent until it is answered, so that no command is sent on a
+        dead connection.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Pulse:
         self.last_reply = clock()
 
     def has_paused(self) -> bool:
-        """Whether nothing has come for so long that a PING has to go first. Asked for most publishes."""
+        """Whether the silence is so long that a PING must be sent first. Called for most publishes."""
         return self._clock() - self.last_reply > PAUSE
 
     def probe(self) -> None:
-        """Send a PING. Nothing else may be under way."""
+        """Send a PING. No other command may be under way."""
         answered = self._answered = anyio.Event()
         self.probing = True
 
@@ -63,7 +63,7 @@ class Pulse:
         self._begun.set()
 
     async def until_unanswered(self) -> None:
-        """Returns when a PING is not answered in time. Sends one itself, now and then, while nothing else is sent."""
+        """Return when a PING is not answered in time. While the connection is idle, send one at intervals."""
         while True:
             answered = self._answered
             if answered is None or answered.is_set():
@@ -84,12 +84,12 @@ class Pulse:
             self.probe()
 
     async def until_silent(self, timeout: float, unsent: Callable[[], int]) -> None:
-        """Returns when the server has owed a reply for too long: a frozen one says nothing, ever.
+        """Return when a reply is expected, and the server has been silent for too long (because it is frozen, perhaps).
 
-        It is silence that counts. While parts of a reply come, or parts of what the server has to answer arrive there
-        one after the other, there is none.
+        There is no silence while parts of a reply arrive, or while the other side still confirms bytes of the commands.
 
-        :param unsent: how many bytes of commands that count as sent are still here.
+        :param timeout: how many seconds of silence are too long.
+        :param unsent: returns how many bytes of commands that count as sent are still here.
         """
         oldest: Replies | None = None
         since, arrived, owed = 0.0, 0, 0

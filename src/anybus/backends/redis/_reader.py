@@ -1,4 +1,4 @@
-"""A blocking reader: a connection of its own for one consumer's blocking reads, which never lose an entry."""
+"""A blocking reader: one consumer's own connection for blocking reads, which never lose an entry."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SHIELDED = 1.0
 
 
 class BlockingReader:
-    """One consumer's connection, opened when it is needed. One request at a time.
+    """One consumer's connection, opened when it is needed. There is one request at a time.
 
-    :param unblock: asks the server to end the blocking command of a client id; true if it did.
+    :param unblock: asks the server to end the blocking command of a client id. Returns true if there was one.
     """
 
     def __init__(self, settings: Settings, unblock: Callable[[int], Awaitable[bool]]) -> None:
@@ -29,9 +29,9 @@ class BlockingReader:
         self._protocol = Protocol()
         self._last_reply = 0.0
         self.lost_track = False
-        """A connection broke while a read was under way: something may have been delivered that nobody has seen."""
+        """A connection broke during a read: the server may have delivered entries whose reply was lost."""
         self.last_id = "0-0"
-        """The highest id that a read has brought. Reads of one consumer bring ever higher ones."""
+        """The highest id that a read has returned. The ids of one consumer's reads only grow."""
 
     async def aclose(self) -> None:
         link, self._link = self._link, None
@@ -41,39 +41,39 @@ class BlockingReader:
     async def request(
         self, commands: list[Command], *, wait: float, hand_back: Callable[[list[Any]], Awaitable[None]]
     ) -> list[Any]:
-        """Send commands, wait for their replies (error replies included).
+        """Send commands, and wait for their replies. Error replies are returned, too.
 
-        :param wait: seconds for which the server may block.
-        :param hand_back: called with the replies, shielded, if the caller was cancelled and they came all the same.
-        :raises BackendError: if the connection cannot be made, breaks, or is silent for longer than it may be.
+        :param wait: for how many seconds the server may block.
+        :param hand_back: called with the replies, shielded, if the caller was cancelled while they were under way.
+        :raises BackendError: if the connection cannot be opened, breaks, or is silent for too long.
         """
         link = await self._usable_link()
         finished = anyio.Event()
         replies = Replies(len(commands), finished.set)
         self._protocol.expect(replies)
         try:
-            # Not cancelled half-way: what is left of a command in the pipe would spoil the connection.
+            # Shielded, because a command that is sent only in part would make the connection unusable.
             with anyio.CancelScope(shield=True):
                 await link.send(pack(commands), silence=self._settings.command_timeout)
             await self._receive(link, finished, wait + self._settings.command_timeout)
         except BROKEN as error:
-            await self.give_up()  # noqa: ASYNC120 - shielded in there
+            await self.abandon()  # noqa: ASYNC120 - shielded inside
             text = f"the connection to {self._settings.place} broke: {str(error) or type(error).__name__}"
             raise broken(text, may_have_happened=True) from error
         except BaseException:
-            # Cancelled: the entries may be on their way. Have the server answer now, and give them back.
+            # Cancelled: entries may be under way. Make the server answer now, and release them.
             with anyio.move_on_after(_SHIELDED, shield=True) as scope:
                 await self._end_blocking(link, finished)
                 await hand_back(replies.replies)
             if scope.cancelled_caught:
                 self.lost_track = True
             if not finished.is_set():
-                await self.give_up()  # noqa: ASYNC102 - shielded in there
+                await self.abandon()  # noqa: ASYNC102 - shielded inside
             raise
         return replies.replies
 
     async def _usable_link(self) -> Link:
-        """The connection; another one if it does not answer after a pause."""
+        """The connection; a new one if there is none, or if it does not answer after a pause."""
         if self._link is not None and anyio.current_time() - self._last_reply > PAUSE:
             link, self._link = self._link, None
             answers = False
@@ -81,7 +81,7 @@ class BlockingReader:
                 answers = await link.answers()
             finally:
                 if not answers:
-                    await link.aclose()  # noqa: ASYNC102 - shielded in there
+                    await link.aclose()  # noqa: ASYNC102 - shielded inside
             self._link = link if answers else None
         if self._link is None:
             self._link = await open_link(self._settings)
@@ -90,7 +90,8 @@ class BlockingReader:
 
     async def _receive(self, link: Link, finished: anyio.Event, silence: float = math.inf) -> None:
         """
-        :param silence: seconds until the first part has to come. Between two parts it is ``command_timeout`` at most.
+        :param silence: how many seconds the first bytes may take. All later ones may take ``command_timeout``, or what
+            is left of this time, if that is longer.
         """
         deadline = anyio.current_time() + silence
         while not finished.is_set():
@@ -103,13 +104,13 @@ class BlockingReader:
         async with anyio.create_task_group() as tasks:
 
             async def unblock() -> None:
-                # Until it has arrived and is blocked, the server does not know what to unblock.
+                # Repeated, because the blocking command may not have reached the server yet.
                 while not finished.is_set():
                     try:
                         if await self._unblock(link.client_id):
                             return
                     except Exception:
-                        return  # without the other connection: what is blocked here ends by its own time
+                        return  # the shared connection failed: the blocking command ends after its own time
                     await anyio.sleep(0.002)
 
             tasks.start_soon(unblock)
@@ -122,7 +123,7 @@ class BlockingReader:
     def lose_track(self) -> None:
         self.lost_track = True
 
-    async def give_up(self) -> None:
-        """This connection is of no use any more; the next request opens another."""
+    async def abandon(self) -> None:
+        """Close this connection, which cannot be used any more. The next request opens a new one."""
         self.lost_track = True
         await self.aclose()

@@ -1,8 +1,8 @@
-"""What a subscription's user must be allowed to do, asked by commands that change nothing.
+"""Checks the permissions that a subscription needs, by commands that change nothing.
 
-A server checks the user's rights before it checks a command's arguments. So a command with an impossible id, number or
-name (``0-0``, ``x``, an empty one) does nothing: without the right it fails for that reason, else for another one.
-``ACL DRYRUN`` would tell the same, but needs 7.0 and a right of its own.
+A server checks the user's permissions before it checks a command's arguments. So a command with an impossible id,
+number or name (``0-0``, ``x``, an empty one) does nothing. If the permission is missing, it fails for that reason,
+otherwise for another one. ``ACL DRYRUN`` would tell the same, but needs Redis 7.0 and a permission of its own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ._keys import delayed, leases, meta
 from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
 
-# All of them at once. ARGV: of each its number of words, its words. Replies with each one's error, or ''.
-# Their keys are no KEYS: a script is refused as a whole for one of those.
+# Tries all commands at once. ARGV: for each command, its number of words, and the words. Replies with the error of each
+# command, or ''. Their keys are not passed as KEYS, because a script is refused as a whole for one forbidden KEY.
 TRY: Final = Script(
     "try",
     """
@@ -38,11 +38,11 @@ return errors
 ALL: Final = (TRY,)
 
 _UNKNOWN: Final = "unknown redis command"
-"""What a script is told of a command that the server does not have, or has under another name."""
+"""The error in a script for a command that the server does not have, or has under another name."""
 
 
 def probes(stream: str, retry_stream: str, group: str, dead_letter_topic: str | None) -> Iterator[tuple[str, Command]]:
-    """Pairs: a command and its key in words, and what is tried."""
+    """Pairs: the name of a command with its key, and the command that is tried."""
 
     def probe(name: str, key: str, *arguments: Argument) -> tuple[str, Command]:
         return f"{name} on {key!r}", (*name.split(), key, *arguments)
@@ -73,12 +73,12 @@ def probes(stream: str, retry_stream: str, group: str, dead_letter_topic: str | 
 
 
 def arguments(asked: Sequence[tuple[str, Command]]) -> list[Argument]:
-    """What :data:`TRY` takes."""
+    """The arguments of :data:`TRY`."""
     return [word for _, command in asked for word in (len(command), *command)]
 
 
 def missing_rights(asked: Sequence[tuple[str, Command]], reply: Any) -> BackendError | None:
-    """One error that names what this user may not do; None = he may do all of it."""
+    """One error that names all missing permissions; None = none is missing."""
     missing: list[str] = []
     for (name, _), text in zip(asked, reply, strict=True):
         error = ServerError(text.decode(errors="replace"))
@@ -92,7 +92,10 @@ def may_not_run_scripts() -> BackendError:
 
 
 def _refusal(missing: Sequence[str]) -> BackendError:
-    text = f"NOPERM the server does not allow what a subscription needs: {', '.join(missing)} (docs/redis.md, Rights)"
+    text = (
+        f"NOPERM this user lacks permissions that a subscription needs: {', '.join(missing)} "
+        "(see docs/redis.md, Rights)"
+    )
     error = BackendError(text, may_have_happened=False, can_pass=False)
     error.__cause__ = redis.exceptions.NoPermissionError(text)
     return error

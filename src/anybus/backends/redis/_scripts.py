@@ -1,11 +1,12 @@
-"""The server-side scripts. Each checks who owns an entry before it touches it, and appends before it acknowledges.
+"""The server-side scripts. Each one checks the owner of an entry before it changes it, and appends before it acks.
 
-Lua never rolls back: an XACK before an XADD that fails would lose the message. So a script that writes more than once
-either has every refusal before its first write (a command with the id 0-0 or an empty name changes nothing, but needs
-the same right), or takes back what it wrote and says in its reply what it could not take back.
+Redis never rolls back a script: an XACK before an XADD that fails would lose the message. A script that writes more
+than once therefore does one of two things. Either all errors happen before its first write: a command with the id 0-0
+or an empty name changes nothing, but needs the same permission. Or the script undoes its writes, and its reply tells
+what it could not undo.
 
-Nothing here needs more than 6.2. A retry stream (``anybus:…``) has one group only: what that has acknowledged is of no
-use any more, and deleted.
+All scripts work on Redis 6.2. A retry stream (``anybus:…``) has only one group: entries that the group has acknowledged
+are of no use any more, and are deleted.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from hashlib import sha1
 from typing import Final
 
 MOST_VALUES: Final = 7000
-"""So many values a script gives to one command at most: Lua's ``unpack`` ends at 7,999."""
+"""How many values a script passes to one command at most. Lua's ``unpack`` allows 7,999."""
 
 
 @dataclass(frozen=True)
 class Script:
-    """
-    :ivar partly: whether an error that it raises may come after it has written something. If not, errors of its
-        commands are raised before its first write.
+    """A script, which is called by its digest.
+
+    :ivar partly: whether its commands may fail after its first write. If false, they can fail only before it.
     """
 
     name: str
@@ -35,8 +36,8 @@ class Script:
         return sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
-# Which of the ids from ARGV[5] on belong to the consumer: one ranged XPENDING for them all. ARGV[3] and ARGV[4] are a
-# good guess at their range; what it misses is asked for one by one (an error there: not an id, and so not ours).
+# Which of the ids from ARGV[5] on belong to the consumer. One XPENDING looks at the range from ARGV[3] to ARGV[4], in
+# which most likely all ids are. Ids that it misses are looked up one by one (an error means: not an id, so not ours).
 _OWNED = """
 local function owned(key, group, consumer, low, high, limit)
   local found = {}
@@ -119,7 +120,7 @@ local function failed(reply)
 end
 """
 
-# Acknowledges an entry of KEYS[1] and the group ARGV[1]. A refusal comes before the first write.
+# Acknowledges an entry of KEYS[1] and the group ARGV[1]. It fails only before its first write.
 _SETTLE: Final = """
 local function settle(id)
   local is_retry_stream = KEYS[1]:sub(1, 7) == 'anybus:'
@@ -130,10 +131,10 @@ local function settle(id)
 end
 """
 
-# KEYS: the stream, then every key that an output goes to (a stream, or a sorted set of delayed entries).
-# ARGV: group, consumer, the number of items; of each item: id, number of outputs; of each output: the index of its
+# KEYS: the stream, then the key of every output (a stream, or a sorted set of delayed entries).
+# ARGV: group, consumer, the number of items; for each item: id, number of outputs; for each output: the index of its
 # key, its delay in ms (-1 = append now), a token that makes a delayed member unique, the number of fields, the fields.
-# Of an item that fails everything is taken back ('error'), or its reply says that something is left ('half').
+# If an item fails, its outputs are undone ('error'). If one cannot be undone, the reply says so ('half').
 TRANSFER: Final = Script(
     "transfer",
     FAILED
@@ -147,11 +148,11 @@ local at = 4
 for item = 1, tonumber(ARGV[3]) do
   local id, outputs = ARGV[at], tonumber(ARGV[at + 1])
   at = at + 2
-  -- An error here: that is no entry's id, and so it is not ours.
+  -- An error here means: not an id, so not ours.
   local mine = redis.pcall('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2])[1] ~= nil
   local ids, undo, failure = {}, {}, nil
   if mine and outputs > 1 then
-    -- What would have to be taken back is better not written.
+    -- Check the types of all keys first, so that less has to be undone.
     local look = at
     for output = 1, outputs do
       local key, wanted = KEYS[tonumber(ARGV[look])], tonumber(ARGV[look + 1]) >= 0 and 'zset' or 'stream'
@@ -204,8 +205,8 @@ return results
 """,
 )
 
-# The second step of a transfer whose output has too many fields for a script. KEYS: the stream, where it was appended.
-# ARGV: group, consumer, id, the id of what was appended.
+# The second step of a transfer whose output has too many fields for a script. KEYS: the stream, the output's stream.
+# ARGV: group, consumer, id, the id of the appended output.
 SETTLE_APPENDED: Final = Script(
     "settle appended",
     FAILED
@@ -224,7 +225,7 @@ return {'not ours'}
 """,
 )
 
-# ARGV: due time in ms (absolute) or, with a leading +, from now; token; fields.
+# ARGV: due time in ms, absolute or (with a leading +) from now; token; fields.
 SCHEDULE: Final = Script(
     "schedule",
     """
@@ -240,9 +241,8 @@ return due
 """,
 )
 
-# Looks for a delayed member by its token, from a cursor on, through some of the set. Members begin with the head of a
-# list, the head of a string, and the token. Replies with the next cursor ('0' = that was the end), and how many it
-# removed.
+# Searches a part of the set for a delayed member, by its token, from a cursor on. A member begins with the head of a
+# list, the head of a string, and the token. Replies with the next cursor ('0' = the end), and how many it removed.
 CANCEL: Final = Script(
     "cancel",
     """
@@ -262,8 +262,8 @@ return {cursor, 0}
 """,
 )
 
-# Keeps a group's safe floor beside its streams: what lies below it, every member had settled. KEYS: pairs of a stream
-# and its meta hash. A floor is the last delivered id, or, with something pending, "before" the lowest of that.
+# Keeps a group's safe floor beside its streams: all members have settled everything up to it. KEYS: pairs of a stream
+# and its meta hash. A floor is the last delivered id or, if there are pending entries, "before" and the lowest of them.
 FLOOR: Final = Script(
     "floor",
     """
@@ -286,8 +286,8 @@ return 1
 """,
 )
 
-# Removes consumers that are gone: nothing pending, and silent for so many ms. A live one is made again by its next
-# read, so that this harms nobody.
+# Removes consumers that have no pending entries, and were silent for ARGV[3] ms. A live consumer is recreated by its
+# next read, so this does no harm.
 REAP: Final = Script(
     "reap",
     """
@@ -305,7 +305,7 @@ return removed
     partly=True,
 )
 
-# KEYS: the stream, and where the group's lease and its members are kept.
+# KEYS: the stream, and the key of the group's lease and its members.
 FORGET: Final = Script(
     "forget",
     """

@@ -1,4 +1,4 @@
-"""What the server is and can do: asked on every new connection, by probes rather than by version numbers."""
+"""What the server is and what it can do. Asked on every new connection, by probes rather than by version numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ OLDEST = (6, 2)
 
 @dataclass(frozen=True)
 class Server:
-    """What we know of it.
+    """What is known about the server.
 
     :ivar name: ``redis`` or ``valkey``.
-    :ivar can_unblock: whether this user may use CLIENT ID and CLIENT UNBLOCK (``@admin @dangerous`` in ACLs). Without
-        them blocking reads are cut into short ones, so that a cancelled read ends within a second.
-    :ivar can_load: whether this user may use SCRIPT LOAD. Without it the server learns each script when it is first
-        run, by EVAL.
+    :ivar can_unblock: whether this user may use CLIENT ID and CLIENT UNBLOCK (``@admin @dangerous`` in ACLs). If not,
+        blocking reads are split into short ones, so that a cancelled read ends within a second.
+    :ivar can_load: whether this user may use SCRIPT LOAD. If not, each script is sent by EVAL when it is first run.
     """
 
     name: str = "redis"
@@ -30,10 +29,10 @@ class Server:
 
 
 async def look_at(link: Link, settings: Settings) -> Server:
-    """Ask for information. Nothing of it is required: a user, a managed server or a proxy may not allow the question.
+    """Ask the server about itself. Refused questions are fine: a user, a managed server or a proxy may not allow them.
 
-    :raises UnsupportedError: if the server is too old, or a kind that is not supported yet.
-    :raises ServerError: if it refuses everything.
+    :raises UnsupportedError: if the server is too old, or of a kind that is not supported yet.
+    :raises ServerError: if it refuses every command.
     """
     replies = await ask(link, [("INFO", "server"), ("COMMAND", "INFO", "XAUTOCLAIM"), ("CLIENT", "UNBLOCK", 0)])
     await tolerate(link, replies)
@@ -41,7 +40,7 @@ async def look_at(link: Link, settings: Settings) -> Server:
     info: dict[str, str] = {}
     if not isinstance(told, ServerError):
         info = dict(line.split(":", 1) for line in told.decode().splitlines() if ":" in line)
-    mode = info.get("redis_mode") or info.get("server_mode")  # the second is Valkey's word, from 9 on
+    mode = info.get("redis_mode") or info.get("server_mode")  # the second is Valkey's name, from 9 on
     if mode is None:
         mode = "cluster" if await _is_cluster(link) else "standalone"
     if mode != "standalone":
@@ -58,12 +57,12 @@ async def look_at(link: Link, settings: Settings) -> Server:
 
 
 async def _is_cluster(link: Link) -> bool:
-    """Where INFO does not say: all others refuse this question."""
+    """For a server whose INFO does not tell. All servers outside cluster mode refuse this command."""
     [reply] = await ask(link, [("CLUSTER", "INFO")])
     return isinstance(reply, bytes) and reply.startswith(b"cluster_")
 
 
 async def _has(link: Link, command: str) -> bool:
-    """Whether the server has a command, by trying it without arguments: nobody has to be allowed to use it for that."""
+    """Whether the server has a command. It is tried without arguments, for which the user needs no permission."""
     [reply] = await ask(link, [(command,)])
     return "unknown command" not in str(reply)

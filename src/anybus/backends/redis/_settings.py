@@ -1,4 +1,4 @@
-"""Where the server is and who we are there: from a URL, or from a client that is configured already."""
+"""The server's address and the credentials, from a URL or from a configured redis-py client."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import redis.connection
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 
 from ..._ground.checks import check_delay, check_text, refuse
-from ..._ground.errors import UnsupportedError
+from ..._ground.errors import UnsupportedError, ValidationError
 from ._url import MAX_DATABASE, checked_url
 
 _TLS_OPTIONS = frozenset(
@@ -73,7 +73,7 @@ class Settings:
 
     @property
     def place(self) -> str:
-        """Where the server is, for people: without credentials."""
+        """The server's address, for texts: without credentials."""
         if self.path is not None:
             return self.path
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -81,24 +81,24 @@ class Settings:
 
 def from_url(url: str, **more: Any) -> Settings:
     """
-    :raises ValidationError: if the URL cannot be understood, or asks for what is not known here.
+    :raises ValidationError: if the URL is invalid, or has unknown options.
     """
     text = checked_url(url, _URL_OPTIONS, _TLS_OPTIONS)
     try:
         given = dict(_parse_url(text))
     except (ValueError, TypeError, AttributeError):
-        # Neither the URL nor what the parser says of it is repeated: a password that is not escaped may be in either.
+        # The error shows neither the URL nor the parser's text: both may contain a password that is not escaped.
         given = None
     if given is None:
-        refuse("url", "the given URL", "one that redis-py understands, user and password %-escaped")
+        raise ValidationError("url must be one that redis-py can parse (user and password %-escaped)")
     given.pop("connection_class", None)
     return _settings(given, secure=text.startswith("rediss://"), **more)
 
 
 def from_client(client: Any, **more: Any) -> Settings:
     """
-    :raises UnsupportedError: if the client is one for a cluster, or behind a sentinel.
-    :raises ValidationError: if it is no redis-py client.
+    :raises UnsupportedError: if the client is for a cluster, is behind a sentinel, or checks certificates by OCSP.
+    :raises ValidationError: if it is not a redis-py client.
     """
     pool = getattr(client, "connection_pool", None)
     if pool is None or not hasattr(pool, "connection_kwargs"):
@@ -109,7 +109,7 @@ def from_client(client: Any, **more: Any) -> Settings:
         raise UnsupportedError("clients behind a sentinel are not supported yet")
     given = {name: value for name, value in pool.connection_kwargs.items() if name in _CLIENT_OPTIONS}
     if any(pool.connection_kwargs.get(name) for name in _OCSP):
-        raise UnsupportedError("OCSP is not supported: clients that ask for it would not get what they ask for")
+        raise UnsupportedError("OCSP is not supported: the certificate check that this client demands would be skipped")
     names = [base.__name__ for base in inspect.getmro(pool.connection_class)]
     return _settings(given, secure="SSLConnection" in names, **more)
 
@@ -138,7 +138,7 @@ def _text(name: str, given: dict[str, Any]) -> str | None:
 
 
 def _number(name: str, given: dict[str, Any], default: int, *, least: int, most: int) -> int:
-    """A number as redis-py takes it: its digits will do."""
+    """A number. Like redis-py, this accepts its digits as text."""
     value = given.get(name)
     if value is None:
         return default
@@ -152,7 +152,7 @@ def _number(name: str, given: dict[str, Any], default: int, *, least: int, most:
 
 
 def _tls_context(given: dict[str, Any]) -> ssl.SSLContext:
-    """Verification is on unless the URL or the client says otherwise, in redis-py's own words."""
+    """The TLS context. Certificates are verified unless the URL or the client says otherwise, by redis-py's options."""
     requirement = given.get("ssl_cert_reqs", "required")
     if requirement is None:
         requirement = ssl.CERT_NONE
@@ -168,7 +168,7 @@ def _tls_context(given: dict[str, Any]) -> ssl.SSLContext:
         context.check_hostname = check and requirement is not ssl.CERT_NONE
         context.verify_mode = requirement
         if given.get("ssl_certfile"):
-            # An empty password rather than none: OpenSSL would ask for one at the terminal.
+            # An empty password, because without one OpenSSL would ask for it at the terminal.
             password = given.get("ssl_password") or ""
             context.load_cert_chain(given["ssl_certfile"], given.get("ssl_keyfile"), password)
         if given.get("ssl_min_version") is not None:
@@ -177,7 +177,7 @@ def _tls_context(given: dict[str, Any]) -> ssl.SSLContext:
             context.set_ciphers(given["ssl_ciphers"])
     except (OSError, ValueError, TypeError) as error:
         named = {name: given[name] for name in _TLS_OPTIONS - {"ssl_password", "ssl_ca_data"} if given.get(name)}
-        refuse("ssl options", named, f"files and values that can be used ({error})")
+        refuse("ssl options", named, f"usable files and values ({error})")
     for flag in given.get("ssl_include_verify_flags") or ():
         context.verify_flags |= flag
     for flag in given.get("ssl_exclude_verify_flags") or ():

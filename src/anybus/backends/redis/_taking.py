@@ -1,4 +1,4 @@
-"""Taking entries: blocking reads, reclaims, whole passes. Cancelled, each hands back what it took."""
+"""Taking entries: blocking reads, reclaims, whole passes. If one is cancelled, it releases the entries that it took."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import _taking_scripts as taking
 from ._appetite import Appetite
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
-from ._errors import SENSELESS, has_code, leads_elsewhere, may_be_partly_done, senseless, translate
+from ._errors import UNEXPECTED, has_code, leads_elsewhere, may_be_partly_done, translate, unexpected_reply
 from ._keys import delayed, meta
 from ._parts import PER_SCRIPT
 from ._protocol import Argument, Command, ServerError
@@ -38,7 +38,7 @@ Taken = dict[str, list[FetchedEntry]]
 
 
 class Taking:
-    """The reading half of the backend, and what it keeps per consumer: a connection, cursors."""
+    """The part of the backend that takes entries. For each consumer it keeps a connection and cursors."""
 
     def __init__(self, client: Client, decoder: EntryDecoder) -> None:
         self._client = client
@@ -49,10 +49,10 @@ class Taking:
         self._reaped_at: dict[tuple[str, str], float] = {}
         self._passes = 0
         self._appetite = Appetite()
-        self._astray: dict[Member, tuple[float, str]] = {}
-        """When a pass was sent whose reply was lost, and up to which id somebody has looked for what it took."""
+        self._lost_passes: dict[Member, tuple[float, str]] = {}
+        """When a pass was sent whose reply was lost, and up to which id the entries that it took were searched."""
         self._looked: dict[str, tuple[float, float]] = {}
-        """When a stream was last found empty by a read that does not wait, and when its next delayed entry is due."""
+        """When a read without waiting last found the stream empty, and when its next delayed entry is due."""
         self.tasks: TaskGroup | None = None
         self._hand_backs: set[anyio.Event] = set()
 
@@ -65,7 +65,7 @@ class Taking:
     async def forget(self, stream: str, group: str, consumer: str) -> None:
         member = (stream, group, consumer)
         self._cursors.pop(member, None)
-        self._astray.pop(member, None)
+        self._lost_passes.pop(member, None)
         self._kept_at.pop((stream, group), None)
         self._reaped_at.pop((stream, group), None)
         reader = self._readers.pop(member, None)
@@ -107,7 +107,7 @@ class Taking:
     async def _look(
         self, reader: BlockingReader, stream: str, group: str, consumer: str, move: Command, read: Command
     ) -> list[FetchedEntry]:
-        """Append what is due, then read without waiting: two commands in one write."""
+        """Append the entries that are due, then read without waiting: two commands in one write."""
         moved: list[Any] = []
 
         def parse(replies: list[Any]) -> Taken:
@@ -117,7 +117,7 @@ class Taking:
         try:
             entries = (await self._take([move, read], group, consumer, parse, lost=reader.lose_track))[stream]
         except GroupLostError:
-            reader.last_id = "0-0"  # made again, the group may hand over lower ids than these
+            reader.last_id = "0-0"  # the recreated group may deliver lower ids
             raise
         if entries:
             reader.last_id = entries[-1].id
@@ -133,7 +133,7 @@ class Taking:
 
     async def _unblock(self, client_id: int) -> bool:
         if not (client_id and self._client.server.can_unblock):
-            return True  # it ends by its own time, soon
+            return True  # the blocking read is short, and ends by itself
         return bool(await self._client.call("CLIENT", "UNBLOCK", client_id))
 
     async def _request(
@@ -156,18 +156,18 @@ class Taking:
     async def _read(self, reader: BlockingReader, reply: Any, stream: str, group: str) -> list[FetchedEntry]:
         if isinstance(reply, ServerError):
             if leads_elsewhere(reply):
-                # This connection's server said so. The shared one may be with the right server by now.
-                await reader.aclose()  # noqa: ASYNC120 - shielded in there
+                # It was this connection's server. The shared connection may already be on the right one.
+                await reader.aclose()  # noqa: ASYNC120 - shielded inside
                 raise translate(reply)
             error = await self._client.refused_in(stream, group, reply)
             if isinstance(error, GroupLostError):
-                reader.last_id = "0-0"  # made again, the group may hand over lower ids than these
+                reader.last_id = "0-0"  # the recreated group may deliver lower ids
             raise error
         try:
             entries = self._decoder.read(reply)
-        except SENSELESS as error:
-            await reader.give_up()  # noqa: ASYNC120 - shielded in there
-            raise senseless(self._client.settings.place, reply) from error
+        except UNEXPECTED as error:
+            await reader.abandon()  # noqa: ASYNC120 - shielded inside
+            raise unexpected_reply(self._client.settings.place, reply) from error
         if entries:
             reader.last_id = entries[-1].id
             self._appetite.came(entries)
@@ -182,9 +182,9 @@ class Taking:
     async def _find_unseen(
         self, reader: BlockingReader, stream: str, group: str, consumer: str, count: int
     ) -> list[FetchedEntry]:
-        """What was delivered to this consumer by a read whose reply was lost: all that is above the last one seen.
+        """The entries that a read delivered to this consumer, but whose reply was lost: all above the last id seen.
 
-        What it had claimed from others may be among it; the bus knows that it holds those.
+        They may include entries that the consumer claimed from others. The bus knows that it holds those.
         """
         last = ""
 
@@ -201,14 +201,14 @@ class Taking:
             reader.lost_track = False
         return entries
 
-    async def _find_astray(self, member: Member, count: int) -> list[FetchedEntry]:
-        """What a pass has taken whose reply was lost: what is this consumer's since it was sent.
+    async def _find_lost(self, member: Member, count: int) -> list[FetchedEntry]:
+        """The entries that a pass took, but whose reply was lost: those that this consumer got since the pass was sent.
 
-        What was renewed since is among it; the bus knows that it holds that.
+        They may include entries that were renewed since then. The bus knows that it holds those.
         """
         stream, group, consumer = member
-        while member in self._astray:
-            since, last = self._astray[member]
+        while member in self._lost_passes:
+            since, last = self._lost_passes[member]
             looked_up_to = ""
 
             def parse(replies: list[Any]) -> Taken:
@@ -220,32 +220,32 @@ class Taking:
             args = (group, consumer, last, count, longest)
             taken = await self._take_by_script(taking.UNSEEN, (stream,), args, group, consumer, parse)
             if looked_up_to:
-                self._astray[member] = since, looked_up_to
+                self._lost_passes[member] = since, looked_up_to
             else:
-                self._astray.pop(member, None)
+                self._lost_passes.pop(member, None)
             if taken[stream]:
                 return taken[stream]
         return []
 
     async def reclaim(self, stream: str, group: str, consumer: str, min_idle: float, count: int) -> list[FetchedEntry]:
         member, count = (stream, group, consumer), self._appetite.of(count)
-        if astray := await self._find_astray(member, count):
-            return astray
+        if found := await self._find_lost(member, count):
+            return found
         keys, args = (stream,), (group, consumer, int(min_idle * 1000), count, self._cursors.get(member, "0-0"))
 
         def parse(replies: list[Any]) -> Taken:
             return {stream: self._reclaimed(member, replies[-1])}
 
-        lost = self._loses(member)
+        lost = self._when_lost(member)
         return (await self._take_by_script(taking.RECLAIM, keys, args, group, consumer, parse, lost))[stream]
 
-    def _loses(self, *members: Member) -> Callable[[], None]:
-        """To be called if the reply to what is sent now is lost."""
+    def _when_lost(self, *members: Member) -> Callable[[], None]:
+        """A function to call if the reply to a command that is sent now is lost."""
         now = anyio.current_time()
 
         def lost() -> None:
             for member in members:
-                self._astray.setdefault(member, (now, "0-0"))
+                self._lost_passes.setdefault(member, (now, "0-0"))
 
         return lost
 
@@ -259,10 +259,10 @@ class Taking:
         self._passes += 1
         room, count = count, self._appetite.of(count)
         topic, retries = (stream, group, consumer), (retry_stream, group, consumer)
-        if self._astray:
-            if found := await self._find_astray(topic, count):
+        if self._lost_passes:
+            if found := await self._find_lost(topic, count):
                 return Redelivered(found, [], [], searched=True, more=True)
-            if found := await self._find_astray(retries, count):
+            if found := await self._find_lost(retries, count):
                 return Redelivered([], [], found, searched=True, more=True)
         keys = (stream, delayed(stream), retry_stream, delayed(retry_stream))
         cursors = (self._cursors.get(topic, "0-0"), self._cursors.get(retries, "0-0"))
@@ -297,25 +297,25 @@ class Taking:
             taken[retry_stream] = new_retries + reclaimed_retries
             return taken
 
-        lost = self._loses(topic, retries)
+        lost = self._when_lost(topic, retries)
         taken = await self._take_by_script(taking.PASS, keys, args, group, consumer, parse, lost)
-        # Where there was room for what was not asked for, too.
+        # Also true if fewer entries were requested than there was room for.
         more = more or (count < room and sum(map(len, taken.values())) >= count)
         error = None
         try:
             for where, refusal in refusals[:1]:
                 error = await self._client.refused_in(where, group, refusal)
             if error is None:
-                await self._keep_house(stream, retry_stream, group, consumer, min_idle)
+                await self._maintain(stream, retry_stream, group, consumer, min_idle)
         except BackendError as failure:
-            error = failure  # what was taken is not lost with it
+            error = failure  # not raised, so that the entries that were taken are not lost
         except BaseException:
             await self._within_a_second(lambda: self._hand_back(taken, group, consumer))  # noqa: ASYNC102 - shielded
             raise
         return Redelivered(taken[stream], new_retries, reclaimed_retries, error, more=more)
 
-    async def _keep_house(self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float) -> None:
-        """Now and then: keep the group's floors, remove consumers that are gone. Nobody waits for the replies."""
+    async def _maintain(self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float) -> None:
+        """At intervals, keep the group's floors and remove dead consumers. The replies are not awaited."""
         now, key = anyio.current_time(), (stream, group)
         if now - self._kept_at.get(key, float("-inf")) >= _FLOOR_INTERVAL:
             self._kept_at[key] = now
@@ -357,9 +357,9 @@ class Taking:
         stream: str | None = None,
         lost: Callable[[], None] | None = None,
     ) -> Taken:
-        """Send commands of which the last one takes entries. Cancelled, what it took is handed back all the same.
+        """Send commands, of which the last one takes entries. If this is cancelled, these entries are released.
 
-        :param lost: called if they may have been carried out, and the reply will not come.
+        :param lost: called if the commands may have been carried out, but their reply is lost.
         """
 
         def look_for_loss() -> None:
@@ -377,7 +377,7 @@ class Taking:
                 look_for_loss()
                 await self._hand_back_reply(call.replies, parse, group, consumer)
 
-            await self._within_a_second(hand_back)  # noqa: ASYNC102 - shielded in there
+            await self._within_a_second(hand_back)  # noqa: ASYNC102 - shielded inside
             raise
         if call.error is not None:
             look_for_loss()
@@ -390,7 +390,7 @@ class Taking:
                 raise _ScriptForgottenError
             partly = may_be_partly_done(reply, partly=False)
             if partly and lost is not None:
-                lost()  # what it took until then is looked for
+                lost()  # a later call searches for the entries that it took before the error
             where = stream or str(commands[-1][-2])
             raise await self._client.refused_in(where, group, reply, may_have_happened=partly)
         with self._client.reading(reply):
@@ -399,16 +399,16 @@ class Taking:
         return taken
 
     async def _within_a_second(self, hand_back: Callable[[], Awaitable[None]]) -> None:
-        """Hand back, and wait for that, shielded, for a second at most.
+        """Release entries, and wait for that, shielded, for at most a second.
 
-        In a task of the backend's: if the second is over, since the server or this process stood still, or asyncio's
-        own cancellation pierces the shield, that ends the waiting and not the handing back.
+        The release runs in a task of the backend. So only the waiting ends early if the second is over (because the
+        server or this process was frozen), or if a native asyncio cancellation pierces the shield.
         """
         done = anyio.Event()
 
         async def outlive() -> None:
             try:
-                with anyio.CancelScope(shield=True):  # the multiplexer leaves nobody waiting for ever
+                with anyio.CancelScope(shield=True):  # the multiplexer lets nobody wait forever
                     await persist(hand_back)
             finally:
                 self._hand_backs.discard(done)
@@ -425,16 +425,16 @@ class Taking:
     ) -> None:
         if not replies or isinstance(replies[-1], ServerError):
             return
-        with suppress(*SENSELESS):
+        with suppress(*UNEXPECTED):
             await self._hand_back(parse(replies), group, consumer)
 
     async def _hand_back(self, taken: Taken, group: str, consumer: str) -> None:
-        """Raises nothing that would take the place of a cancellation: what cannot go back waits for its lease."""
+        """Release entries. Errors are not raised, because they would replace a cancellation: the leases then expire."""
         for stream, entries in taken.items():
             missing = [entry.id for entry in entries if isinstance(entry, MissingEntry)]
             if missing:
-                # From 7.0 on the server has forgotten them by now: nobody else will hear of them.
-                text = "pending in group %r, but gone from %r: %s"
+                # Since Redis 7.0, the server has dropped them from the pending list, so nobody else can report them.
+                text = "entries were pending in group %r, but are gone from stream %r: %s"
                 hidden = {"scope": "missing", "topic": stream, "group": group, "consumer": consumer}
                 say(logging.WARNING, text, group, stream, ", ".join(missing), hidden=hidden)
             if entries:

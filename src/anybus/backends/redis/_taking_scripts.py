@@ -1,7 +1,7 @@
-"""The scripts that take entries: what is due, what is idle, what a lost reply had brought.
+"""The scripts that take entries: those that are due, those that are idle, and those whose reply was lost.
 
-Each is bounded in bytes and in what it looks at, since a script holds up the whole server while it runs, and TIME
-stands still in it. What is left is for the next call.
+Each call is bounded in bytes and in the number of entries that it looks at, because a script blocks the whole server
+while it runs. (TIME does not advance in a script, so it cannot be bounded in time.) The next call does the rest.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Final
 from ._scripts import FAILED, MOST_VALUES, Script
 
 MOST_BYTES: Final = 1024 * 1024
-"""So many bytes one call moves or takes, or one entry that is larger."""
+"""How many bytes one call moves or takes at most, unless a single entry is larger."""
 
 MOST_LOOKS: Final = 2000
-"""So many pending entries one call looks at."""
+"""How many pending entries one call looks at."""
 
-# Appends what is due. Returns in how many ms the next one is (0 = now, it was too much for one call; -1 = there is
-# none), and the error that stopped it. What nobody can read is appended as it is, in a field `delayed`: it becomes a
-# malformed entry there, and does not keep the others from their time.
+# Appends the delayed entries that are due. Returns in how many ms the next one is due (0 = now, there were too many for
+# one call; -1 = there is none), and the error that stopped it. A member that cannot be read is appended as it is, in a
+# field `delayed`: it becomes a malformed entry, and does not delay the others.
 _MOVE_DUE: Final = f"""
 local function move_due(stream, delayed)
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   local moved, bytes = 0, 0
   while true do
-    -- To look at the next one is to copy it.
+    -- Looking at a member copies it.
     if moved >= 200 or bytes >= {MOST_BYTES} then return 0 end
     local first = redis.pcall('ZRANGE', delayed, 0, 0, 'WITHSCORES')
     if failed(first) then return -1, first.err end
@@ -76,9 +76,9 @@ local function size_of(fields)
 end
 """
 
-# What was delivered to the consumer above an id, up to ARGV[4] pending entries looked at; and the highest id looked at
-# ('' = there was none). Of that, what a read brought (handed over once, that is); or, with ARGV[5], what was handed
-# over or renewed at most so many ms ago. The count stays what it is.
+# Entries that were delivered to the consumer, with ids above ARGV[3], and the highest id that was looked at ('' = there
+# was none). It looks at up to ARGV[4] pending entries. It returns those that a read took (they were delivered once) or,
+# with ARGV[5], those that were delivered or renewed at most ARGV[5] ms ago. The count of deliveries is not changed.
 UNSEEN: Final = Script(
     "unseen",
     _SIZE
@@ -102,15 +102,15 @@ return {{last, found}}
     partly=True,
 )
 
-# One entry: id, its body (false = gone), the server's count of hand-overs, this one included.
-# Bodies are fetched one by one. What was claimed beyond the bytes of one call goes to the parking consumer, uncounted,
-# and the next scan begins there. `budget` is what is left for this call: bytes, looks, and whether it has taken
-# anything; `budget.more` is set if something was left.
+# For each entry: id, body (false = gone), the server's count of deliveries, including this one.
+# Bodies are fetched one by one. Entries that were claimed beyond the bytes of one call go to the parking consumer,
+# uncounted, and the next scan starts there. `budget` is what is left for this call: bytes, looks, and whether anything
+# was taken. `budget.more` is set if entries were left.
 _RECLAIM: Final = """
 local function reclaim(key, group, consumer, min_idle, count, cursor, budget)
   local parking = 'anybus:returned'
   local taken, wrapped, more = {}, cursor == '0-0', false
-  -- Refusals come before anything is taken.
+  -- These fail, if anything fails, before an entry is taken.
   redis.call('XPENDING', key, group, '0-0', '0-0', 1)
   redis.call('XCLAIM', key, group, consumer, 0, '0-0', 'JUSTID')
   repeat
@@ -159,12 +159,12 @@ RECLAIM: Final = Script(
     partly=True,
 )
 
-# A whole pass over a topic (KEYS 1 and 2: stream and delayed set) and its retry stream (KEYS 3 and 4): what is idle
-# there, what is due, what is new on the retry stream. ARGV: group, consumer, min idle ms, room, cursor of the topic,
-# cursor of the retry stream, which step goes first (0, 1 or 2).
-# Replies with the three steps, whether something was left that was too much for one call, and the errors of appending
-# to the topic and to the retry stream. A group that is missing shows as an error in its own step: the others keep what
-# they took.
+# A whole pass over a topic (KEYS 1 and 2: stream and delayed set) and its retry stream (KEYS 3 and 4). It appends the
+# entries that are due, then takes idle entries of both, and new entries of the retry stream. ARGV: group, consumer, min
+# idle ms, room, cursor of the topic, cursor of the retry stream, which step goes first (0, 1 or 2).
+# Replies with the results of the three steps, whether entries were left that were too much for one call, and the errors
+# of appending to the topic and to the retry stream. A missing group is an error of its own step only: the other steps
+# keep the entries that they took.
 PASS: Final = Script(
     "pass",
     FAILED

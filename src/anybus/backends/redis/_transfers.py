@@ -1,4 +1,4 @@
-"""Transfers on Redis: outputs are appended, and the original is acknowledged, in one step."""
+"""Transfers on Redis: outputs are appended and the original entry is acknowledged in one step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Transferred = Union[list[str], EventBusError, None]
 
 @dataclass(frozen=True)
 class _Item:
-    """A transfer that is ready to be sent: of each output its key, its delay in ms (-1 = none), its fields."""
+    """A transfer that is ready to be sent. For each output: its key, its delay in ms (-1 = none), its fields."""
 
     id: str
     outputs: Sequence[tuple[str, int, list[Argument]]]
@@ -39,9 +39,9 @@ class _Item:
 
 
 class Transfers:
-    """This part of the Redis backend.
+    """The Redis backend's part for transfers.
 
-    :param encode: turns what an application publishes into bytes, or refuses it for its size.
+    :param encode: encodes a message that the application publishes, or refuses it for its size.
     :param encode_copy: the same for the bus's own copies.
     """
 
@@ -76,19 +76,19 @@ class Transfers:
                 if len(items) == 1:
                     raise
                 if is_out_of_reach(error):
-                    # A script is refused as a whole for one key that this user may not touch: that is the error of
-                    # whoever asked for it.
+                    # A script is refused as a whole if the user may not access one of its keys. Only the item with that
+                    # key must fail.
                     answers = [await self._send_alone(stream, group, consumer, item) for _, item in part]  # noqa: ASYNC120
                 elif len(part) == len(items):
                     raise
                 else:
-                    answers = [error] * len(part)  # the others are done, or will be
+                    answers = [error] * len(part)  # not raised, because other parts are or will be done
             for (index, _), answer in zip(part, answers, strict=True):
                 results[index] = answer
         return results
 
     def _prepare(self, message_id: str, outputs: Sequence[Output]) -> _Item | EventBusError:
-        """What cannot be encoded, or is too large, is the error of its own item only."""
+        """Encode an item. If it cannot be encoded, or is too large, the error concerns only this item."""
         prepared: list[tuple[str, int, list[Argument]]] = []
         try:
             for output in outputs:
@@ -103,12 +103,14 @@ class Transfers:
         except EventBusError as error:
             return error
         except (KeyboardInterrupt, SystemExit):
-            raise  # perhaps from a signal handler, which can strike anywhere
-        except BaseException as error:  # noqa: ASYNC103 - a codec of the application's own, which awaits nothing
+            raise  # a signal handler can raise these anywhere
+        except BaseException as error:  # noqa: ASYNC103 - a codec awaits nothing, so this is no real cancellation
             return SerializationError(f"the codec raised {error!r}")  # noqa: ASYNC104
         item = _Item(message_id, prepared)
         if item.is_large and (len(prepared) > 1 or prepared[0][1] >= 0):
-            return ValidationError(f"an output with more than {_MOST_FIELDS} raw fields must be alone, without a delay")
+            return ValidationError(
+                f"an output with more than {_MOST_FIELDS} raw fields must be its transfer's only one, without a delay"
+            )
         return item
 
     async def _send_alone(self, stream: str, group: str, consumer: str, item: _Item) -> Transferred:
@@ -146,7 +148,10 @@ class Transfers:
         return self._client.refused(error, may_have_happened=status == b"half")
 
     async def _transfer_large(self, stream: str, group: str, consumer: str, item: _Item) -> Transferred:
-        """More fields than a script can append: in two steps. Interrupted between the two it doubles."""
+        """A transfer of more fields than a script can append, in two steps.
+
+        If it is interrupted between the two, the output is appended, but the original is not acknowledged.
+        """
         [(key, _, fields)] = item.outputs
         try:
             pending: Any = await self._client.ask(

@@ -1,7 +1,7 @@
-"""Looking at a server's URL before redis-py reads it, which takes what it does not understand for a default.
+"""Checks a server's URL before redis-py parses it, which silently replaces invalid parts by defaults.
 
-No error shows a password: one that is not %-escaped may stand in any part, so a part is shown only where it is short,
-and no ``@`` comes after it.
+No error shows a password. A password that is not %-escaped may be in any part of the URL. So a part is shown only if it
+is short, and no ``@`` comes after it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MAX_DATABASE: Final = 2**31 - 1
 
 
 def checked_url(url: object, options: AbstractSet[str], tls_options: AbstractSet[str]) -> str:
-    """The URL with a scheme that redis-py knows, every part of it with a meaning.
+    """Check that every part of the URL is valid. Returns the URL with a scheme that redis-py knows.
 
-    :raises ValidationError: naming the part, and what is allowed there.
+    :raises ValidationError: if a part is invalid. The text names the part, and what is allowed there.
     """
     text = check_url(url, _ALLOWED)
     scheme, separator, rest = text.partition("://")
@@ -36,9 +36,9 @@ def checked_url(url: object, options: AbstractSet[str], tls_options: AbstractSet
     try:
         parts = urlsplit(text)
     except ValueError:
-        _refuse("an IPv6 address, where the host is one, in brackets that are closed: redis://[::1]:6379")
+        _refuse("an IPv6 address in closed brackets, if the host is one: redis://[::1]:6379")
     if parts.fragment or text.endswith("#"):
-        _refuse("no '#': in a user, password or path it is written %23")
+        _refuse("no '#': write it as %23 in a user, password or path")
     given = _options(parts, options if scheme in ("rediss", "valkeys") else options - tls_options)
     if parts.scheme == "unix":
         _check_socket(parts)
@@ -55,7 +55,7 @@ def _refuse(allowed: str) -> NoReturn:
 
 
 def _shown(what: str, value: str, parts: SplitResult) -> str:
-    """``, not 'value'`` where that can be no password."""
+    """``, not 'value'`` if that cannot be a password."""
     behind = f"{parts.path}?{parts.query}"
     return "" if "@" in behind or len(value) > _LONGEST_SHOWN[what] else f", not {value!r}"
 
@@ -73,7 +73,7 @@ def _options(parts: SplitResult, known: AbstractSet[str]) -> dict[str, str]:
     except UnicodeDecodeError:
         _refuse("a query whose %-escapes are UTF-8")
     except ValueError:
-        _refuse("a query that can be read")
+        _refuse("a valid query")
     given = dict(pairs)
     unknown = sorted(given.keys() - known)
     if unknown:
@@ -119,7 +119,7 @@ def _check_database_path(parts: SplitResult, given: dict[str, str]) -> None:
     if number:
         _check_database("database", number, parts)
         if "db" in given:
-            _refuse("the database once, not in its path and as db, too")
+            _refuse("the database only once, not both in its path and as db")
 
 
 def _check_database(name: str, value: str | None, parts: SplitResult) -> None:
@@ -132,7 +132,7 @@ def _check_credentials(parts: SplitResult, given: dict[str, str]) -> None:
         if value:
             _unquoted(name, value)
             if name in given:
-                _refuse(f"the {name} once, not before the host and as an option, too")
+                _refuse(f"the {name} only once, not both before the host and as an option")
 
 
 def _is_number(text: str, most: int) -> bool:

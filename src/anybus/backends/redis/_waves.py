@@ -1,6 +1,6 @@
-"""Waves: single commands that leave in one write share one event and one deadline.
+"""Waves: single commands that are sent in one write share one event and one deadline.
 
-An event and a cancel scope for each of them would cost more than the rest of a publish.
+An event and a cancel scope for each command would cost more than the rest of a publish.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ._errors import broken
 from ._protocol import Replies
 
 _LONGEST_OPEN = 8
-"""A wave takes no more members after an eighth of its time: for so much a deadline can come too early."""
+"""A wave accepts members for an eighth of its timeout. So a member's deadline can be early by that much."""
 
 _LONGEST_SLEEP = 0.5
 
 
 class Wave:
-    """Set when all its replies are here, or its deadline has passed."""
+    """Commands that are sent together. ``event`` is set when all replies are here, or the deadline has passed."""
 
     __slots__ = ("calls", "deadline", "event", "left", "timeout")
 
@@ -37,7 +37,7 @@ class Wave:
             self.event.set()
 
     def expire(self) -> None:
-        """Too late for those whose reply is not here. It is still taken, in order, and dropped."""
+        """Fail the commands whose reply is not here. A late reply is still received, in order, and dropped."""
         for call in self.calls:
             if not call.replies and call.error is None:
                 call.error = broken("no answer within publish_timeout", may_have_happened=call.sent)
@@ -45,12 +45,12 @@ class Wave:
 
 
 class Single(Replies):
-    """A single command's place in the line, and the wave it leaves with."""
+    """A single command's place in the queue, and the wave with which it is sent."""
 
     __slots__ = ("sent", "wave")
 
     def __init__(self, wave: Wave) -> None:
-        # As Replies does, written out: one of these is made for every publish.
+        # Replies.__init__, inlined: one of these is created for every publish.
         self.expected = 1
         self.replies = []
         self.error = None
@@ -62,7 +62,7 @@ class Single(Replies):
 
 
 class Waves:
-    """The waves of one connection, the oldest first."""
+    """The waves of one connection, oldest first."""
 
     def __init__(self) -> None:
         self._clock = anyio.current_time
@@ -71,7 +71,7 @@ class Waves:
         self._first = anyio.Event()
 
     def join(self, timeout: float) -> Single:
-        """A place in the wave that leaves next."""
+        """A place in the wave that is sent next."""
         wave = self._open
         if wave is None:
             wave = self._open = Wave(self._clock() + timeout, timeout)
@@ -83,16 +83,16 @@ class Waves:
         return Single(wave)
 
     def seal(self) -> None:
-        """What is in the line leaves now: whoever comes later is in the next wave."""
+        """The queue is sent now: later commands belong to the next wave."""
         self._open = None
 
     def clear(self) -> None:
-        """The connection broke; every member has been told."""
+        """The connection broke, and all members have failed."""
         self._open = None
         self._under_way.clear()
 
     async def expire(self) -> None:
-        """Tell those whose deadline has passed. Waves leave in order, and so do their deadlines come."""
+        """Fail the waves whose deadline has passed. Waves are sent in order, so their deadlines are in order, too."""
         self._clock = loop_clock()
         while True:
             now = self._clock()
@@ -104,10 +104,11 @@ class Waves:
                     wave.expire()
             wake_at = now + _LONGEST_SLEEP
             if self._under_way:
-                # What opens while this sleeps has to be sealed in time, too.
+                # A wave that opens while this sleeps must also be sealed in time.
                 wake_at = min(wake_at, now + self._under_way[0].timeout / _LONGEST_OPEN)
             if self._open is not None:
-                # A connection that takes nothing keeps it open: those who come later have a time of their own.
+                # A wave stays open while the connection accepts nothing. It is sealed in time, so that later commands
+                # get a deadline of their own.
                 sealed_at = self._open.deadline - self._open.timeout * (1 - 1 / _LONGEST_OPEN)
                 if sealed_at <= now:
                     self._open = None
