@@ -75,6 +75,13 @@ def servers(session: nox.Session, server: str) -> None:
     session.run("pytest", *(session.posargs or [*AT_ONCE, *ON_SERVER]), env={"ANYBUS_SERVER": server})
 
 
+@nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])
+def pythons(session: nox.Session) -> None:
+    """The quick tests in memory on every Python that is installed."""
+    install(session, "tests")
+    session.run("pytest", *(session.posargs or [*AT_ONCE, "-m", "not thorough", "-k", "not server"]))
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Format, rules (ruff, flake8-async) and the floors of the house (import-linter)."""

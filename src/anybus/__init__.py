@@ -47,11 +47,15 @@ from .abc import BusEvent as BusEvent
 from .abc import Observer as Observer
 from .backends.memory.backend import MemoryBackend as MemoryBackend
 
-for _public in tuple(globals().values()):
-    if isinstance(_public, type) and issubclass(_public, Exception):
-        # So tracebacks, pickles and dead-letter headers show the public name, anybus.BackendError for example.
-        _public.__module__ = __name__
-del _public
+
+def _show_public_names() -> None:
+    """Tracebacks, pickles and dead-letter headers show the public name, anybus.BackendError for example."""
+    for public in tuple(globals().values()):
+        if isinstance(public, type) and issubclass(public, Exception):
+            public.__module__ = __name__
+
+
+_show_public_names()
 
 __version__: str
 """The version of the installed package."""
