@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -402,3 +403,57 @@ async def test_an_observer_without_on_error_does_not_silence_errors(
             await bus.publish(Message(topic))
             await until(lambda: settled == ["retried", "acked"])
     assert "seen by somebody, I hope" in caplog.text
+
+
+class SlowAcks(StepByStep):
+    """Acknowledgements wait for a gate."""
+
+    def __init__(self, inner: StreamBackend) -> None:
+        super().__init__(inner)
+        self.gate = anyio.Event()
+        self.waiting = 0
+
+    async def ack_many(
+        self, stream: str, group: str, message_ids: Sequence[str], *, consumer: str | None = None
+    ) -> list[str]:
+        if len(message_ids) > 1:
+            self.waiting += 1
+            await self.gate.wait()
+        return await super().ack_many(stream, group, message_ids, consumer=consumer)
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
+async def test_a_stray_cancellation_of_a_flush_in_several_parts_loses_none_of_them(
+    harness: Harness, topic: str
+) -> None:
+    count = 300  # more than fit in one part
+    handled: list[str] = []
+    go_on = anyio.Event()
+
+    async def handler(delivery: Delivery) -> None:
+        await go_on.wait()
+        handled.append(delivery.message.key)
+
+    with anyio.fail_after(SOON):
+        backend = SlowAcks(harness.make_backend())
+        async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=60, ack_batch_size=count)) as bus:
+            config = SubscriptionConfig(topic, "g", max_in_flight=count)
+            async with bus.subscribe(config, handler) as subscription:
+                await bus.publish_batch([Message(topic, key=str(number)) for number in range(count)])
+                await until(lambda: subscription.statistics().in_flight == count)
+                go_on.set()
+                await until(lambda: backend.waiting > 1)
+                (lane,) = (
+                    task for task in asyncio.all_tasks() if "_in_background" in repr(task) and waits_for_children(task)
+                )
+                lane.cancel()
+                await anyio.wait_all_tasks_blocked()
+                backend.gate.set()
+                await until(lambda: subscription.statistics().held == 0)
+            await nothing_pending(harness, topic, "g")
+    assert sorted(handled, key=int) == [str(number) for number in range(count)]
+
+
+def waits_for_children(task: asyncio.Task[Any]) -> bool:
+    """Whether a task is at the end of a task group of its own."""
+    return any(other.parent_id == id(task) for other in anyio.get_running_tasks())

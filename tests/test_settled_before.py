@@ -18,6 +18,8 @@ from servers import RedisHarness, RunningServer
 
 from anybus import DROP, BackendError, Delivery, LeaseLostError, Message, Reject, Retry, StreamBus, SubscriptionConfig
 from anybus._failure.copies import retry_stream
+from anybus._runtime.budget import Budget
+from anybus._runtime.ledger import Ledger
 from anybus.abc import StreamBackend
 
 BROKEN = BackendError("the connection broke", may_have_happened=True)
@@ -401,3 +403,14 @@ async def test_a_peers_entry_is_never_taken_from_it_by_a_second_try(harness: Har
             await until(lambda: subscription.statistics().held == 0)
             assert [entry.consumer for entry in await harness.pending(topic, "g")] == ["peer"]
     assert told == [BackendError, LeaseLostError]
+
+
+def test_as_many_entries_are_remembered_of_each_stream() -> None:
+    """Both groups are lost at once: those of the retry stream do not push out those of the topic."""
+    ledger = Ledger(("t", "retries"), Budget(16, 32))
+    for stream in ("t", "retries"):
+        ledger.note_settled(stream, [f"{number}-0" for number in range(5000)])
+    for stream in ("t", "retries"):
+        ledger.group_was_lost(stream)
+    for stream in ("t", "retries"):
+        assert sum(ledger.was_handled(stream, f"{number}-0") for number in range(5000)) == 4096
