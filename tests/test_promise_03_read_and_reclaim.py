@@ -175,3 +175,23 @@ async def test_a_read_that_holds_out_for_room_is_not_kept_waiting_by_what_was_lo
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
     assert rooms == [1]
+
+
+async def test_a_call_that_a_busy_worker_receives_itself_counts_as_not_made() -> None:
+    """Else it would call nobody for the batch that came behind the call, and handle that alone."""
+    ledger = Ledger(("t",), Budget(4, 16))
+    now = datetime.now(timezone.utc)
+    batches = [[Held("t", str(n), Message("t"), 1, 1, now, now, 60.0, False)] for n in range(2)]
+    context: Any = SimpleNamespace(ledger=ledger, clock=lambda: 0.0, max_in_flight=2)
+    unused: Any = None
+    send, ready = anyio.create_memory_object_stream[list[Held]](4)
+    async with send, ready:
+        taker = PullTaker(context, unused, unused, ready, send)
+        send.send_nowait(batches[0])
+        await taker._receive()
+        taker._called = True
+        send.send_nowait([])
+        send.send_nowait(batches[1])
+        assert taker.next_entry() is batches[0][0]
+        assert not taker._called
+        assert taker.next_entry() is batches[1][0]

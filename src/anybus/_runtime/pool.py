@@ -89,7 +89,6 @@ class HandlerPool(Taker):
         self._on_receive = context.policy.ack_mode == "auto-on-receive"
         self._is_plain = not (self._on_receive or self._needs_scope)
         self._workers = 0
-        self._called = False
         self._tasks: TaskGroup | None = None
         self._home: contextvars.Context | None = None
 

@@ -38,6 +38,8 @@ class Taker(abc.ABC):
         self._ready = ready
         self._again = again
         self._idle = 0
+        self._called = False
+        """Somebody was woken for the backlog, and has not come yet."""
         self._backlog: deque[Held] = deque()
         self._stopping = anyio.Event()
         self._stopped = False
@@ -74,7 +76,10 @@ class Taker(abc.ABC):
             backlog.popleft()
         try:
             while not backlog:
-                backlog += self._ready.receive_nowait()
+                batch = self._ready.receive_nowait()
+                backlog += batch
+                if not batch:
+                    self._called = False  # that was the call, and nobody else will hear it
         except (anyio.WouldBlock, anyio.EndOfStream):
             self._ledger.none_wait()
 
