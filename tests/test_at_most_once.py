@@ -52,7 +52,7 @@ async def test_a_lost_group_is_made_again_where_nothing_comes_twice(harness: Har
     assert len(await harness.entries(f"{topic}.dead")) == 1
     [event] = [event for event in recorder.of("on_group_made_again") if event.topic == topic]
     assert event.detail is not None
-    assert event.detail.startswith("made again at $, the end")
+    assert event.detail.startswith("recreated at $, the end")
 
 
 async def test_what_waits_when_the_group_is_lost_is_not_handled_since_a_peer_may_have_it(

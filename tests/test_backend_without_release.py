@@ -85,7 +85,7 @@ async def test_the_log_says_once_that_there_is_no_crash_budget(
     assert (
         said.count(
             "WithoutRelease cannot count deliveries that ended without an outcome (it lacks release): max_deliveries has no "
-            "effect, and a message that kills its process comes back for ever"
+            "effect, and a message that kills its process is redelivered forever"
         )
         == 1
     )

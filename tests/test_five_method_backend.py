@@ -463,7 +463,7 @@ async def test_a_lost_group_is_made_again_at_the_start_since_this_backend_knows_
             del backend.groups[topic, "g"]
             await bus.publish(Message(topic, b"meanwhile"))
             await until(lambda: handled == {b"meanwhile"})
-    assert "made again at 0" in [event.detail for event in recorder.of("on_group_made_again")]
+    assert "recreated at 0" in [event.detail for event in recorder.of("on_group_made_again")]
 
 
 # --- what is lost is said once

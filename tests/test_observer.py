@@ -517,7 +517,7 @@ async def test_a_group_that_was_made_again_is_told_with_its_position_and_reporte
             await until(lambda: bool(recorder.of("on_group_made_again")))
             event = recorder.of("on_group_made_again")[0]
             assert (event.topic, event.group) == (topic, "g")
-            assert str(event.detail).startswith("made again at ")
+            assert str(event.detail).startswith("recreated at ")
             assert [type(error.error).__name__ for error in recorder.of("on_error")] == ["GroupLostError"]
 
 

@@ -144,7 +144,7 @@ async def test_a_group_that_vanished_is_made_again_at_its_floor_and_nothing_is_l
     assert len(handled) == 20
     [event] = recorder.of("on_group_made_again")
     assert event.topic == topic
-    assert event.detail == f"made again at {last_id}"
+    assert event.detail == f"recreated at {last_id}"
 
 
 async def test_the_floor_of_a_lost_group_is_below_what_any_member_had_pending(harness: Harness, topic: str) -> None:
@@ -192,7 +192,7 @@ async def test_when_everything_has_vanished_the_group_is_made_again_at_the_start
             await until(lambda: handled == ["before", "after"])
             await nothing_pending(harness, topic, "g")
     assert {(event.topic, event.detail) for event in recorder.of("on_group_made_again")} >= {
-        (topic, "made again at 0"),
+        (topic, "recreated at 0"),
     }
 
 

@@ -16,15 +16,15 @@ _TEXTS = 8
 
 
 _WITHOUT: Final[dict[Feature, str]] = {
-    "atomic_transfer": "cannot append and acknowledge in one step (atomic_transfer): a crash between the two doubles a "
-    "retry or a dead letter",
-    "raw": "cannot keep raw fields beside a message: of a malformed entry its dead letter keeps only the bytes of the "
-    "field 'message'",
+    "atomic_transfer": "cannot append and acknowledge in one step (atomic_transfer): a crash between the two "
+    "duplicates a retry or a dead letter",
+    "raw": "cannot keep raw fields beside a message: the dead letter of a malformed entry keeps only the bytes of "
+    "its field 'message'",
     "delay": "cannot delay messages: retries wait in this process, and a crash loses their backoff",
     "fence": "cannot check who owns an entry: a late ack takes it from its new owner",
-    "release": "cannot release entries: what is handed back waits for its lease to end",
-    "renew": "cannot renew leases: a message that waits and is handled for longer than claim_idle_timeout ({lease} s) "
-    "in all is delivered again, perhaps elsewhere",
+    "release": "cannot release entries: they are redelivered only when their lease ends",
+    "renew": "cannot renew leases: if a message waits and is handled for longer than claim_idle_timeout ({lease} s) in "
+    "all, it is redelivered, perhaps to another consumer",
 }
 """What the bus cannot do without a feature of the backend."""
 
@@ -215,7 +215,7 @@ class Notices:
             say(logging.WARNING, "%s", text)
 
     def mention_limits(self, backend: StreamBackend, lease: float) -> None:
-        """What the bus cannot do on this backend.
+        """Log what the bus cannot do on this backend.
 
         :param lease: ``claim_idle_timeout``, in seconds.
         """
@@ -227,10 +227,10 @@ class Notices:
         if lacking:
             self.once(
                 f"{name} cannot count deliveries that ended without an outcome (it lacks {', '.join(lacking)}): "
-                "max_deliveries has no effect, and a message that kills its process comes back for ever"
+                "max_deliveries has no effect, and a message that kills its process is redelivered forever"
             )
         if not isinstance(backend, LeaseKeeper):
             self.once(
-                f"{name} does not keep a group's lease: nobody notices that members of one group have different values "
-                "of claim_idle_timeout, which makes them handle messages twice at once"
+                f"{name} does not keep a group's lease: nobody notices if members of a group have different values of "
+                "claim_idle_timeout, and then a message can be handled twice at the same time"
             )

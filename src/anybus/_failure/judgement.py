@@ -1,4 +1,4 @@
-"""What the application's own policies say of a failure. Whatever they raise or return, the message is not lost."""
+"""Applies the application's own policies to failures. Whatever they raise or return, no message is lost."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ Report = Callable[[BaseException, str], None]
 
 
 class Judgement:
-    """Asks rules and backoff functions, contained, and knows how old a message may be."""
+    """Calls rules and backoff functions, catches their errors, and knows how old a message may be."""
 
     def __init__(self, policy: Policy, failure_policy: FailurePolicy) -> None:
         self._max_attempts = policy.max_attempts
         self._policy = failure_policy
 
     def weigh(self, result: Result, message: Message, attempt: int, report: Report) -> Result:
-        """A failure as the policies see it: given up on, or to be retried after a delay of their own.
+        """Apply the policies to a failure: it may be given up on, or get a retry delay of its own.
 
-        :param report: hears of rules and functions that fail.
+        :param report: is called if a rule or a function fails.
         """
         if result.outcome not in _WEIGHED:
             return result
-        # What a handler asks for itself, a retry, it gets: rules are for what it raises.
+        # The rules apply to exceptions. A handler that asks for a retry gets it.
         if result.outcome is not Outcome.RETRY and result.error is not None:
             if isinstance(result.error, SerializationError) and result.error.payload_of == message.uid:
-                # The payload stays as it is: only a rule that names such errors makes another try worth while.
+                # The payload would be the same at the next try, so it is retried only if a rule names such errors.
                 if not self._is_named(result.error, report):
                     return replace(result, outcome=Outcome.INVALID)
             elif self._gives_up_on(result.error, report):
@@ -48,7 +48,7 @@ class Judgement:
         return result
 
     def _is_named(self, error: Exception, report: Report) -> bool:
-        """Whether ``retry_on`` asks for a retry that ``give_up_on`` does not forbid. Rules that fail do not count."""
+        """Whether ``retry_on`` matches and ``give_up_on`` does not. Rules that fail do not count."""
         retry_on, give_up_on = self._policy.retry_on or (), self._policy.give_up_on or ()
         return any(self._matches(report, "retry_on", rule, error, False) for rule in retry_on) and not any(
             self._matches(report, "give_up_on", rule, error, False) for rule in give_up_on
@@ -56,7 +56,7 @@ class Judgement:
 
     def _gives_up_on(self, error: Exception, report: Report) -> bool:
         retry_on, give_up_on = self._policy.retry_on, self._policy.give_up_on
-        # A rule that fails decides nothing: the message is retried, as if there were none.
+        # A rule that fails decides nothing: the message is retried, as if there were no rule.
         if give_up_on is not None and any(
             self._matches(report, "give_up_on", rule, error, False) for rule in give_up_on
         ):
@@ -77,7 +77,7 @@ class Judgement:
         except (KeyboardInterrupt, SystemExit):
             raise  # perhaps from a signal handler, which can strike anywhere
         except BaseException as failure:  # noqa: ASYNC103 - it awaits nothing: no real cancellation
-            report(failure, f"a rule of {field} failed: what follows is as if it were not there")
+            report(failure, f"a rule of {field} failed: it does not prevent a retry")
             return otherwise  # noqa: ASYNC104
 
     def _ask_backoff(self, result: Result, message: Message, attempt: int, report: Report) -> float | None:
@@ -101,9 +101,9 @@ class Judgement:
             return None  # noqa: ASYNC104
 
     def expires_in(self, published_at: datetime | None) -> float | None:
-        """Seconds until a message is older than ``max_age``, by our wall clock; None = it never is.
+        """Seconds until a message is older than ``max_age``, by our wall clock; None = never.
 
-        :param published_at: when the topic's entry was stored, by the server's clock; None = nobody knows.
+        :param published_at: when the original entry was stored, by the server's clock; None = unknown.
         """
         max_age = self._policy.max_age
         if max_age is None or published_at is None:
@@ -111,7 +111,7 @@ class Judgement:
         return max_age - (_now() - published_at).total_seconds()
 
     def expired(self, published_at: datetime | None) -> Result | None:
-        """What becomes of an entry that was taken and is too old to be handled; None = it is not."""
+        """The result for an entry that is too old to be handled when it is taken; None = it is not too old."""
         left = self.expires_in(published_at)
         if published_at is None or left is None or left > 0:
             return None
@@ -125,6 +125,6 @@ def _now() -> datetime:
 
 
 def _discard(answer: object) -> None:
-    """A coroutine that nobody will await says so on the console, unless it is closed."""
+    """Close a coroutine that nobody will await. Otherwise Python prints a warning."""
     if inspect.iscoroutine(answer):
         answer.close()

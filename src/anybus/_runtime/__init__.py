@@ -1,1 +1,1 @@
-"""A subscription at work: what it takes, holds, handles and settles."""
+"""A subscription at work: it takes, holds, handles and settles entries."""

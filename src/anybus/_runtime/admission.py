@@ -1,4 +1,4 @@
-"""Admission: what an entry that was taken is. Handled for the first time, suspect, malformed, settled here before..."""
+"""Admission: decides whether an entry that was taken may start. If not, it settles the entry, or parks it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOTHING: set[str] = set()
 
 
 class Admission:
-    """Enters what was taken into the ledger, and decides what may start."""
+    """Enters the entries that were taken into the ledger, and decides which of them may start."""
 
     def __init__(self, context: Context, settler: Settler) -> None:
         self._context = context
@@ -36,7 +36,7 @@ class Admission:
         self._no_suspect_before = -math.inf
 
     def no_suspect_for(self, seconds: float) -> None:
-        """A suspect could not be handled alone: others have to wait before the next one."""
+        """Accept no suspect for so long. The last one could not be handled alone, because other entries were held."""
         self._no_suspect_before = self._context.clock() + seconds
 
     def enter(
@@ -49,16 +49,16 @@ class Admission:
         searched: bool,
         shut: bool,
     ) -> tuple[list[Held], Held | None]:
-        """
-        :param searched: what is held here already may be among it.
-        :param shut: nothing may start.
-        :returns: what may start; or a suspect that has the bus's one place, and nothing else may start.
+        """Enter what one call brought. Returns the entries that may start, and the suspect to be handled alone, if any.
+
+        :param searched: true if the entries may include some that are held here already.
+        :param shut: true if nothing may start.
         """
         context, ledger = self._context, self._ledger
         if ledger.vanished and ledger.was_recreated(stream, entries, context.clock()):
             ledger.group_was_lost(stream)
         settled = taking.settled.get(stream)
-        if settled:  # by what the server said later: this reply is older (or of a recreated group: then acked anew)
+        if settled:  # settled after this reply was sent, unless it comes from a recreated group (then acked again)
             entries = [entry for entry in entries if entry.id not in settled or ledger.was_handled(stream, entry.id)]
         if not entries:
             return [], None
@@ -80,7 +80,7 @@ class Admission:
                 and isinstance(entry, ClaimedMessage)
                 and (entry.deliveries is None or entry.deliveries <= SUSPECT_AFTER)
             ):
-                # The same as below for what is nearly every message: first handling, nothing speaks against it.
+                # Nearly every message: a first handling, nothing unusual. A shortcut that does the same as below.
                 held = Held(
                     stream, entry.id, entry.message, 1, entry.deliveries, entry.published_at, at, until, by_reclaim
                 )
@@ -95,7 +95,7 @@ class Admission:
             attempt = 1 + failed_attempts(message.headers) if is_retry else ledger.recall_attempt(stream, entry.id)
             deliveries = None if isinstance(entry, MissingEntry) else entry.deliveries
             published_at = entry.published_at if isinstance(entry, ClaimedMessage) else None
-            # What is in doubt does not start: it is released, which asks the server whether it is ours.
+            # A doubtful entry must not start. It gets no lease, so it is released if the server says that it is ours.
             lease = until if entry.id not in doubtful else context.clock()
             held = Held(stream, entry.id, message, attempt, deliveries, published_at, at, lease, by_reclaim)
             ledger.add(held)
@@ -119,16 +119,16 @@ class Admission:
         return batch, suspect
 
     def _goes_on(self, known: Held, until: float, *, searched: bool) -> bool:
-        """Whether an entry that is held already, and was delivered to us again, is left as it is."""
+        """Whether an entry that is already held stays as it is, although it was delivered to us again."""
         now = self._context.clock()
         if known.stage is not Stage.RETURNED:
-            # The server has just said that it is ours: its handling goes on.
+            # The server has just said that it is ours: its handling continues.
             known.lease_until = max(known.lease_until, until)
             known.lost = known.lost and now >= until
             known.retaken = known.stage is Stage.SETTLING
             return True
         if searched and now < known.lease_until:
-            return True  # not delivered again: it may still be settled
+            return True  # found by a search, not redelivered: it may still be settled
         known.lost = True
         tell_let_go(self._context, known)
         self._ledger.remove(known)
@@ -142,7 +142,7 @@ class Admission:
         return undecodable(self._context.topic, {}, keep_bytes=False)
 
     def _may_start(self, held: Held, *, shut: bool) -> bool:
-        """If not, it is settled now, or it is the bus's suspect and parked."""
+        """Whether the entry may start. If not, it is settled now, or it becomes the bus's suspect and is parked."""
         context = self._context
         verdict = on_taken(held.deliveries, context.policy)
         if verdict is Verdict.GIVE_UP:
@@ -162,7 +162,7 @@ class Admission:
         return False
 
     def _tell(self, taken: Sequence[Held], refused: Sequence[tuple[Held, MalformedEntry | MissingEntry]]) -> None:
-        """Hooks come last: one that pauses or closes the subscription finds everything in its place."""
+        """Call the hooks last: one that pauses or closes the subscription must find every entry in its place."""
         reporter = self._context.reporter
         if reporter.hears_received:
             for held in taken:
@@ -174,7 +174,7 @@ class Admission:
         for held, entry in refused:
             scope: ErrorScope = "reclaim" if held.by_reclaim else "read"
             if isinstance(entry, MissingEntry):
-                text = "the entry is pending, but its body is gone: somebody has trimmed it"
+                text = "the entry is pending, but its body is gone: somebody trimmed it"
                 error: Exception = BackendError(text, can_pass=False)
                 reporter.error(scope, error, detail="acknowledged unhandled", message_id=held.id)
             else:

@@ -1,4 +1,4 @@
-"""From a subscription's configuration to the context that its parts share."""
+"""Makes the context that the parts of a subscription share, from its configuration."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def make_context(
     home: Home,
     pulled: bool,
 ) -> Context:
-    """Resolve defaults, and make what one subscription has for itself: its name, its ledger, its counters.
+    """Resolve the defaults, and create what belongs to one subscription: its name, its ledger, its counters.
 
-    :param pulled: for ``deliveries()``, whose messages are settled by hand.
+    :param pulled: true for ``deliveries()``, where messages are settled by hand.
     """
     consumer = f"{config.consumer}-{secrets.token_hex(8)}"
     policy = Policy(

@@ -1,4 +1,4 @@
-"""The budget: how many entries may be held, and which side may take more (promises 2 and 3)."""
+"""The budget: how many entries a subscription may hold, shared by reads and reclaims (promises 2 and 3)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _WORTH_A_READ = 64
 
 
 class Budget:
-    """``max_pending_acks``, on which reads and reclaims draw.
+    """``max_pending_acks`` places, shared by reads and reclaims.
 
-    A part is always reclaim's: a quarter, at least 1, but only of what lies beyond ``max_in_flight``. Beyond its part
-    reclaim takes only while no read waits for room.
+    A quarter of the places is reserved for reclaims, at least 1, but at most ``max_pending_acks - max_in_flight``.
+    Reclaims use other places only while no read waits for room.
     """
 
     def __init__(self, max_in_flight: int, max_pending_acks: int) -> None:
         self.limit = max_pending_acks
         self.reclaim_part = min(max(max_pending_acks // 4, 1), max_pending_acks - max_in_flight)
         self.read_part = max_pending_acks - self.reclaim_part
-        # A third is read while a third is handled and a third acknowledged: the three would wait for each other else.
+        # A third: while it is read, another third is handled and the last one acknowledged. So none waits for another.
         self.read_at_once = max(_WORTH_A_READ, -(-self.read_part // 3))
         self.by_read = 0
         self.by_reclaim = 0
@@ -30,18 +30,18 @@ class Budget:
 
     @property
     def takes_turns(self) -> bool:
-        """Nothing lies beyond ``max_in_flight``: read and reclaim take turns."""
+        """Whether no place is reserved (``max_pending_acks`` equals ``max_in_flight``): read and reclaim take turns."""
         return self.reclaim_part == 0
 
     def use(self, count: int, *, by_reclaim: bool) -> None:
-        """Take so many places, or give them back if the count is negative."""
+        """Occupy so many places. A negative count frees them."""
         if by_reclaim:
             self.by_reclaim += count
         else:
             self.by_read += count
 
     def let_reads_wait(self, waits: bool) -> None:
-        """Whether a read waits for room: until it has some, reclaim keeps to its part."""
+        """Tell whether a read waits for room. While it does, reclaims use only the reserved places."""
         self.read_waits = waits
 
     def set_trial(self, trial: Trial | None) -> None:
@@ -60,7 +60,7 @@ class Budget:
         return min(free, self.reclaim_part - self.by_reclaim)
 
     def _trial_room(self, trial: Trial, *, by_reclaim: bool) -> int:
-        """On trial one entry of each side may be held (one in all, where they take turns)."""
+        """The room during a trial: for one entry of each side, or for one in all if they take turns."""
         apart = trial.apart()
         if self.takes_turns:
             return 1 - (self.by_read + self.by_reclaim - len(apart))
@@ -68,12 +68,12 @@ class Budget:
 
 
 class Trial:
-    """While a circuit is on trial one handling begins at a time, and few entries are taken.
+    """The limits while a circuit is on trial: one handling begins at a time, and few entries are taken.
 
-    At most one entry is read and one reclaimed ahead, so that neither side starves. Entries held before the trial do
-    not count: their end makes no room.
+    At most one entry is read and one reclaimed in advance, so that neither side starves. Entries that were held before
+    the trial do not count, and settling them makes no room.
 
-    :param held: the entries that are held now.
+    :param held: returns the entries that are held now.
     :param look_again: called when the next handling may begin.
     """
 
@@ -84,7 +84,7 @@ class Trial:
         self.look_again = look_again
 
     def may_begin(self, running: AbstractSet[Held]) -> bool:
-        """Whether the last handling that began is over: its handler has ended, and its entry is settled."""
+        """Whether the next handling may begin: the handler of the last one has ended, and its entry is settled."""
         begun = self._begun
         return begun is None or (begun.stage is Stage.GONE and begun not in running)
 
@@ -92,5 +92,5 @@ class Trial:
         self._begun = held
 
     def apart(self) -> list[bool]:
-        """The entries that do not count: for each of them, whether it was reclaimed."""
+        """For each entry that does not count (held before the trial, or parked): whether it was reclaimed."""
         return [held.by_reclaim for held in self._held() if held in self._older or held.stage is Stage.PARKED]

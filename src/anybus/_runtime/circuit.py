@@ -1,8 +1,8 @@
-"""The circuit: a handler that fails again and again without one success pauses its subscription for a while.
+"""The circuit: pauses a subscription for a while if its handler fails again and again without one success.
 
-Closed, failures in a row are counted. Enough of them open it: nothing is taken for a while, and what waits is handed
-back. After that it is on trial: one handling begins at a time, until one succeeds, which closes it, or fails, which
-opens it again.
+While the circuit is closed, it counts failures in a row. After enough of them it opens: nothing is taken for a while,
+and waiting entries are released. Then it is on trial: one handling begins at a time. A success closes the circuit, a
+failure opens it again.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class State(enum.Enum):
 
 
 class Circuit:
-    """Counts, and pauses the intake. Of one subscription, in memory.
+    """The circuit of one subscription, in memory. It counts failures, and pauses the intake.
 
-    :param ready: leads to the handlers' workers, who are told here when they may go on.
+    :param ready: the channel to the handlers' workers: an empty batch tells them that they may go on.
     """
 
     def __init__(
@@ -50,19 +50,19 @@ class Circuit:
         self._tripped = anyio.Event()
 
     def saw(self, outcome: Outcome) -> None:
-        """A handling has ended. A rejection speaks of its message, a release or a cancellation of nothing."""
+        """A handling has ended. Rejections (the message is at fault), releases and cancellations do not count."""
         if outcome is Outcome.RETURNED:
             self._succeeded()
         elif outcome in _FAILURES:
             self._failed()
 
     def stop(self) -> None:
-        """The subscription ends: nothing is to be paused any more."""
+        """The subscription ends: the circuit pauses nothing from now on."""
         self._stopped = True
         self._ready.close()
 
     def _wake(self) -> None:
-        """An empty batch makes a worker look again at what waits."""
+        """Send an empty batch, which makes a worker look at the waiting entries again."""
         with contextlib.suppress(anyio.WouldBlock, anyio.ClosedResourceError):
             self._ready.send_nowait([])
 
@@ -101,7 +101,7 @@ class Circuit:
         self._context.reporter.notice("on_circuit_closed", "circuit-closed", "a handling has succeeded")
 
     async def run(self) -> None:
-        """End the pauses."""
+        """End each pause when its time is over."""
         context = self._context
         while True:
             if self._state is not State.OPEN:

@@ -1,4 +1,4 @@
-"""What the parts of one subscription share: names, limits, counters, and the ledger."""
+"""What the parts of a subscription share: names, limits, counters and the ledger."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .statistics import Counters
 
 
 class SuspectSlot:
-    """A bus holds one suspect at a time: two that kill the process must not take each other down."""
+    """Holds the only suspect of a bus. If there were two, a crash by one of them would count against the other."""
 
     def __init__(self) -> None:
         self._suspect: Held | None = None
 
     def take(self, held: Held) -> bool:
-        """Make this entry the bus's suspect, unless the last one is still held."""
+        """Make this entry the bus's suspect. False: another suspect is still held."""
         if self._suspect is not None and self._suspect.stage is not Stage.GONE:
             return False
         self._suspect = held
@@ -35,9 +35,9 @@ class SuspectSlot:
 
 
 class LeaseTerm:
-    """The lease by which a subscription goes: its own option, until another member changes the group's.
+    """The lease that a subscription uses: its own option, until another member changes the lease of the group.
 
-    :ivar changed: set when that happens, and replaced.
+    :ivar changed: set when the lease changes, and then replaced by a new event.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -52,8 +52,8 @@ class LeaseTerm:
         changed.set()
 
     def be_patient(self, seconds: float, now: float, until: float) -> None:
-        """Until then take over only what has been idle for so long: others still go by that lease."""
-        if now < self._patient_until:  # others perhaps by an earlier one, if it is changed again and again
+        """Until then, take over only entries idle for so many seconds: other members may still use that lease."""
+        if now < self._patient_until:  # changed again meanwhile: some members may use an even earlier lease
             seconds = max(seconds, self._patience)
             until = max(until, self._patient_until)
         self._patience = seconds
@@ -65,7 +65,7 @@ class LeaseTerm:
 
 @dataclass(frozen=True)
 class Context:
-    """Fixed for a subscription's life. ``clock`` is AnyIO's, in seconds."""
+    """Fixed for the life of a subscription. ``clock`` is AnyIO's, in seconds."""
 
     backend: StreamBackend
     topic: str
@@ -99,7 +99,7 @@ class Context:
 
     @property
     def min_idle(self) -> float:
-        """For how long an entry must have been idle to be taken over."""
+        """For how many seconds an entry must have been idle before it is taken over."""
         return self.term.min_idle(self.clock())
 
     @property

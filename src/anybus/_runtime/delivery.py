@@ -1,4 +1,4 @@
-"""The delivery: one message handed to one handler, settled exactly once."""
+"""The delivery: one message for one handler, settled exactly once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .keeper import DeliveryState, EntryKeeper
 
 
 class Delivery:
-    """One message, handed to one handler.
+    """One message, delivered to one handler.
 
-    It is settled once, by :meth:`ack`, :meth:`nack`, :meth:`retry` or :meth:`release`, or by the bus when the handler
-    ends. Each of them returns when the server has it. If one raises an error of the backend, the delivery is unsettled
-    again; if one is cancelled while the server is asked, the bus sees the settlement through.
+    It is settled once: by :meth:`ack`, :meth:`nack`, :meth:`retry` or :meth:`release`, or by the bus when the handler
+    ends. Each method returns when the server has accepted the settlement. If it raises an error of the backend, the
+    delivery is unsettled again. If it is cancelled while it waits for the server, the bus completes the settlement.
     """
 
     __slots__ = ("_entry", "_keeper")
@@ -43,19 +43,19 @@ class Delivery:
 
     @property
     def lease_lost(self) -> bool:
-        """A warning: the entry may belong to somebody else by now, by the server's word or by our clock."""
+        """Whether the entry may belong to another consumer by now: the server said so, or its lease is over."""
         return self._keeper.is_lease_lost(self._entry)
 
     async def ack(self, *, publish: Iterable[Message] = ()) -> None:
         """Acknowledge: the message is done.
 
-        :param publish: what the handler has produced, appended in order, in the same step as the acknowledgement where
-            the backend can (feature ``atomic_transfer``), before it elsewhere. In one step a message that is handled
-            again publishes nothing twice, and what is no longer ours publishes nothing.
-        :raises ValidationError: if a message is refused; nothing was sent, and the delivery is unsettled.
-        :raises AlreadySettledError: if it was settled before.
-        :raises LeaseLostError: if the server says that the entry is no longer ours.
-        :raises BackendError: if the server could not be asked; the delivery is unsettled again.
+        :param publish: messages that the handler produced. They are appended in order: in one step with the
+            acknowledgement if the backend can do that (feature ``atomic_transfer``), otherwise before it. In one step,
+            nothing is published twice if the message is handled again, and nothing at all with ``LeaseLostError``.
+        :raises ValidationError: if a message is refused. Nothing was sent, and the delivery is unsettled.
+        :raises AlreadySettledError: if the delivery was settled before.
+        :raises LeaseLostError: if the server says that the entry no longer belongs to this consumer.
+        :raises BackendError: if the server could not be reached, or refused. The delivery is unsettled again.
         """
         if publish == ():
             await self._keeper.settle(self._entry, None)
@@ -63,12 +63,12 @@ class Delivery:
             await self._keeper.ack_with(self._entry, publish)
 
     async def nack(self, reason: str = "") -> None:
-        """Give the message up now: it becomes a dead letter with this reason. Raises as :meth:`ack` does."""
+        """Give up on the message: it becomes a dead letter with this reason. Raises the same errors as :meth:`ack`."""
         await self._keeper.settle(self._entry, Result(Outcome.REJECTED, check_text("reason", reason)))
 
     async def retry(self, reason: str = "", *, delay: float | None = None) -> None:
-        """Have it handled again after a delay in seconds (None = the subscription's backoff). Counts as a failure:
-        when ``max_retry`` is used up, the message becomes a dead letter. Raises as :meth:`ack` does.
+        """Have the message handled again after a delay in seconds (None = the subscription's backoff). This counts as a
+        failure: after ``max_retry`` retries, the message becomes a dead letter. Raises the same errors as :meth:`ack`.
 
         :raises ValidationError: if the delay is negative or not a number.
         """
@@ -76,18 +76,18 @@ class Delivery:
         await self._keeper.settle(self._entry, Result(Outcome.RETRY, check_text("reason", reason), delay=wait))
 
     async def release(self, delay: float = 0.0) -> None:
-        """Not now: hand it back to the group, uncounted, at once or after a delay in seconds. Raises as :meth:`ack`
-        does.
+        """Return the message to the group without counting a failure, at once or after a delay in seconds. Raises the
+        same errors as :meth:`ack`.
 
         :raises ValidationError: if the delay is negative or not a number.
         """
         await self._keeper.settle(self._entry, Result(Outcome.RELEASED, delay=check_delay("delay", delay)))
 
     async def extend(self) -> None:
-        """Renew the lease now, for a whole ``claim_idle_timeout``. While a handler runs the bus does so by itself.
+        """Renew the lease now, for a whole ``claim_idle_timeout``. While a handler runs, the bus does this by itself.
 
-        :raises AlreadySettledError: if it was settled before.
-        :raises LeaseLostError: if the server says that the entry is no longer ours.
+        :raises AlreadySettledError: if the delivery was settled before.
+        :raises LeaseLostError: if the server says that the entry no longer belongs to this consumer.
         :raises UnsupportedError: if the backend cannot renew leases.
         """
         await self._keeper.extend(self._entry)

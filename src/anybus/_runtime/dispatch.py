@@ -1,4 +1,4 @@
-"""The dispatch: takes settlements to the server by lanes, and enters its answers into the books."""
+"""The dispatch: sends settlements to the server in lanes, and enters the answers into the ledger."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .fate import tell_fate, tell_lost, tell_unsettled
 from .lane import Lane
 
 _AT_ONCE = 128
-"""So many settlements make a part of a batch."""
+"""How many settlements are sent in one part of a batch."""
 
 _HANDLED = (ACKED, ACKED_WITH)
 _FAILURES = frozenset(
@@ -43,15 +43,14 @@ _FAILURES = frozenset(
 class Dispatch:
     """One lane for acknowledgements, one for transfers, one for releases.
 
-    :param on_unsettled: a settlement by hand has failed, and nobody waits for it any more: its handling ended
-        with this result.
+    :param on_unsettled: called with the result of the handling, if a settlement by hand failed and nobody waits for it.
     """
 
     def __init__(self, context: Context, on_unsettled: Callable[[Held, Result], None]) -> None:
         self._context = context
         clock = context.clock
         options = context.options
-        # A batch that the budget cannot hold would always wait for the interval, and the reads with it.
+        # A batch larger than the budget would never fill: it would always wait for the interval, and reads with it.
         threshold = min(options.ack_batch_size, max(1, context.ledger.budget.limit // 2))
         self.acks = Lane(self._flush_acks, clock, threshold=threshold, interval=options.ack_flush_interval)
         self._transfers = Lane(self._flush_transfers, clock)
@@ -68,16 +67,16 @@ class Dispatch:
         return self.acks, self._transfers, self._releases
 
     async def drain(self) -> None:
-        """Settle what is left. From now on what fails by hand is released, since nobody can settle it any more."""
+        """Settle what is left. A settlement by hand that fails from now on becomes a release: nobody can repeat it."""
         self._ending = True
         for lane in self.lanes:
             lane.begin_drain()
-        while not all(lane.is_empty for lane in self.lanes):  # an answer of one can bring work for another
+        while not all(lane.is_empty for lane in self.lanes):  # an answer in one lane can add work to another
             for lane in self.lanes:
                 await lane.drained()
 
     def finish(self) -> int:
-        """Nothing is sent any more. Whoever waits is told; what is left comes back when its lease is over."""
+        """Send nothing more, and tell waiting callers. The entries that are left are redelivered after their lease."""
         self.is_over = True
         left = self._context.ledger.all()
         for held in left:
@@ -97,15 +96,12 @@ class Dispatch:
         result: Result | None = None,
         decision: Decision | None = None,
     ) -> None:
-        """Acknowledge, until the server has it or the lease is over.
-
-        :param outputs: appended before that, in one step where the backend can.
-        """
+        """Acknowledge, until the server accepts it or the lease ends. Outputs are appended before, or in one step."""
         held.settle(intent, outputs, result, decision)
         (self._transfers if outputs else self.acks).put(held)
 
     def release(self, held: Held) -> None:
-        """Give it back to the group, uncounted."""
+        """Release the entry to its group, uncounted."""
         held.settle(RELEASED)
         if self._can_release:
             self._releases.put(held)
@@ -150,15 +146,15 @@ class Dispatch:
         async def send(stream: str, entries: list[Held]) -> None:
             context = self._context
             ids = [held.id for held in entries]
-            # What a call brings that was sent before this is no longer ours; what a later one brings is ours again.
+            # A call under way may bring these. Only the server knows whether they were delivered before or after this.
             context.ledger.note_doubt(stream, ids)
             try:
                 await context.backend.release(stream, context.group, context.consumer, ids)
-            except GroupLostError:  # then nothing is ours any more: there is nothing to hand back
+            except GroupLostError:  # then nothing is ours any more: nothing to release
                 context.ledger.group_was_lost(stream)
             for held in entries:
                 if held.retaken:
-                    # Taken again between the server's release and its reply: it is ours once more.
+                    # Delivered to us again between the release and its reply: it is ours once more.
                     held.retaken = False
                     self._releases.put(held)
                 else:
@@ -177,7 +173,7 @@ class Dispatch:
             parts = [entries[start : start + _AT_ONCE] for start in range(0, len(entries), _AT_ONCE)]
             under_way = list(parts)
             try:
-                # Side by side: the first answer makes room for a read while the server is busy with the next part.
+                # Concurrently: the first answer makes room for a read while the server is busy with the next part.
                 async with anyio.create_task_group() as tasks:
                     for part in parts:
                         tasks.start_soon(self._try, send, stream, part, lane, under_way.remove)
@@ -218,7 +214,7 @@ class Dispatch:
         return f"ack-flush of {('acks', 'transfers', 'releases')[self.lanes.index(lane)]}"
 
     def _all_done(self, stream: str, entries: Sequence[Held]) -> None:
-        """:meth:`done` for each; what is nearly every message (handled, acked, nobody waits) is kept short."""
+        """:meth:`done` for each, with a shortcut for nearly every message (handled, acked, nobody waits)."""
         context = self._context
         if context.reporter.hears_settled:
             for held in entries:
@@ -234,16 +230,15 @@ class Dispatch:
         context.ledger.remove_settled(stream, plain)
 
     def done(self, held: Held, *, sure: bool = True) -> None:
-        """Enter what the server said into the books.
+        """Enter the server's answer into the ledger and the counters.
 
-        :param sure: false for what may still be pending: it is held back here, or counts as settled only since
-            somebody else has it.
+        :param sure: false if the entry may still be pending: its retry waits here, or another consumer has it.
         """
         context = self._context
         counters = context.counters
         settlement = held.settlement or PLAIN
         intent, result = settlement.intent, settlement.result
-        handed_back = intent == RELEASED and not settlement.outputs  # with a delay, a copy of it waits elsewhere
+        handed_back = intent == RELEASED and not settlement.outputs  # with a delay, its copy is elsewhere
         retaken, held.retaken = held.retaken, False
         held.lost = False
         if result is not None and result.outcome in _FAILURES:
@@ -270,7 +265,7 @@ class Dispatch:
         if intent in (DEAD_LETTERED, DROPPED):
             self.tell_dead_lettered(held)
         if retaken and not handed_back:
-            # Delivered again before this answer was here, by a recreated group perhaps. It has been settled.
+            # Delivered again before this answer arrived, perhaps by a recreated group. It is settled: only ack it.
             again = held.again(held.attempt, Stage.WAITING)
             context.ledger.add(again)
             self.settle(again, SETTLED_BEFORE)
@@ -288,20 +283,20 @@ class Dispatch:
             )
 
     def _refused(self, held: Held, lane: Lane) -> None:
-        """The server says that it is not ours."""
+        """The server says that the entry is not ours."""
         context, intent = self._context, held.intent
         uncertain = (held.settlement or PLAIN).uncertain
         if held.retaken:
-            held.retaken = False  # but has become ours since
+            held.retaken = False  # it has become ours since
             lane.put(held)
             return
         if intent in (MISSING, SETTLED_BEFORE):
-            # An entry without a body leaves the pending list by itself, and so does what was settled before.
+            # An entry without a body, or one that was settled before, leaves the pending list by itself.
             self.done(held)
             return
         if uncertain and intent != ACCEPTED:
-            # A try whose reply was lost has settled it, or somebody else has it. If it is redelivered after all, what
-            # was handled with success is acked; what was to be appended was not: that is handled again.
+            # An earlier try, whose reply was lost, has settled it, or somebody else has it. If it is redelivered even
+            # so, that try had no effect. A handled entry is only acked then, one with outputs is handled again.
             self.done(held, sure=False)
             if intent == ACKED:
                 context.ledger.remember_handled(held, SETTLED_BEFORE)
@@ -313,10 +308,10 @@ class Dispatch:
         ending = self._remove(held)
         error = LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
         if uncertain:
-            # At most once: either it was acked by that try, or somebody else has it, and may have handled it.
+            # At most once: that try has acked it, or somebody else has it and may have handled it.
             self.report("ack-flush", error, held, "the reply to its acknowledgement was lost: it is not handled")
         self._answer(held, error)
-        self._tell_lost(held, f"not ours when it was to be {intent}", ending)
+        self._tell_lost(held, f"no longer ours when it was to be {intent}", ending)
 
     def _tell_lost(self, held: Held, why: str, ending: Result | None) -> None:
         if not held.lost:
@@ -334,7 +329,7 @@ class Dispatch:
         if waiter is not None:
             held.stage = waiter.stage
             held.retaken = False
-            settlement.result = None  # whatever becomes of it now, it is not what this settlement was for
+            settlement.result = None  # it belongs to the settlement that failed
             self._answer(held, error)
             crashed = waiter.result is not None and waiter.result.outcome is Outcome.CRASHED
             if self._ending and not crashed:
@@ -345,7 +340,7 @@ class Dispatch:
         if not reported:
             self.report("ack-flush", error, held, f"the entry could not be {intent}", times=settlement.tries + 1)
         if intent == ACKED_WITH and not can_pass(error):
-            # Whoever asked for it was cancelled, and hears nothing of it; it would be refused every time.
+            # The caller was cancelled, so nobody gets this error. It is permanent: every other try would fail, too.
             held.retaken = False
             error_type = f"{type(error).__module__}.{type(error).__qualname__}"
             self._on_unsettled(held, Result(Outcome.FAILED, words(error), error_type, error=error))
@@ -357,11 +352,11 @@ class Dispatch:
             context.ledger.remember_handled(held, intent)
         context.ledger.note_doubt(held.stream, (held.id,))
         ending = self._remove(held)
-        self.report("ack-flush", error, held, f"given up: the lease ended before the entry could be {intent}")
+        self.report("ack-flush", error, held, f"abandoned: the lease ended before the entry could be {intent}")
         self._tell_lost(held, f"the lease ended before it could be {intent}", ending)
 
     def _remove(self, held: Held) -> Result | None:
-        """Out of the books. Returns what it was to be settled for, which the ledger forgets."""
+        """Remove it from the ledger, which clears the result of its settlement. Returns that result."""
         result = (held.settlement or PLAIN).result
         self._context.ledger.remove(held)
         return result

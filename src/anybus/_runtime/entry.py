@@ -1,4 +1,4 @@
-"""An entry that this subscription holds: its stages, and the settlement that it is on the way to."""
+"""An entry that this subscription holds: its stages, and its settlement."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTLED_BEFORE = "settled before"
 
 class Stage(enum.IntEnum):
     PARKED = 0
-    """Taken, and not to be started yet: its backoff is not over, or it is a suspect and must be alone."""
+    """Taken, but must not start yet: its backoff is not over, or it is a suspect that must be handled alone."""
     WAITING = 1
     """On its way to a handler."""
     OPEN = 2
@@ -52,11 +52,11 @@ TRANSITIONS: Final[Mapping[Stage, frozenset[Stage]]] = {
     Stage.SETTLING: frozenset({Stage.OPEN, Stage.RETURNED, Stage.SETTLING, Stage.GONE}),
     Stage.GONE: frozenset(),
 }
-"""Which stage may follow which. The tests check every change of a stage against this."""
+"""The stages that may follow each stage. The tests check every change of a stage against this table."""
 
 
 class Waiter:
-    """Somebody waits for the server's answer to a settlement.
+    """A caller that waits for the server's answer to a settlement.
 
     :ivar stage: the stage that the entry returns to if the settlement fails.
     :ivar result: how the handler ended meanwhile.
@@ -72,10 +72,10 @@ class Waiter:
 
 
 class Settlement(msgspec.Struct, eq=False):
-    """What becomes of an entry, until the server has it.
+    """How an entry is to be settled. It exists until the server has accepted it.
 
-    :ivar outputs: what is appended in the same step.
-    :ivar result: what it is settled for. (Cleared at the end: an exception keeps its frames alive.)
+    :ivar outputs: messages to append in the same step.
+    :ivar result: the result that led to it. (Cleared at the end: an exception keeps its frames alive.)
     :ivar uncertain: the reply to an earlier try was lost, and that try may have succeeded.
     """
 
@@ -88,7 +88,7 @@ class Settlement(msgspec.Struct, eq=False):
 
 
 PLAIN = Settlement(ACKED)
-"""Of an entry that is acked at its first try, like nearly all: it has no settlement of its own."""
+"""Stands for the settlement of an entry that is acked at its first try. Such an entry, like nearly all, has none."""
 
 
 class Held(msgspec.Struct, eq=False):
@@ -96,8 +96,8 @@ class Held(msgspec.Struct, eq=False):
 
     :ivar retaken: the server delivered it to us again while it was being settled.
     :ivar settlement: None while it is open, and for a plain ack on its first try.
-    :ivar scope: cancels its handler, where that may become necessary.
-    :ivar gone: set when it is no longer held; only a suspect has it.
+    :ivar scope: cancels its handler; None if that can never be necessary.
+    :ivar gone: set when the entry is no longer held. Only a suspect has it.
     """
 
     stream: str
@@ -129,7 +129,7 @@ class Held(msgspec.Struct, eq=False):
         result: Result | None = None,
         decision: Decision | None = None,
     ) -> None:
-        """From here on it is on its way to the server."""
+        """Begin its settlement: from now on it is on its way to the server."""
         uncertain = self.settlement is not None and self.settlement.uncertain
         self.settlement = Settlement(intent, outputs, result, decision, uncertain=uncertain)
         self.stage = Stage.SETTLING

@@ -1,4 +1,4 @@
-"""What becomes of a message, in the words of the log: one line each."""
+"""Logs what becomes of a message, on one line each."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .context import Context
 from .entry import PLAIN, RETRIED, Held, Stage
 
 _TOLD = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.GAVE_UP, Outcome.INVALID})
-"""Failures that ``on_error`` has heard of."""
+"""Failures that were reported to ``on_error``."""
 
 _UNHANDLED = frozenset({Outcome.WORN_OUT, Outcome.EXPIRED, Outcome.MALFORMED})
 
 
 def tell_fate(context: Context, held: Held, ending: Result) -> None:
-    """The server has a retry or a dead letter.
+    """The server has stored a retry or a dead letter.
 
-    :param ending: what it is for. (The ledger has let go of it by now.)
+    :param ending: the result that led to it. (The ledger has cleared it by now.)
     """
     reporter, intent = context.reporter, held.intent
     decision = (held.settlement or PLAIN).decision
@@ -31,7 +31,7 @@ def tell_fate(context: Context, held: Held, ending: Result) -> None:
         what = "dropped" if context.dead_letter_topic is None else f"dead letter in {context.dead_letter_topic!r}"
         why = decision.reason if ending.outcome in _UNHANDLED else _why(context, held, ending)
         if ending.outcome is Outcome.MALFORMED:
-            # Its error was told when it was taken. Nobody knows its uid.
+            # Its error was reported when it was taken, and its uid is unknown.
             reporter.log(logging.INFO, intent, "%s (%s): %s", what, code, why, entry_id=held.id, code=code)
         elif not (reporter.hears_errors and reporter.hears_dead_letters):
             text = "%s (%s): %s"
@@ -39,27 +39,27 @@ def tell_fate(context: Context, held: Held, ending: Result) -> None:
 
 
 def tell_lost(context: Context, held: Held, scope: str, why: str) -> None:
-    """An entry is no longer ours."""
+    """An entry is no longer ours, or its lease could not be renewed."""
     reporter = context.reporter
     reporter.log(logging.WARNING, "lease-lost", "lease lost: %s", why, about=held)
     reporter.tell("on_lease_lost", scope, message_id=held.id, attempt=held.attempt, detail=why)
 
 
 def tell_let_go(context: Context, held: Held) -> None:
-    """In manual mode a handler returned, and nobody has settled its delivery."""
-    text = "let go: its handler returned, and nobody has settled it in time; it comes back"
+    """In manual mode, a handler returned and nobody settled its delivery in time."""
+    text = "abandoned: its handler returned, and nobody settled it in time; it is redelivered"
     context.reporter.log(logging.WARNING, "let-go", text, about=held)
 
 
 def tell_suspect(context: Context, held: Held) -> None:
-    """An entry may have killed processes, and is handled alone."""
-    text = "suspect: handed over %d times, this time included, without an outcome; handled alone (max_deliveries=%d)"
+    """An entry that may have killed processes is handled alone."""
+    text = "suspect: delivered %d times, this time included, without an outcome; handled alone (max_deliveries=%d)"
     limit = context.policy.max_deliveries
     context.reporter.log(logging.WARNING, "suspect", text, held.deliveries or 0, limit, about=held)
 
 
 def tell_handled(context: Context, held: Held) -> None:
-    """A handling is over."""
+    """A handling has ended."""
     took = (context.clock() - held.started_at) * 1000
     what = held.intent if held.stage in (Stage.GONE, Stage.OPEN) else f"to be {held.intent}"
     if held.stage is Stage.RETURNED:
@@ -70,7 +70,7 @@ def tell_handled(context: Context, held: Held) -> None:
 
 
 def tell_unsettled(context: Context, held: Held, ending: Result | None) -> None:
-    """What a handling came to could not be stored. The entry comes back, perhaps elsewhere."""
+    """The outcome of a handling could not be stored. The entry is redelivered, perhaps to another consumer."""
     reporter = context.reporter
     if ending is None or ending.outcome in _UNHANDLED or (reporter.hears_errors and ending.outcome in _TOLD):
         return

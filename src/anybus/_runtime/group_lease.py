@@ -1,4 +1,4 @@
-"""One lease for a group: agreed on when a member begins, and looked after while it runs."""
+"""One lease for a group: a member agrees on it when it starts, and watches it while it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DOCS: Final = "docs/promises.md, 'One lease for a group'"
 
 
 class GroupLease:
-    """This member's part in it. Without a backend that keeps leases it does nothing."""
+    """This member's part in the agreement. If the backend keeps no leases, it does nothing."""
 
     def __init__(self, context: Context, leases: Leases) -> None:
         self._context = context
@@ -28,9 +28,7 @@ class GroupLease:
         """Whether the server may know this member already."""
 
     async def agree(self) -> None:
-        """
-        :raises ValidationError: if members run that have another lease, and it is not to be changed.
-        """
+        """Agree on the lease. Raises ``ValidationError`` if running members have another, unless it may be changed."""
         context = self._context
         if self._keeper is None:
             return
@@ -45,7 +43,7 @@ class GroupLease:
                 f"StreamBusOptions(change_lease=True) ({_DOCS})"
             )
         if running != lease:
-            # Kept from here on: after a lost reply the lease of before is not to be had from the server any more.
+            # Kept here: if a reply is lost, the server no longer tells the previous lease.
             self._before = running
             args = context.topic, context.group, context.consumer, lease
             self._before = max(running, await self._keeper.agree_lease(*args, change=True))
@@ -53,12 +51,12 @@ class GroupLease:
             self._be_patient(self._before)
 
     def _be_patient(self, before: float) -> None:
-        """The others look three times in that time. Until then they renew by the lease of before."""
+        """Give the others time to notice: they look three times, and renew by the previous lease until then."""
         now = self._context.clock()
         self._context.term.be_patient(before, now, now + min(before, 3 * _SIGN_INTERVAL))
 
     async def run(self) -> None:
-        """Tell the others that this member runs, and notice that the group's lease has been changed."""
+        """Tell the others that this member runs, and notice if another member changes the lease of the group."""
         while self._keeper is not None:
             await anyio.sleep(min(self._context.lease / 3, _SIGN_INTERVAL))
             await self._look(self._keeper)
@@ -69,14 +67,14 @@ class GroupLease:
             kept = await keeper.kept_lease(context.topic, context.group, context.consumer, context.lease)
         except Exception as error:
             if isinstance(error, EventBusError) or can_pass(error):
-                return  # the read and the pass meet it, too, and report it
+                return  # reads and reclaim passes meet the same error, and report it
             raise
         if kept == context.lease:
             return
         own = context.options.claim_idle_timeout
         changed = ValidationError(
             f"another member has changed the lease of group {context.group!r} to {kept:g} s; claim_idle_timeout is "
-            f"{own:g} s here, which is refused when this member begins again ({_DOCS})"
+            f"{own:g} s here, and is refused when this member starts again ({_DOCS})"
         )
         context.reporter.error("renew", changed, detail=f"the lease is {kept:g} s from now on, not {context.lease:g} s")
         self._be_patient(context.lease)

@@ -1,4 +1,4 @@
-"""The intake: reads what is new, reclaims what is idle, takes what is due for a retry."""
+"""The intake: reads new entries, reclaims idle ones, and takes retries that are due."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
 
 
 class Intake:
-    """The read task and the reclaim task, and the gate that both respect.
+    """The read task and the reclaim task, and the gate that stops both.
 
-    :param ready: what may start goes in here, in batches; closed at the end.
-    :param unread: the other end of it, from which is taken back what has been released.
+    :param ready: the channel to the handlers, for batches of entries that may start. It is closed at the end.
+    :param unread: the other end of that channel. Released entries are removed from it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Intake:
         self.ended = anyio.Event()
 
     def shut(self, reason: str) -> None:
-        """Take nothing more; what waits is released, and so is what a call under way still brings."""
+        """Take nothing more. Waiting entries are released, and so are entries that a call under way still brings."""
         self._shut_by.add(reason)
         for held in self._ledger.all():
             if held.stage is Stage.WAITING or (held.stage is Stage.PARKED and not _stays_parked(held, reason)):
@@ -69,12 +69,12 @@ class Intake:
             self._empty_channel()
 
     def _empty_channel(self) -> None:
-        """All that lies in it has been released, and would leave no room for more if this came again and again."""
+        """All entries in the channel have been released. If they stayed, repeated pauses would fill the channel."""
         if self._unread.statistics().current_buffer_used:
             with contextlib.suppress(anyio.WouldBlock):
                 while True:
                     self._unread.receive_nowait()
-            self._ready.send_nowait([])  # one of them may have called a worker
+            self._ready.send_nowait([])  # one of the batches may have been meant to wake a worker
 
     def open(self, reason: str) -> None:
         self._shut_by.discard(reason)
@@ -98,9 +98,9 @@ class Intake:
 
     @property
     def _block(self) -> float:
-        """For how long a read waits, by the lease of that moment: another member may change it."""
-        # A blocking read may have been handed its entries at any moment since it was sent, and there their lease
-        # begins: two thirds of it are left at worst, and the next renewal is at most one third away.
+        """For how many seconds a read may wait. It depends on the lease, which another member may change."""
+        # The lease of an entry counts from when its read was sent, since the server may have delivered it then. So at
+        # least two thirds of the lease are left, and the next renewal is at most one third away.
         return min(self._context.options.block_timeout, self._context.lease / 3)
 
     async def _until_open(self) -> None:
@@ -112,8 +112,7 @@ class Intake:
         while True:
             await self._until_open()
             await self._ledger.wait_for_read_room()
-            # A read that blocks reserves what it asks for, all the while: that is one place and no more, so that
-            # reclaim can use the rest. (A blocked reader is woken by the first entry anyway.)
+            # A blocking read reserves only one place, so that reclaims can use the rest. (Its first entry ends it.)
             if not await look.attempt(self._read, 0.0) and not look.failed:
                 await wait.attempt(self._read, self._block, 1)
 
@@ -127,11 +126,11 @@ class Intake:
             if full and before == releases:
                 await self._ledger.wait_for_reclaim_room()
             else:
-                # What a handler has just released would be taken again at once, and again: no spinning.
+                # No spinning: an entry that a handler has just released would be taken again at once, over and over.
                 await anyio.sleep(self._context.options.reclaim_interval)
 
     async def _take_turns(self) -> None:
-        """Nothing lies beyond ``max_in_flight``: a pass after each read, which blocks no longer than that may wait."""
+        """See ``Budget.takes_turns``: a reclaim pass after each read, which blocks for at most ``reclaim_interval``."""
         read, reclaim = Recovery(self._context, "read"), Recovery(self._context, "reclaim")
         releases = self._settler.given_back
         left_behind = False
@@ -147,7 +146,7 @@ class Intake:
             left_behind = full and before == releases
 
     async def _read(self, block: float, at_most: float = math.inf) -> bool:
-        """Read once; whether anything came."""
+        """Read once. True if anything came."""
         context = self._context
         room = int(min(self._budget.read_room(), self._budget.read_at_once, at_most))
         if room <= 0 or self._shut_by:
@@ -161,12 +160,12 @@ class Intake:
                     )
             finally:
                 self._reading = None
-        # Searched: after a broken connection a read looks for what it was given unseen, and may find what is held.
+        # Searched: after a broken connection, a read looks for entries whose reply was lost. It may find held ones.
         await self._accept(taking, (context.topic, entries), by_reclaim=False, searched=True)
         return bool(entries)
 
     async def _pass(self) -> bool:
-        """Look once at what is idle and what is due. True: some of it was left for want of room."""
+        """Take idle entries and due retries once. True: some may be left for lack of room."""
         backend = self._context.backend
         if isinstance(backend, PassSource):
             return await self._pass_at_once(backend)
@@ -180,7 +179,7 @@ class Intake:
             room = self._budget.reclaim_room()
             if room <= 0:
                 return True
-            # The steps take turns at going first: with room for one only, none of them starves.
+            # Each pass begins with another step, so that no step starves if there is room for only one entry.
             stream, idle = steps[(self._step + offset) % len(steps)]
             full = await self._take(stream, room, idle=idle) or full
         return full
@@ -203,7 +202,7 @@ class Intake:
         return taken.more or len(taken.reclaimed) + len(taken.retries) + len(taken.reclaimed_retries) >= room
 
     async def _take(self, stream: str, room: int, *, idle: bool) -> bool:
-        """One step of a pass, on a backend without ``PassSource``: what is idle, or what is new."""
+        """One step of a pass, on a backend without ``PassSource``: take idle entries, or new ones."""
         context = self._context
         backend, group, consumer = context.backend, context.group, context.consumer
         room = min(room, context.options.claim_scan_batch_size)
@@ -219,10 +218,7 @@ class Intake:
     async def _accept(
         self, taking: Taking, *brought: tuple[str, Sequence[FetchedEntry]], by_reclaim: bool, searched: bool = False
     ) -> None:
-        """Everything that a call brought is entered into the ledger first, then passed on.
-
-        :param searched: what is held here already may be among it.
-        """
+        """Enter everything that a call brought into the ledger, and only then pass on what may start."""
         batches: list[list[Held]] = []
         alone: Held | None = None
         for stream, entries in brought:
@@ -235,13 +231,13 @@ class Intake:
                 alone = suspect
                 self.shut(SUSPECT)
         for batch in batches:
-            if batch and not self._shut_by:  # else it has been released by now
+            if batch and not self._shut_by:  # otherwise it has been released by now
                 await self._send(batch)
         if alone is not None:
             await self._handle_alone(alone)
 
     async def _send(self, batch: list[Held]) -> None:
-        """To the handlers. The channel is full only while entries lie in it that were released meanwhile."""
+        """Send a batch to the handlers. The channel is full only while it contains entries that were released."""
         self._ledger.some_wait()
         try:
             try:
@@ -255,7 +251,7 @@ class Intake:
             raise
 
     async def _keep_bringing_back(self) -> None:
-        """What waits in this process for its retry, until it is due."""
+        """Start the retries that wait in this process, when they are due."""
         context = self._context
         while True:
             held = await self._postponed.next_due()
@@ -263,7 +259,7 @@ class Intake:
                 continue
             held.stage = Stage.WAITING
             if "renew" not in context.backend.features:
-                # No clock of ours knows whose it is: it is tried, and the settlement asks the server.
+                # Without renewal, our clock cannot tell whose it is. It is handled, and its settlement asks the server.
                 held.lease_until = context.clock() + context.lease
             if self._shut_by:
                 self._settler.release(held)
@@ -271,7 +267,7 @@ class Intake:
                 await self._send([held])
 
     async def _handle_alone(self, suspect: Held) -> None:
-        """A message that may have killed three processes is handled while this subscription holds nothing else."""
+        """Handle a message that may have killed three processes while this subscription holds nothing else."""
         context = self._context
         try:
             assert suspect.gone is not None
@@ -293,5 +289,5 @@ class Intake:
 def _stays_parked(held: Held, reason: str) -> bool:
     if held.gone is not None:
         return reason == SUSPECT
-    # A retry that waits here would lose its backoff by a pause: when it is due is early enough.
+    # A retry that waits here would lose its backoff. It is released when it is due, if the pause still lasts.
     return reason in (PAUSED, CIRCUIT)

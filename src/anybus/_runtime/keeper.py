@@ -1,4 +1,4 @@
-"""What the deliveries of one subscription ask: their state, their settlement, their lease."""
+"""What the deliveries of a subscription ask for: their state, their settlement, their lease."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .settler import Settler
 
 @dataclass(frozen=True)
 class DeliveryState:
-    """How a delivery stands. Times are UTC.
+    """The state of a delivery. Times are UTC.
 
-    :ivar attempt: which handling of the message by this group it is, from 1; releases do not count.
-    :ivar max_attempts: the last one before it becomes a dead letter (``max_retry`` + 1).
-    :ivar deliveries: how often the server has handed this entry over, this time included; None = it does not count.
-    :ivar published_at: when the backend stored the entry; None = it does not say.
-    :ivar received_at: when this process took it.
-    :ivar redelivered: whether anybody may have handled it before.
+    :ivar attempt: the number of this handling of the message in its group, from 1. Releases do not count.
+    :ivar max_attempts: the last attempt before the message becomes a dead letter (``max_retry`` + 1).
+    :ivar deliveries: how often the server has delivered this entry, this time included. None: it does not count.
+    :ivar published_at: when the backend stored the entry. None: it does not say.
+    :ivar received_at: when this process took the entry.
+    :ivar redelivered: whether the message may have been handled before, here or elsewhere.
     """
 
     attempt: int
@@ -39,7 +39,7 @@ class DeliveryState:
 
 
 class EntryKeeper:
-    """One for each subscription."""
+    """Answers the deliveries of one subscription."""
 
     def __init__(self, context: Context, settler: Settler, leases: Leases, circuit: Circuit | None) -> None:
         self._context = context

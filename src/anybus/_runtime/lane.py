@@ -1,7 +1,6 @@
-"""A lane: settlements of one kind on their way to the server, collected into batches, repeated while they fail.
+"""A lane: collects settlements of one kind into batches, and sends them to the server.
 
-A manual settlement has somebody waiting and is tried once; an automatic one is repeated with backoff while the lease
-is ours.
+A settlement by hand is tried once. An automatic one is repeated with backoff as long as the lease is ours.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Lane:
     """A channel that carries batches, and the collector that receives and sends them.
 
     A batch is flushed on size (``threshold``) or on time (``interval`` seconds after the last flush). The first
-    settlement after a pause is flushed at once. The ledger's budget bounds what is in a lane.
+    settlement after a pause is flushed at once. The ledger's budget limits the size of a lane.
 
     :param flush: sends a batch to the server; it never raises for a failure of the backend.
     """
@@ -51,11 +50,11 @@ class Lane:
 
     def _pass_on(self) -> None:
         self._wanted_at = math.inf
-        with contextlib.suppress(anyio.WouldBlock):  # then the collector has not yet received the last one
+        with contextlib.suppress(anyio.WouldBlock):  # the collector has not yet received the last batch
             self._send.send_nowait(self._batch)
 
     def again(self, held: Held) -> None:
-        """Try it again, later with every try."""
+        """Repeat it, after a delay that grows with every try."""
         assert held.settlement is not None
         held.settlement.tries += 1
         due = self._clock() + recovery_delay(held.settlement.tries, random.random())
@@ -66,7 +65,7 @@ class Lane:
         return not (self._batch or self._delayed or self._flushing)
 
     def begin_drain(self) -> None:
-        """Send without waiting for more from now on. What was to be repeated is repeated at once, then by backoff."""
+        """Send without waiting for more from now on. Repetitions are sent at once; if they fail, with backoff again."""
         self._draining = True
         self._batch += [item[2] for item in self._delayed]
         self._delayed.clear()
@@ -74,7 +73,7 @@ class Lane:
             self._pass_on()
 
     async def drained(self) -> None:
-        """Wait until nothing is left here."""
+        """Wait until the lane is empty."""
         while not self.is_empty:
             self._drained = anyio.Event()
             await self._drained.wait()
@@ -97,9 +96,9 @@ class Lane:
                 self._drained.set()
 
     async def _collect(self, last: float) -> list[Held]:
-        """The next batch, when it is time to flush it."""
-        # Compared with a point in time, not with a difference: at a late hour of the clock that can round to less than
-        # the interval, and the rest be too short to sleep for.
+        """Wait until a batch is to be flushed, and return it."""
+        # Compared with a point in time, not with a difference: with a large clock value, a difference can be rounded to
+        # less than the interval, and the rest would be too short to sleep for.
         due = last + self._interval
         while True:
             now = self._clock()
@@ -114,9 +113,7 @@ class Lane:
                 await self._wait(1, self._delayed[0][0] - now if self._delayed else None)
 
     async def _wait(self, size: int, seconds: float | None) -> None:
-        """Until a batch of this size is received, or for so many seconds. (The channel carries the batch itself, not a
-        copy: if the receive is cancelled, nothing is lost.)
-        """
+        """Wait for a batch of this size, or for so many seconds. If cancelled, nothing is lost: we keep the batch."""
         self._wanted_at = size
         try:
             if seconds is None:

@@ -1,7 +1,7 @@
-"""Leases: what is held is renewed every third of a lease, and what was lost all the same is noticed.
+"""Leases: renews the leases of held entries every third of a lease, and notices leases that were lost even so.
 
-A lease counts from when the call was sent that took or renewed the entry. After a freeze, or with a reply that was held
-up, it is over by then: what has not started is handed back instead, if it is still ours.
+A lease counts from when the call was sent that took or renewed the entry. After a freeze or a late reply, it may be
+over already. Then an entry that has not started is released, if it is still ours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Leases:
         self._can_renew = "renew" in context.backend.features
 
     def adopt(self, lease: float) -> None:
-        """The group's lease is another one: go by it, and renew what is held at once."""
+        """The lease of the group was changed: use the new one, and renew all held entries at once."""
         context = self._context
         context.term.adopt(lease)
         until = context.clock() + lease
@@ -81,7 +81,7 @@ class Leases:
                 entry.lease_until = started + context.lease
                 entry.lost = False
             elif entry.stage is Stage.OPEN or entry.stage in _UNSTARTED:
-                # What is being settled meanwhile may rightly be missing; its settlement gets the server's own answer.
+                # An entry that is being settled may rightly be missing. Its settlement gets the server's own answer.
                 context.ledger.note_vanished(entry, context.clock())
                 self._lose(entry, "the server says that it is no longer ours")
         return True
@@ -104,7 +104,7 @@ class Leases:
             if entry.lease_until > now:
                 continue
             if entry.stage is Stage.RETURNED:
-                # Nobody settled it in time: let go without an outcome, and the server's count says so.
+                # Nobody settled it in time. It is abandoned without an outcome, and the server counts the delivery.
                 entry.lost = True
                 tell_let_go(self._context, entry)
                 self._context.ledger.remove(entry)
@@ -114,11 +114,7 @@ class Leases:
                 self._lose(entry, "it could not be renewed for a whole lease")
 
     async def extend(self, entry: Held) -> None:
-        """Renew one entry now.
-
-        :raises LeaseLostError: if it is no longer ours.
-        :raises UnsupportedError: if the backend cannot renew.
-        """
+        """Renew one entry now. Raises ``LeaseLostError`` or ``UnsupportedError``, as ``Delivery.extend`` says."""
         context = self._context
         if not self._can_renew:
             raise UnsupportedError(f"{type(context.backend).__name__} cannot renew leases")

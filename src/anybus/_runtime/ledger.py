@@ -1,7 +1,7 @@
 """The ledger: every entry that this subscription holds, from the moment it is taken until it is settled.
 
-Channels only carry; the ledger owns. (A cancelled ``receive()`` can lose what a channel carried.) All of it is
-synchronous, so that no await stands between a decision and its bookkeeping.
+Channels only carry entries, and a cancelled ``receive()`` can lose what a channel carried. So the ledger owns them. It
+is synchronous, so that no await stands between a decision and its bookkeeping.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def _remember(memory: OrderedDict[KeyT, ValueT], key: KeyT, value: ValueT) -> No
 
 
 class Taking:
-    """A call under way that takes entries: a context manager around it, which reserves the room that it asks for.
+    """A context manager around a call that takes entries. It reserves the room that the call asks for.
 
-    Calls run side by side, and their replies may overtake each other: what left the ledger meanwhile can still be
-    pending and ours in the reply to this one. (One is made for every read: no generator.)
+    Calls run concurrently, and their replies may overtake each other: the reply to this call may still bring an entry
+    that has left the ledger meanwhile. (One is made for every read, so it is not a generator.)
 
-    :ivar began: the server cannot have delivered anything earlier than this: leases count from here.
-    :ivar settled: ids of what was settled meanwhile, or left pending by a crash, by stream. They are not taken.
-    :ivar doubtful: ids of what was released or lost meanwhile, by stream. Only the server knows whose they are.
+    :ivar began: when the call was sent. The server cannot have delivered anything earlier, so leases count from here.
+    :ivar settled: by stream, the ids of entries that were settled meanwhile or left pending by a crash: not taken.
+    :ivar doubtful: by stream, the ids of entries that were released or lost meanwhile. Only the server knows the owner.
     """
 
     __slots__ = ("_by_reclaim", "_ledger", "_room", "began", "doubtful", "settled")
@@ -56,14 +56,14 @@ class Taking:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # What it brought is entered into the ledger before anything else happens.
+        # The caller enters what the call brought into the ledger before anything else happens.
         self._ledger.under_way.remove(self)
         self._ledger.budget.use(-self._room, by_reclaim=self._by_reclaim)
         self._ledger.changed()
 
 
 class Ledger:
-    """What is held, stream by stream, in the order taken.
+    """The held entries of each stream, in the order in which they were taken.
 
     :param streams: the topic, and the group's retry stream.
     """
@@ -91,7 +91,7 @@ class Ledger:
         return [held for table in self.tables.values() for held in table.values()]
 
     def waiting(self) -> list[Held]:
-        """What is on its way to a handler."""
+        """The entries that are on their way to a handler."""
         return [held for held in self.all() if held.stage is Stage.WAITING]
 
     def add(self, held: Held) -> None:
@@ -117,7 +117,7 @@ class Ledger:
             self.budget.trial.look_again()
 
     def remove_settled(self, stream: str, entries: Sequence[Held]) -> None:
-        """``note_settled`` and ``remove`` for many of one stream; who waits for room is woken once."""
+        """``note_settled`` and ``remove`` for many entries of one stream. Tasks that wait for room are woken once."""
         table = self.tables[stream]
         self.note_settled(stream, [held.id for held in entries])
         by_reclaim = by_read = 0
@@ -138,17 +138,17 @@ class Ledger:
             self.budget.trial.look_again()
 
     def note_doubt(self, stream: str, ids: Sequence[str]) -> None:
-        """Released or lost, and not settled: what a call under way brings of these may be older or newer than that."""
+        """Released or lost, not settled. A call under way may bring these, in a reply older or newer than that."""
         for taking in self.under_way:
             taking.doubtful.setdefault(stream, set()).update(ids)
 
     def note_crashed(self, held: Held) -> None:
-        """Its handling crashed: it stays pending and counted, whatever a call under way says of it."""
+        """Its handling crashed. It stays pending and counted, even if a call under way brings it."""
         for taking in self.under_way:
             taking.settled.setdefault(held.stream, set()).add(held.id)
 
     def note_settled(self, stream: str, ids: Sequence[str]) -> None:
-        """The server has what settles these permanently."""
+        """The server has accepted settlements after which these are no longer pending."""
         for taking in self.under_way:
             taking.settled.setdefault(stream, set()).update(ids)
         self._settled[stream] += ids
@@ -158,11 +158,10 @@ class Ledger:
                     _remember(self._handled[stream], entry_id, SETTLED_BEFORE)
 
     def group_was_lost(self, stream: str) -> None:
-        """What was settled here lately may be redelivered by a recreated group: it is only acked then.
+        """A recreated group may redeliver entries that were settled here lately: they are only acked then.
 
-        What is being settled may be on its way back from the server, settled in the group that is gone: it counts as
-        soon as that is known. Not otherwise: an operator who moves a group back on purpose shall have his messages
-        handled again.
+        The same holds for entries that are being settled, as soon as their settlement is known to have worked. Without
+        a loss it does not hold: if an operator moves a group back on purpose, its messages are handled again.
         """
         self.vanished.pop(stream, None)
         for entry_id in self._settled[stream]:
@@ -170,14 +169,12 @@ class Ledger:
         self._crossing |= {(stream, held.id) for held in self.tables[stream].values() if held.stage is Stage.SETTLING}
 
     def note_vanished(self, held: Held, now: float) -> None:
-        """The server says that it is not ours. Within its lease nobody can have reclaimed it: perhaps its group was
-        gone, and another member has recreated it before a call of ours met that.
-        """
+        """The server says that it is not ours. If its lease is not over, perhaps another member recreated the group."""
         if now < held.lease_until:
             self.vanished[held.stream] = held.lease_until
 
     def was_recreated(self, stream: str, entries: Sequence[FetchedEntry], now: float) -> bool:
-        """Whether that is so, as what is taken now shows: some of it had been settled here."""
+        """Whether the group was recreated, as the entries show: it redelivers some that were settled here."""
         until = self.vanished.get(stream)
         if until is None:
             return False
@@ -188,36 +185,36 @@ class Ledger:
         return any(entry.id in settled for entry in entries)
 
     def remembers(self, stream: str) -> bool:
-        """Whether anything is remembered of this stream's entries that are no longer held."""
+        """Whether anything is remembered about entries of this stream that are no longer held."""
         return bool(self._handled[stream] or self._attempts)
 
     def recall_attempt(self, stream: str, entry_id: str) -> int:
-        """The attempt of an entry that waited here for its retry and was released, where no copy carries the count."""
+        """The attempt of an entry that was released while it waited here for its retry. (No copy carries the count.)"""
         return self._attempts.pop((stream, entry_id), 1) if self._attempts else 1
 
     def remember_handled(self, held: Held, intent: str) -> None:
-        """An entry that was handled here, but whose ack nobody confirmed: if it is redelivered, it is only acked."""
+        """This entry was handled here, but its ack was not confirmed. If it is redelivered, it is only acked."""
         _remember(self._handled[held.stream], held.id, intent)
 
     def was_handled(self, stream: str, entry_id: str) -> bool:
         return entry_id in self._handled[stream]
 
     def recall_handled(self, stream: str, entry_id: str) -> str | None:
-        """The intent to ack it with, if it is such an entry; asking forgets it, since it is about to be acked."""
+        """The intent with which to ack such an entry, or None. This forgets the entry, since it is acked now."""
         return self._handled[stream].pop(entry_id, None)
 
     def some_wait(self) -> None:
-        """Entries were sent to the handlers: a read that takes little is not worth while."""
+        """Entries were sent to the handlers, so a small read is not worthwhile."""
         self._some_wait = True
 
     def none_wait(self) -> None:
-        """Nothing is left to start: a read that held out for more room is worth while now."""
+        """No entry is left to start, so a read that waited for more room is worthwhile now."""
         self._some_wait = False
         if self._read_room is not None:
             self.changed()
 
     async def wait_for_read_room(self) -> None:
-        """Wait for room for a worthwhile number of entries, or for any at all while nothing is left to start."""
+        """Wait until there is room for a worthwhile read. While no entry is left to start, any room will do."""
         while not self._worth_reading():
             self.budget.let_reads_wait(True)
             self._read_room = anyio.Event()
@@ -246,7 +243,7 @@ class Ledger:
         await self._change.wait()
 
     def changed(self) -> None:
-        """Wake those who wait for room, or for a change."""
+        """Wake the tasks that wait for room or for a change."""
         if self._read_room is not None and self._worth_reading():
             self._read_room.set()
         if self._reclaim_room is not None and self.budget.reclaim_room() > 0:

@@ -1,9 +1,9 @@
 """The handlers' pool: as many workers as there is work for, and no more than ``max_in_flight``.
 
-A worker takes what is ready without waiting. Before it calls the handler it makes sure that another worker comes for
-what else is ready, or waits for what is sent next. When nothing is ready, a few workers wait for more, and the others
-end. So handlers that never wait are called in a plain loop, and handlers that do wait run side by side. A fixed pool
-would be woken one by one for every batch, and a task for every message costs more than most handlers.
+A worker takes ready entries without waiting. Before it calls the handler, it makes sure that another worker comes for
+the other ready entries, or waits for the next batch. When no entry is ready, a few workers wait for more, and the
+others end. So handlers that never wait are called in a plain loop, and handlers that wait run concurrently. The workers
+of a fixed pool would be woken one by one for every batch. A task for every message costs more than most handlers.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ Handler = Callable[[Delivery], Awaitable[None]]
 
 _STREAK = 64
 _IDLE = 4
-"""So many workers wait for more; a new task costs more than waking one of them."""
+"""How many workers may wait for more. A new task costs more than waking one of them."""
 
 
 class Place:
-    """A worker's place: which pool it works for, and whether it is in a handler now."""
+    """A worker's pool, and whether the worker is in a handler now."""
 
     __slots__ = ("busy", "pool")
 
@@ -58,13 +58,13 @@ class Place:
 
 
 handled_by: contextvars.ContextVar[frozenset[Place]] = contextvars.ContextVar("anybus_handled_by", default=frozenset())
-"""The workers in whose handlers the current code runs, or was started."""
+"""The workers whose handlers run the current code, or started its task."""
 
 
 class HandlerPool(Taker):
     """Calls the handler.
 
-    :param fail: ends the subscription with what is no ``Exception``.
+    :param fail: ends the subscription with an exception that is no ``Exception``.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class HandlerPool(Taker):
         self._home: contextvars.Context | None = None
 
     async def run(self) -> None:
-        # Workers start from here, whoever calls them: no handler inherits what another one put in its context.
+        # Every worker starts in this context, whoever calls it: no handler inherits another handler's variables.
         self._home = contextvars.copy_context()
         try:
             with self.scope:
                 await self._run_workers()
                 while not self._stopped:
-                    # A stray cancellation that hit a worker at its very end has taken the group along, without a word.
+                    # A stray cancellation at the very end of a worker has silently ended the task group: start again.
                     self._look_up_waiting()
                     await self._run_workers()
         finally:
@@ -115,7 +115,7 @@ class HandlerPool(Taker):
             await persist(self._stopping.wait)
 
     def _call(self) -> None:
-        """Have somebody come for what is ready: an idle worker, or a new one."""
+        """Call a worker for the ready entries: wake an idle one, or start a new one."""
         if self._called or self._stopped or self._workers >= self._limit:
             return
         if self._idle:
@@ -143,7 +143,7 @@ class HandlerPool(Taker):
             self._call()
 
     async def _is_called_again(self) -> bool:
-        """Wait for more, unless enough others do so already."""
+        """Wait for more entries, unless enough other workers already do."""
         if self._stopped or self._idle >= _IDLE:
             return False
         try:
@@ -152,10 +152,10 @@ class HandlerPool(Taker):
             self._called = False
             if not is_stray(error):
                 raise
-            return False  # noqa: ASYNC104 - meant for what this worker did before, or for nobody: only it ends
+            return False  # noqa: ASYNC104 - a stray cancellation ends only this worker
 
     async def _work_off(self, place: Place, clean: contextvars.Context) -> bool:
-        """Handle what is ready. False: this worker must not go on."""
+        """Handle the ready entries. False: this worker must end."""
         streak = 0
         debug = logger.isEnabledFor(logging.DEBUG)
         handler, keeper = self._handler, self._keeper
@@ -166,7 +166,7 @@ class HandlerPool(Taker):
             place.busy = True
             try:
                 if self._is_plain:
-                    # The way of nearly every message, without a coroutine more than the handler's own.
+                    # The path of nearly every message, without any coroutine but the handler's own.
                     try:
                         await handler(Delivery(held, keeper))
                     except BaseException as error:  # noqa: ASYNC103 - raised again in there
@@ -182,7 +182,7 @@ class HandlerPool(Taker):
             except anyio.get_cancelled_exc_class():
                 raise
             except BaseException as error:
-                # Ctrl-C, or an exit. Not out of this task: asyncio would let it out of its loop at once.
+                # Ctrl-C, or an exit. It must not leave this task: asyncio would raise it out of the event loop at once.
                 self._settler.crashed(held, error)
                 self._fail(error)
                 return False
@@ -190,7 +190,7 @@ class HandlerPool(Taker):
                 place.busy = False
                 self.running.discard(held)
             if contextvars.copy_context() != clean:
-                # The handler has left something behind in its context, which is not the next message's business.
+                # The handler changed its context variables. The next message must not see that: it gets a new worker.
                 return False
             streak += 1
             if streak == _STREAK:
@@ -200,7 +200,7 @@ class HandlerPool(Taker):
         return True
 
     def _conclude_watched(self, held: Held, result: Result) -> None:
-        """Settle, and tell the circuit how the handling has ended."""
+        """Settle, and tell the circuit how the handling ended."""
         assert self._circuit is not None
         was_open = held.stage is Stage.OPEN
         self._settler.conclude(held, result)
@@ -224,13 +224,13 @@ class HandlerPool(Taker):
             await self._settler.publish_rejected(held, result)
 
     async def _call_handler(self, held: Held) -> Result:
-        """Call the handler; return how it ended. Only a real cancellation comes out, and what is no ``Exception``."""
+        """Call the handler; return how it ended. Raises only real cancellations, and what is no ``Exception``."""
         delivery = Delivery(held, self._keeper)
         try:
             if self._needs_scope:
                 return await self._call_scoped(held, delivery)
             await self._handler(delivery)
-        except BaseException as error:  # noqa: ASYNC103 - what nobody cancelled is a failure
+        except BaseException as error:  # noqa: ASYNC103 - a stray cancellation is a failure
             return self._judge(held, error)  # noqa: ASYNC104
         return RETURNED
 
@@ -251,15 +251,12 @@ class HandlerPool(Taker):
         return Result(Outcome.TIMED_OUT, str(late), "HandlerTimeout", error=late)
 
     def _judge(self, held: Held, error: BaseException) -> Result:
-        """What an exception of the handler means. A real cancellation, and what is no ``Exception``, comes out.
-
-        The cancelled entry is released first.
-        """
+        """What an exception means. Raises a real cancellation (the entry is released first) and a non-``Exception``."""
         held.scope = None
         rest = without_cancellations(error)
         if rest is not None and not isinstance(rest, Exception):
             if is_crash(rest):
-                self._report(held, rest, "raised what ends its subscription")
+                self._report(held, rest, "raised an exception that ends its subscription")
             raise rest
         cancellation = cancellation_in(error)
         if cancellation is not None and is_cancelled():
@@ -267,7 +264,7 @@ class HandlerPool(Taker):
                 self._report(held, error, "failed while it was cancelled")
             self._settler.conclude(held, CANCELLED)
             raise cancellation
-        verdict = sole(error)  # a handler with a task group of its own: its Retry arrives wrapped
+        verdict = sole(error)  # a Retry from the handler's own task group is wrapped
         settled = held.stage is not Stage.OPEN and not self._on_receive
         if isinstance(verdict, Retry) and not settled and not self._on_receive:
             return Result(Outcome.RETRY, words(verdict), "Retry", verdict.delay, verdict)
@@ -277,16 +274,14 @@ class HandlerPool(Taker):
         cut_off = is_cancelled()
         self._report(held, error, what, is_retried=not (settled or self._on_receive or cut_off))
         if cut_off:
-            return CANCELLED  # its cleanup failed; whatever it would have come to, it was cut off
+            return CANCELLED  # its cleanup failed: the handling itself was cut off
         error_type = f"{type(verdict).__module__}.{type(verdict).__qualname__}"
         judged = verdict if isinstance(verdict, Exception) else None
         return Result(Outcome.FAILED, words(verdict), error_type, error=judged)
 
     def _report(self, held: Held, error: BaseException, what: str, *, is_retried: bool = False) -> None:
-        """
-        :param is_retried: or given up on. Then the log hears of it when that is so, in one line.
-        """
+        """Report an error. If it leads to a retry or a dead letter (``is_retried``), only their line logs it."""
         detail = f"the handler {what}"
         if self._on_receive:
-            detail += "; its message was acknowledged before, and is not handled again"
+            detail += "; its message was acknowledged on receipt, and is not handled again"
         self._context.reporter.error("handler", error, detail=detail, about=held, is_logged_later=is_retried)

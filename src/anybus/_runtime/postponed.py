@@ -1,4 +1,4 @@
-"""Retries that wait in this process until they are due, for a backend that cannot delay messages."""
+"""Retries that wait in this process until they are due, if the backend cannot delay messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .entry import Held
 
 
 class Postponed:
-    """Entries in the order in which they are due. The ledger holds them meanwhile, parked."""
+    """Entries in the order in which they are due. Meanwhile the ledger holds them as parked."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -20,7 +20,7 @@ from .taker import Taker
 
 
 class PullTaker(Taker):
-    """Gives deliveries to whoever asks; at most ``max_in_flight`` are out unsettled."""
+    """Gives deliveries to callers. At most ``max_in_flight`` of them are unsettled at any time."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class PullTaker(Taker):
         self.running = {held for held in self.running if held.stage in (Stage.OPEN, Stage.SETTLING)}
 
     async def take(self) -> Delivery | None:
-        """The next delivery; None when there will be none. Between taking and returning nothing is awaited."""
+        """The next delivery; None when there are no more. Nothing is awaited between taking and returning it."""
         await checkpoint()
         while not self._stopped:
             if len(self.running) >= self._limit:
@@ -60,7 +60,7 @@ class PullTaker(Taker):
         return None
 
     def _wake_next(self) -> None:
-        """Somebody else may wait for what is left of a batch."""
+        """Wake another caller, who may wait for the rest of a batch."""
         if self._backlog and self._idle:
             self._wake_one()
 
@@ -88,9 +88,9 @@ class PullTaker(Taker):
 
 
 class DeliveryStream(ObjectReceiveStream[Delivery]):
-    """Deliveries as they come. Ends (``EndOfStream``) when the subscription is closed.
+    """A stream of deliveries. It ends (``EndOfStream``) when the subscription is closed.
 
-    Each delivery is settled by hand; it is renewed until then, or until the block is left, which releases it.
+    Settle each delivery by hand. Until then its lease is renewed. Leaving the block releases unsettled deliveries.
     """
 
     def __init__(self, taker: PullTaker, close: Callable[[], None], home: Home) -> None:
@@ -100,7 +100,7 @@ class DeliveryStream(ObjectReceiveStream[Delivery]):
         self._closed = False
 
     async def receive(self) -> Delivery:
-        """Wait for the next delivery. At most ``max_in_flight`` are out unsettled; beyond that it waits.
+        """Wait for the next delivery. While ``max_in_flight`` deliveries are unsettled, it waits for one to be settled.
 
         :raises anyio.EndOfStream: when the subscription has been closed.
         :raises anyio.ClosedResourceError: when this stream has been closed.
@@ -114,7 +114,7 @@ class DeliveryStream(ObjectReceiveStream[Delivery]):
         return delivery
 
     async def aclose(self) -> None:
-        """End the stream: nothing more is taken."""
+        """Close the stream: nothing more is taken."""
         if not self._closed:
             self._home.check("the stream of deliveries")
         self._closed = True

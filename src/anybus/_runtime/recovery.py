@@ -1,4 +1,4 @@
-"""The recovery: what the intake does about an error of the backend, a lost group among them."""
+"""The recovery: what the intake does after an error of the backend, such as a lost group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .context import Context
 
 
 class Recovery:
-    """Errors that can pass are reported and the work is tried again, later with every failure; others end it."""
+    """Repeats work with backoff after transient errors, which it reports. Other errors are raised."""
 
     def __init__(self, context: Context, scope: ErrorScope) -> None:
         self._context = context
@@ -24,7 +24,7 @@ class Recovery:
 
     @property
     def failed(self) -> bool:
-        """Whether the last attempt did."""
+        """Whether the last attempt failed."""
         return self._failures > 0
 
     async def attempt(self, work: Callable[..., Awaitable[bool]], /, *args: float) -> bool:
@@ -47,13 +47,13 @@ class Recovery:
             if made and self._failures == 1:
                 return
         else:
-            self._context.reporter.error(self._scope, error, detail="tried again soon", part=self._scope)
+            self._context.reporter.error(self._scope, error, detail="it is tried again soon", part=self._scope)
         await anyio.sleep(recovery_delay(self._failures, random.random()))
 
     async def _make_again(self, lost: GroupLostError) -> bool:
-        """Make a lost group again where every member had settled everything, else at the start: never a gap.
+        """Recreate a lost group where every member had settled everything below, otherwise at the start: never a gap.
 
-        At most once it is made at the end: never twice.
+        With at most once, recreate it at the end: no message is handled twice.
         """
         context = self._context
         context.ledger.group_was_lost(lost.stream)
@@ -64,13 +64,13 @@ class Recovery:
         except Exception as error:
             if not can_pass(error):
                 raise
-            detail = f"the lost group of {lost.stream!r} is not made again yet"
+            detail = f"the lost group of {lost.stream!r} has not been recreated yet"
             context.reporter.error(self._scope, error, detail=detail, part=self._scope)
             return False
         if made:
-            detail = f"made again at {position}"
+            detail = f"recreated at {position}"
             if at_most_once:
-                detail += ", the end: what was published before and not handled is lost (at most once)"
+                detail += ", the end: messages that were published before and not handled are lost (at most once)"
             context.reporter.error(self._scope, lost, detail=detail, topic=lost.stream)
             context.reporter.tell("on_group_made_again", "group-made-again", topic=lost.stream, detail=detail)
         return True

@@ -1,4 +1,4 @@
-"""The settler: carries out what the settlement table decides of a handling, and of what was taken."""
+"""The settler: carries out what the settlement table decides about handled entries and about taken ones."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ _OPEN, _SETTLING = Stage.OPEN, Stage.SETTLING  # read for every message
 
 
 class Settler:
-    """Owns the way of every entry from its outcome to the dispatch.
+    """Takes every entry from its outcome to the dispatch.
 
-    :param postponed: where retries wait, for a backend that cannot delay them.
+    :param postponed: where retries wait if the backend cannot delay them.
     """
 
     def __init__(self, context: Context, postponed: Postponed) -> None:
@@ -65,17 +65,17 @@ class Settler:
         self.dispatch = Dispatch(context, self.apply)
         self._put_ack = self.dispatch.acks.put
         self.given_back = 0
-        """Releases by handlers, and of what may not start: taking them again at once would spin."""
+        """How many entries were released that could be taken again at once. Then the next pass waits: no spinning."""
         features = context.backend.features
         self._can_delay = "delay" in features
         self._can_keep_raw = "raw" in features
-        # The same for every message, whatever its attempt and the time: asked of the table once.
+        # The decision is the same for every message, attempt and time, so the table is asked once.
         success = decide(RETURNED, attempt=1, deliveries=None, policy=context.policy, now=0, draw=0)
         self.acks_returned = isinstance(success, Ack)
-        """Whether a handler that returns has succeeded. (In manual mode that says nothing.)"""
+        """Whether a handler that returns has succeeded. (In manual mode, that means nothing.)"""
 
     def conclude(self, held: Held, result: Result) -> None:
-        """A handler has ended. What it has not settled is settled now."""
+        """A handler has ended. If it has not settled its entry, the entry is settled now."""
         if held.stage is _OPEN:
             if result is RETURNED and self.acks_returned and held.settlement is None:
                 held.stage = _SETTLING
@@ -85,12 +85,12 @@ class Settler:
         elif held.stage is _SETTLING:
             waiter = held.waiter
             if waiter is not None:
-                waiter.result = result  # for the case that the settlement under way fails
+                waiter.result = result  # needed if the settlement under way fails
 
     def crashed(self, held: Held, error: BaseException) -> None:
-        """The handling raised what is no ``Exception``: it counts as a hand-over without an outcome.
+        """The handling raised what is no ``Exception``: it counts as a delivery without an outcome.
 
-        After ``KeyboardInterrupt`` the entry is released with the others when the subscription ends.
+        After ``KeyboardInterrupt``, the entry is released with the others when the subscription ends.
         """
         if isinstance(error, Exception) or not is_crash(error):
             return
@@ -100,20 +100,20 @@ class Settler:
             self.conclude(held, CRASHED)
 
     def ack(self, held: Held, intent: str = ACKED) -> None:
-        """Acknowledge, until the server has it or the lease is over."""
+        """Acknowledge, until the server accepts it or the lease ends."""
         self.dispatch.settle(held, intent)
 
     def release(self, held: Held) -> None:
-        """Give it back to the group, uncounted."""
+        """Release the entry to its group, uncounted."""
         self.dispatch.release(held)
 
     def give_back(self, held: Held) -> None:
-        """Release what could be taken again at once."""
+        """Release an entry that could be taken again at once."""
         self.given_back += 1
         self.dispatch.release(held)
 
     async def ack_first(self, held: Held) -> bool:
-        """Acknowledge before the start (auto-on-receive). False: not ours, or the lease ended before it worked."""
+        """Acknowledge before the handling (auto-on-receive). False: the entry is not ours, or its lease ended first."""
         failures = 0
         while True:
             held.waiter = waiter = Waiter(Stage.OPEN)
@@ -128,13 +128,9 @@ class Settler:
             await anyio.sleep(recovery_delay(failures, random.random()))
 
     async def settle(self, held: Held, result: Result | None, outputs: Sequence[Output] = ()) -> None:
-        """Settle by hand, and wait for the server's answer.
-
-        :param result: None = acknowledge...
-        :param outputs: ...and append these in the same step.
-        """
+        """Settle by hand, and wait for the server's answer. No result: acknowledge, and append the outputs with it."""
         if self.dispatch.is_over:
-            raise ClosedError("the subscription has ended; what was not settled by then has been released")
+            raise ClosedError("the subscription has ended; messages that were not settled in time have been released")
         if held.stage not in (Stage.OPEN, Stage.RETURNED):
             if held.lost and held.stage is Stage.GONE:
                 raise LeaseLostError(f"entry {held.id} of {held.stream!r} is no longer ours")
@@ -145,11 +141,11 @@ class Settler:
             await waiter.done.wait()
         except anyio.get_cancelled_exc_class():
             if waiter.error is not None and held.stage is waiter.stage:
-                # It failed in the moment of the cancellation, and nobody hears of it: it is begun again.
+                # It failed at the moment of the cancellation, so nobody gets the error. Begin again.
                 self._begin(held, result, outputs)
             raise
         finally:
-            # Cancelled while the server was being asked: from here on the settlement is an automatic one.
+            # If it was cancelled while it waited for the server, the settlement becomes an automatic one.
             if held.waiter is waiter:
                 held.waiter = None
         if waiter.error is not None:
@@ -166,7 +162,7 @@ class Settler:
             self.apply(held, result)
 
     async def publish_rejected(self, held: Held, result: Result) -> None:
-        """A message rejected after its ack (auto-on-receive) becomes a dead letter by a plain publish."""
+        """Publish the dead letter of a message that was rejected after its ack (auto-on-receive)."""
         context = self._context
         decision = self._decide(held, result)
         assert isinstance(decision, DeadLetter)
@@ -177,7 +173,7 @@ class Settler:
             return
         output = self._dead_letter(held, decision, topic)
         try:
-            # Shielded: of what was acknowledged before, this is all that is left.
+            # Shielded: the message is acknowledged, so this dead letter is all that is left of it.
             with anyio.fail_after(context.options.publish_timeout, shield=True):
                 await context.backend.publish(output.stream, output.message)
         except Exception as error:
@@ -203,10 +199,7 @@ class Settler:
         )
 
     def apply(self, held: Held, result: Result, *, raw: Mapping[str, bytes] | None = None) -> None:
-        """Do what the table decides.
-
-        :param raw: the fields of a malformed entry, kept beside its dead letter.
-        """
+        """Do what the table decides. ``raw``: the fields of a malformed entry, kept beside its dead letter."""
         result = self._judgement.weigh(result, held.message, held.attempt, partial(self._complain, held))
         decision = self._decide(held, result)
         if isinstance(decision, Ack):
@@ -227,7 +220,7 @@ class Settler:
             assert isinstance(decision, Report)
 
     def expire(self, held: Held) -> bool:
-        """Give up on what is too old to be handled. False: it is not."""
+        """Give up on an entry that is too old to be handled. False: it is not."""
         result = self._judgement.expired(self._published_at(held))
         if result is not None:
             self.apply(held, result)
@@ -268,7 +261,7 @@ class Settler:
         self._context.reporter.error("handler", error, detail=detail, about=held)
 
     def _published_at(self, held: Held) -> datetime | None:
-        """When the topic's entry was stored, by the server's clock."""
+        """When the original entry was stored, by the server's clock."""
         published_at = held.published_at
         if held.stream != self._context.topic:
             published_at = first_published(held.message.headers) or published_at

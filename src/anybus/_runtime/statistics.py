@@ -1,4 +1,4 @@
-"""What a subscription says of itself."""
+"""The statistics of a subscription."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class Counters:
 
 @dataclass(frozen=True, kw_only=True)
 class SubscriptionStatistics:
-    """Gauges as of now, and counts since the subscription began.
+    """Gauges as of now, and counts since the subscription started.
 
-    :ivar waiting: entries taken and not yet with a handler.
-    :ivar in_flight: entries in a handler now (of ``deliveries``: delivered and not settled).
-    :ivar held: entries pending and ours: waiting, in flight, returned unsettled, or being settled.
+    :ivar waiting: entries that were taken and wait for a handler.
+    :ivar in_flight: entries in a handler now (with ``deliveries()``: received and not settled).
+    :ivar held: all pending entries of this subscription: waiting, in flight, returned unsettled, or being settled.
     :ivar oldest_in_flight: for how many seconds the oldest entry has been in flight; None if there is none.
     :ivar received: entries taken, by reading or reclaiming.
-    :ivar handled: messages acknowledged (with ``auto-on-receive``: whose handler returned).
-    :ivar failed: handlings that failed; a retry or a rejection that was asked for counts too.
-    :ivar retried: retries stored.
-    :ivar dead_lettered: messages given up on, dropped ones included.
-    :ivar released: entries released, uncounted.
+    :ivar handled: messages acknowledged (with ``auto-on-receive``: messages whose handler returned).
+    :ivar failed: handlings that failed, including retries and rejections that a handler asked for.
+    :ivar retried: retries that were stored.
+    :ivar dead_lettered: messages given up on, including dropped ones.
+    :ivar released: entries that were released, uncounted.
     :ivar reclaimed: entries taken over because their lease had ended, or because they had been released.
-    :ivar leases_lost: entries that were held here and are no longer ours.
+    :ivar leases_lost: entries that this subscription held and that no longer belong to it.
     :ivar circuit_opened: how often the circuit has paused the subscription.
     """
 

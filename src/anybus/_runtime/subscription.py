@@ -1,10 +1,10 @@
-"""The subscription: its parts wired together, its beginning and its end.
+"""The subscription: it wires its parts together, starts them and ends them.
 
-The shape of the end. The parts are siblings in one task group that the caller's ``async with`` owns. Only the intake
-can be cancelled from outside; the pool, the lease renewal and the settler's lanes run in shielded scopes that they
-enter themselves, and a supervisor ends them in order: the intake stops (what waits is released at once), the handlers
-end or are cancelled, what is left is settled within ``cleanup_timeout``, the consumer is forgotten. A sentinel, not
-shielded, notices a cancellation from outside and turns it into an abort.
+The parts are siblings in one task group that the caller's ``async with`` owns. Only the intake can be cancelled from
+outside. The other parts run in shielded scopes that they enter themselves, and a supervisor ends them in order: the
+intake stops (waiting entries are released at once), the handlers end or are cancelled, what is left is settled within
+``cleanup_timeout``, the consumer is forgotten. A watcher that is not shielded turns a cancellation from outside into an
+abort.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ T = TypeVar("T")
 
 
 class ClosedWhileEnteredError(ClosedError):
-    """The end came before the beginning was over."""
+    """The subscription was ended before it had started."""
 
 
 class Subscription:
-    """A running subscription: what ``bus.subscribe`` gives. Made by the bus, never directly."""
+    """A running subscription, as ``bus.subscribe`` yields it. Only the bus creates subscriptions."""
 
     def __init__(self, context: Context, handler: Handler | None) -> None:
         self._context = context
-        # From the intake to the handlers. Every batch has at least one entry: there are never more than the limit.
+        # From the intake to the handlers. Every batch has an entry, so there are never more batches than the limit.
         send, ready = anyio.create_memory_object_stream[list[Held]](context.ledger.budget.limit)
         postponed = Postponed(context.clock)
         self._settler = Settler(context, postponed)
@@ -93,12 +93,12 @@ class Subscription:
 
     @property
     def consumer(self) -> str:
-        """This member's name on the server: its label and a unique part, new for every subscription."""
+        """The consumer's name on the server: its label and a unique part, new for every subscription."""
         return self._context.consumer
 
     @property
     def is_running(self) -> bool:
-        """Whether it takes messages, or would if it were not paused. False from the beginning of its end."""
+        """Whether the subscription takes messages. Also true while it is paused. False once its end has begun."""
         return not self._ending.is_set()
 
     def statistics(self) -> SubscriptionStatistics:
@@ -114,7 +114,7 @@ class Subscription:
         )
 
     def pause(self) -> None:
-        """Take nothing more, and hand back what waits. What is in flight goes on. Pausing twice is fine."""
+        """Take nothing more, and release waiting messages. Running handlers go on. Pausing twice is fine."""
         if self._is_at_work():
             self._intake.shut(PAUSED)
 
@@ -124,40 +124,37 @@ class Subscription:
             self._intake.open(PAUSED)
 
     def close(self) -> None:
-        """Begin a graceful end: take nothing more, release what waits, wait up to ``close_timeout`` for handlers.
+        """Begin a graceful end: take nothing more, release waiting messages, wait up to ``close_timeout`` for handlers.
 
-        Allowed in handlers. The body of ``subscribe`` goes on. Closing twice is fine.
+        Handlers may call this. The body of ``subscribe`` goes on. Closing twice is fine.
         """
         if self._is_at_work():
             self._begin_end()
 
     def abort(self) -> None:
-        """Begin to end at once: handlers are cancelled, and what they had is released. Allowed in handlers."""
+        """Begin an immediate end: handlers are cancelled, and their messages are released. Handlers may call this."""
         if self._is_at_work():
             self._abort()
 
     async def wait_closed(self) -> None:
-        """Wait until the end is over: everything settled or released, the consumer forgotten.
+        """Wait until the subscription has ended: everything is settled or released, and the consumer is forgotten.
 
-        :raises RuntimeError: in one of the subscription's own handlers, which would wait for itself (and in a task that
-            a handler has left behind, while its worker is in the next handler).
+        :raises RuntimeError: in a handler of this subscription, which would wait for itself. (Also in a task that a
+            handler left behind, while the handler's worker is in the next handler.)
         """
         self._is_at_work()
         self._refuse_in_handlers()
         await self._ended.wait()
 
     async def aclose(self) -> None:
-        """``close()`` and ``wait_closed()``. Raises as the latter does."""
+        """``close()``, then ``wait_closed()``. Raises the same errors as ``wait_closed()``."""
         self._is_at_work()
         self._refuse_in_handlers()
         self.close()
         await self.wait_closed()
 
     def _is_at_work(self) -> bool:
-        """Whether there is anything left to do for whoever calls.
-
-        :raises RuntimeError: if there is, and it is not the bus's event loop in which we run.
-        """
+        """Whether it has not ended yet. Then, in an event loop other than the bus's, this raises ``RuntimeError``."""
         if self._ended.is_set():
             return False
         self._context.home.check("the subscription")
@@ -237,7 +234,7 @@ class Subscription:
                 else:
                     self._leave()
         finally:
-            # Whatever else happened meanwhile, a cancellation from outside included: these come out, as themselves.
+            # These errors are raised bare, whatever else happened meanwhile, even a cancellation from outside.
             self._tell_ended()
             failure = self._failure
             if body_error is not None and failure is not None:
@@ -256,12 +253,12 @@ class Subscription:
         if self._failure is None:
             reporter.log(logging.INFO, "ended", text, *counts)
         else:
-            # Without a traceback: it comes out of the body.
+            # Without a traceback: the caller gets the exception.
             reporter.log(logging.ERROR, "ended", f"{text}; it failed: %s", *counts, said(self._failure))
         reporter.tell("on_ended", "ended", error=self._failure)
 
     def _settle_crashed(self, error: BaseException) -> None:
-        """The block of ``deliveries()`` is the handler of what has been handed out."""
+        """The block of ``deliveries()`` counts as the handler of the messages that were received in it."""
         # GeneratorExit means that an async generator around the block was closed: nothing has crashed.
         if isinstance(self._taker, PullTaker) and not isinstance(error, GeneratorExit):
             for held in self._taker.running:
@@ -276,7 +273,7 @@ class Subscription:
             tasks.start_soon(self._in_background, part, scope)
 
     def _leave(self) -> None:
-        """The body has ended. Deliveries that were pulled end with their block; handlers get their time."""
+        """The body has ended. Pulled deliveries end with their block; handlers get ``close_timeout``."""
         if isinstance(self._taker, PullTaker):
             self._abort()
         else:
@@ -295,14 +292,14 @@ class Subscription:
             )
         for stream, start in ((context.topic, context.group_start_id), (context.retry_stream, "0")):
             made = await self._until_done(
-                f"the group of {stream!r} is not made yet", backend.create_group, stream, context.group, start
+                f"the group of {stream!r} is not created yet", backend.create_group, stream, context.group, start
             )
             if made and start == "$" and stream == context.topic:
                 await self._mention_backlog()
         await self._until_done(f"the lease of {context.group!r} is not agreed on yet", self._group_lease.agree)
 
     async def _until_done(self, not_yet: str, work: Callable[..., Awaitable[T]], /, *args: object, **more: object) -> T:
-        """A step of the beginning. Errors that can pass are reported, and it is tried again."""
+        """Run one step of the start. Transient errors are reported, and the step is repeated."""
         failures = 0
         while True:
             try:
@@ -318,34 +315,34 @@ class Subscription:
         context = self._context
         if "inspect" in context.backend.features and isinstance(context.backend, StreamInspector):
             count = 0
-            with contextlib.suppress(EventBusError):  # a courtesy: no reason to fail, nor to try again
+            with contextlib.suppress(EventBusError):  # only a notice: no reason to fail or to try again
                 count = await context.backend.count_entries(context.topic)
             if count:
                 context.notices.once(
-                    f"group {context.group!r} was made at the end of {context.topic!r} (group_start_id '$'), which "
+                    f"group {context.group!r} was created at the end of {context.topic!r} (group_start_id '$'), which "
                     f"already holds {count} entries: the group will not see them ('0' begins at the start)"
                 )
 
     async def _guard(self, part: Callable[[], Awaitable[None]]) -> None:
-        """Run a part; what it raises ends the subscription, once, and as itself."""
+        """Run a part. An error that it raises ends the subscription, once, and is raised bare."""
         try:
             await part()
-        except anyio.get_cancelled_exc_class() as error:  # noqa: ASYNC103 - what nobody cancelled is a failure
+        except anyio.get_cancelled_exc_class() as error:  # noqa: ASYNC103 - a stray cancellation is a failure
             if not is_stray(error):
                 raise
             self._fail(as_failure(error))
         except BaseException as error:
-            # Of several failures in one moment the first ends the subscription, bare, and the others are reported.
+            # If several errors occur at once, the first one ends the subscription, and the others are reported.
             for failure in leaves(error):
                 self._fail(failure)
 
     async def _in_background(self, part: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
-        """A part that works until everything is settled."""
+        """Run a part that works until everything is settled."""
         with scope:
             await self._guard(lambda: persist(part))
 
     async def _watch(self) -> None:
-        """Not shielded: a cancellation from outside, at any time, becomes an abort."""
+        """Turn a cancellation from outside into an abort, at any time. (This task is not shielded.)"""
         try:
             await self._ended.wait()
         finally:
@@ -353,7 +350,7 @@ class Subscription:
                 self._abort()
 
     async def _supervise(self) -> None:
-        """End the parts in order. Hit by a stray cancellation it goes on where it was: every step can be repeated."""
+        """End the parts in order. After a stray cancellation this begins again: every step can be repeated."""
         try:
             with anyio.CancelScope(shield=True):
                 await persist(self._end_in_order)
@@ -377,7 +374,7 @@ class Subscription:
         left = self._settler.dispatch.finish()
         if left:
             late = TimeoutError(f"{left} entries were not settled within cleanup_timeout")
-            context.reporter.error("close", late, detail="they come back when their lease is over")
+            context.reporter.error("close", late, detail="they are redelivered when their lease ends")
         for scope in self._background.values():
             scope.cancel()
         await self._forget_consumer()
@@ -400,9 +397,9 @@ class Subscription:
         with anyio.move_on_after(context.options.cleanup_timeout):
             await taker.ended.wait()
         if not taker.ended.is_set():
-            # A handler in a thread, say. Its message stays leased; everybody else's has been released by now.
+            # For example, a handler in a thread. Its message stays leased. All others have been released by now.
             for held in taker.running:
-                late = TimeoutError("the handler goes on although it was cancelled")
+                late = TimeoutError("the handler still runs although it was cancelled")
                 context.reporter.error("close", late, detail="waiting for it", about=held)
             await taker.ended.wait()
 

@@ -1,4 +1,4 @@
-"""Takes what is ready to start: what the handlers' pool and the pull stream have in common."""
+"""Takes entries that are ready to start: what the handlers' pool and the pull stream have in common."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _WAITING, _OPEN = Stage.WAITING, Stage.OPEN  # read for every message
 class Taker(abc.ABC):
     """Receives batches, and takes entries from them one by one.
 
-    :param ready: what may start comes out of here.
-    :param again: leads to the same place: an empty batch in it wakes somebody who waits.
+    :param ready: the channel of entries that may start.
+    :param again: its sending end: an empty batch wakes a receiver that waits.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Taker(abc.ABC):
         self.running: set[Held] = set()
 
     def next_entry(self) -> Held | None:
-        """The next entry that may start; its lease is looked at, since a process can be frozen at any moment."""
+        """The next entry that may start. This checks its lease, since a process can be frozen at any moment."""
         backlog = self._backlog
         trial = self._budget.trial
         while backlog and not self._stopped:
@@ -84,7 +84,7 @@ class Taker(abc.ABC):
             self._ledger.none_wait()
 
     async def _receive(self) -> bool:
-        """Wait for a batch. False: there will be none."""
+        """Wait for a batch. False: there are no more."""
         self._idle += 1
         try:
             batch = await self._ready.receive()
@@ -99,13 +99,13 @@ class Taker(abc.ABC):
         return True
 
     def _look_up_waiting(self) -> None:
-        """A receive was cancelled, which can lose a batch: the ledger knows what waits."""
+        """A cancelled receive can lose a batch, but the ledger knows which entries wait."""
         self._backlog.clear()
         self._backlog += self._ledger.waiting()
 
     def _wake_one(self) -> None:
-        """Have somebody who waits for a batch look at the backlog."""
-        with contextlib.suppress(anyio.WouldBlock, anyio.ClosedResourceError):  # full: nobody has to wait
+        """Make a receiver that waits for a batch look at the backlog."""
+        with contextlib.suppress(anyio.WouldBlock, anyio.ClosedResourceError):  # full: nobody waits
             self._again.send_nowait([])
 
     def stop(self) -> None:
@@ -119,7 +119,7 @@ class Taker(abc.ABC):
 
     @abc.abstractmethod
     async def run(self) -> None:
-        """Until stopped, and nothing is in flight."""
+        """Run until it is stopped and nothing is in flight."""
 
     def in_flight(self) -> int:
         return len(self.running)
