@@ -85,11 +85,16 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
         await checkpoint()
         results: list[str | EventBusError] = []
+        written: set[Stream] = set()
         for stream, message, spec in items:
-            try:
-                results.append(self._append(stream, message) if spec is None else self._refusal(spec))
-            except EventBusError as error:
-                results.append(error)
+            if spec is not None:
+                results.append(self._refusal(spec))
+                continue
+            store = self._stream(stream)
+            results.append(store.append(lift_headers(message), {}).id)
+            written.add(store)
+        for store in written:
+            store.wake_readers()
         return results
 
     def _refusal(self, spec: PublishSpec) -> EventBusError:
@@ -149,13 +154,13 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         members = self._group_or_none(stream, group)
         if members is None:
             return list(message_ids) if consumer is not None else []
-        pending = members.pending
+        store, pending = self._stream(stream), members.pending
         refused: list[str] = []
         for message_id in message_ids:
             entry = pending.get(message_id)
             if entry is not None and (consumer is None or entry.consumer == consumer):
                 del pending[message_id]
-                self._stream(stream).acked(stream, entry.entry)
+                store.acked(stream, entry.entry)
             elif consumer is not None:
                 refused.append(message_id)
         return refused
