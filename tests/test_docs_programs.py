@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,21 @@ def named(page: str, name: str) -> str:
     return program
 
 
-def start(program: str, loop: str, url: str = "") -> subprocess.Popen[str]:
+@contextmanager
+def start(program: str, loop: str, url: str = "") -> Iterator[subprocess.Popen[str]]:
+    """Run a program until the block is left, whatever it does by then."""
     program = program.replace("redis://localhost", url or "redis://localhost")
     program = program.replace("anyio.run(main)", f"anyio.run(main, backend={loop!r})", 1)
-    return subprocess.Popen(
-        [sys.executable, "-u", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    # A shell's background job ignores Ctrl-C, and so would what it starts.
+    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", heeds + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def run(program: str, loop: str, url: str = "") -> tuple[str, str]:
@@ -98,7 +108,6 @@ def test_a_worker_that_comes_after_the_publisher_says_what_it_will_not_see(loop:
     with start(named("docs/guide.md", "worker.py"), loop, server.url) as worker:
         assert worker.stderr is not None
         assert "3 entries" in worker.stderr.readline()
-        worker.kill()
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -112,7 +121,6 @@ def test_a_group_that_starts_at_the_beginning_handles_what_was_published_before(
     with start(worker, loop, server.url) as started:
         assert started.stdout is not None
         said = {started.stdout.readline() for _ in range(4)}
-        started.kill()
     assert said == {"waiting for orders\n", *CHARGED.splitlines(keepends=True)}
 
 
