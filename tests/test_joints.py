@@ -1,0 +1,103 @@
+"""What lies in the channel between the intake and the handlers, or was on its way out of it, is never left there."""
+
+from __future__ import annotations
+
+
+import anyio
+from anyio.lowlevel import checkpoint
+from harness import HOUR, SOON, StepByStep, quick, until
+
+from anybus import Delivery, MemoryBackend, Message, StreamBus, SubscriptionConfig
+from anybus.abc import FetchedEntry
+
+
+class InSteps(StepByStep):
+    """Gives six entries to three reads, at exactly the wrong moments."""
+
+    def __init__(self, topic: str) -> None:
+        super().__init__(MemoryBackend())
+        self.topic = topic
+        self.goes_on = anyio.Event()
+        self.first_may_end = anyio.Event()
+        self.second_may_end = False
+        self._entries: list[FetchedEntry] = []
+        self._step = 0
+
+    async def read_new(
+        self, stream: str, group: str, consumer: str, *, count: int, timeout: float
+    ) -> list[FetchedEntry]:
+        if stream != self.topic:
+            return await super().read_new(stream, group, consumer, count=count, timeout=timeout)
+        while len(self._entries) < 6 and self._step == 0:
+            self._entries += await super().read_new(stream, group, consumer, count=6, timeout=HOUR)
+        step, self._step = self._step, self._step + 1
+        if step == 1:
+            await self.goes_on.wait()
+            self.first_may_end.set()
+            self.second_may_end = True
+        elif step == 2:
+            await checkpoint()
+        elif step > 2:
+            await anyio.sleep(timeout)
+        return self._entries[2 * step : 2 * step + 2]
+
+
+async def test_a_worker_that_was_called_comes_even_if_another_takes_the_call_out_of_the_channel(topic: str) -> None:
+    backend = InSteps(topic)
+    begun: set[str] = set()
+    last = anyio.Event()
+
+    async def handler(delivery: Delivery) -> None:
+        key = delivery.message.key
+        begun.add(key)
+        if key == "0":
+            await backend.first_may_end.wait()
+        elif key == "1":
+            while not backend.second_may_end:
+                await checkpoint()
+            await checkpoint()
+        elif key in ("2", "3"):
+            await last.wait()
+        elif {"4", "5"} <= begun:
+            last.set()
+
+    with anyio.fail_after(SOON):
+        async with StreamBus(backend, quick()) as bus:
+            async with bus.subscribe(SubscriptionConfig(topic, "g", max_in_flight=8), handler) as subscription:
+                await bus.publish_batch([Message(topic, key=str(number)) for number in range(6)])
+                await until(lambda: begun == {"0", "1"})
+                backend.goes_on.set()
+                await until(lambda: subscription.statistics().handled == 6)
+
+
+async def test_a_receive_that_is_cancelled_passes_on_what_it_had_received(topic: str) -> None:
+    received: list[str] = []
+    deliveries: list[Delivery] = []
+    scopes = [anyio.CancelScope() for _ in range(3)]
+
+    with anyio.fail_after(SOON):
+        async with (
+            StreamBus(MemoryBackend(), quick()) as bus,
+            bus.deliveries(SubscriptionConfig(topic, "g", max_in_flight=1, max_pending_acks=8)) as stream,
+            anyio.create_task_group() as tasks,
+        ):
+
+            async def receive(scope: anyio.CancelScope) -> None:
+                with scope:
+                    delivery = await stream.receive()
+                    received.append(delivery.message.key)
+                    deliveries.append(delivery)
+
+            for scope in scopes:  # they wait in this order
+                tasks.start_soon(receive, scope)
+                await anyio.wait_all_tasks_blocked()
+            await bus.publish(Message(topic, key="first"))
+            await until(lambda: received == ["first"])
+            # The second one is given this, and must wait with it until the first is settled.
+            await bus.publish(Message(topic, key="second"))
+            await anyio.wait_all_tasks_blocked()
+            scopes[1].cancel()
+            await anyio.wait_all_tasks_blocked()
+            await deliveries[0].ack()
+            await until(lambda: received == ["first", "second"])
+            await deliveries[1].ack()
