@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import Any
 
 import anyio
 from anyio.lowlevel import checkpoint
 from harness import HOUR, SOON, StepByStep, quick, until
 
-from anybus import Delivery, MemoryBackend, Message, StreamBus, SubscriptionConfig
+from anybus import Delivery, MemoryBackend, Message, Observer, Reject, StreamBus, SubscriptionConfig
 from anybus.abc import FetchedEntry
 
 
@@ -101,3 +104,35 @@ async def test_a_receive_that_is_cancelled_passes_on_what_it_had_received(topic:
             await deliveries[0].ack()
             await until(lambda: received == ["first", "second"])
             await deliveries[1].ack()
+
+
+class Silent(Observer):
+    """Hears of failures, so that they are not logged: the log of a test keeps what it is given."""
+
+    def on_error(self, event: Any) -> None:
+        pass
+
+    def on_dead_lettered(self, event: Any) -> None:
+        pass
+
+
+async def test_no_exception_is_kept_alive_by_a_delivery_that_was_rejected_after_its_ack(topic: str) -> None:
+    kept: list[Delivery] = []
+    raised: list[weakref.ref[Reject]] = []
+
+    async def handler(delivery: Delivery) -> None:
+        kept.append(delivery)
+        error = Reject("!")
+        raised.append(weakref.ref(error))
+        raise error
+
+    with anyio.fail_after(SOON):
+        async with StreamBus(MemoryBackend(), quick(Silent())) as bus:
+            config = SubscriptionConfig(topic, "g", guarantee="at-most-once")
+            async with bus.subscribe(config, handler) as subscription:
+                await bus.publish(Message(topic))
+                await until(lambda: subscription.statistics().dead_lettered == 1)
+                await until(lambda: subscription.statistics().in_flight == 0)
+                gc.collect()
+                assert raised[0]() is None
+                assert kept
