@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from typing import Any
@@ -10,8 +11,8 @@ import anyio
 from anyio.lowlevel import checkpoint
 from harness import HOUR, SOON, StepByStep, quick, until
 
-from anybus import Delivery, MemoryBackend, Message, Observer, Reject, StreamBus, SubscriptionConfig
-from anybus.abc import FetchedEntry
+from anybus import Delivery, MemoryBackend, Message, Observer, Reject, Retry, StreamBus, SubscriptionConfig
+from anybus.abc import Feature, FetchedEntry
 
 
 class InSteps(StepByStep):
@@ -136,3 +137,43 @@ async def test_no_exception_is_kept_alive_by_a_delivery_that_was_rejected_after_
                 gc.collect()
                 assert raised[0]() is None
                 assert kept
+
+
+class WithoutDelay(StepByStep):
+    """Retries wait in the process."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.features: frozenset[Feature] = inner.features - {"delay"}
+
+
+async def test_a_retry_that_is_due_during_a_graceful_end_is_released_before_the_last_handler_has_ended(
+    topic: str,
+) -> None:
+    may_fail, handled_elsewhere = anyio.Event(), anyio.Event()
+    began: set[str] = set()
+
+    async def handler(delivery: Delivery) -> None:
+        began.add(delivery.message.key)
+        if delivery.message.key == "slow":
+            await handled_elsewhere.wait()
+        else:
+            await may_fail.wait()
+            raise Retry(delay=0.01)
+
+    async def elsewhere(delivery: Delivery) -> None:
+        handled_elsewhere.set()
+
+    with anyio.fail_after(SOON):
+        async with (
+            StreamBus(WithoutDelay(MemoryBackend()), quick(close_timeout=HOUR, claim_idle_timeout=HOUR)) as bus,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            ending = await stack.enter_async_context(bus.subscribe(SubscriptionConfig(topic, "g"), handler))
+            await bus.publish_batch([Message(topic, key="slow"), Message(topic, key="fails")])
+            await until(lambda: began == {"slow", "fails"})
+            ending.close()
+            may_fail.set()
+            async with bus.subscribe(SubscriptionConfig(topic, "g"), elsewhere):
+                await handled_elsewhere.wait()
+                await ending.wait_closed()

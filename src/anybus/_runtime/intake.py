@@ -91,8 +91,6 @@ class Intake:
                     else:
                         tasks.start_soon(persist, self._keep_reading)
                         tasks.start_soon(persist, self._keep_reclaiming)
-                    if "delay" not in self._context.backend.features:
-                        tasks.start_soon(persist, self._keep_bringing_back)
         finally:
             self.ended.set()
 
@@ -250,8 +248,8 @@ class Intake:
                     self._settler.release(held)
             raise
 
-    async def _keep_bringing_back(self) -> None:
-        """Start the retries that wait in this process, when they are due."""
+    async def keep_bringing_back(self) -> None:
+        """Start the retries that wait in this process, when they are due. During the end they are released then."""
         context = self._context
         while True:
             held = await self._postponed.next_due()
@@ -264,7 +262,8 @@ class Intake:
             if self._shut_by:
                 self._settler.release(held)
             elif not self._settler.expire(held):
-                await self._send([held])
+                with contextlib.suppress(anyio.ClosedResourceError):  # the end came meanwhile, and has released it
+                    await self._send([held])
 
     async def _handle_alone(self, suspect: Held) -> None:
         """Handle a message that may have killed three processes while this subscription holds nothing else."""
