@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import weakref
 from typing import Any
 
 import anyio
+import pytest
 from anyio.lowlevel import checkpoint
-from harness import HOUR, SOON, StepByStep, quick, until
+from harness import HOUR, SOON, Harness, StepByStep, quick, until
 
 from anybus import Delivery, MemoryBackend, Message, Observer, Reject, Retry, StreamBus, SubscriptionConfig
 from anybus.abc import Feature, FetchedEntry
@@ -177,3 +179,54 @@ async def test_a_retry_that_is_due_during_a_graceful_end_is_released_before_the_
             async with bus.subscribe(SubscriptionConfig(topic, "g"), elsewhere):
                 await handled_elsewhere.wait()
                 await ending.wait_closed()
+
+
+ASYNCIO_LOOPS = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+]
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
+@pytest.mark.parametrize("hit", ["while it waits to be alone", "while it is handled"])
+async def test_a_stray_cancellation_of_the_intake_neither_forgets_a_suspect_nor_gives_it_company(
+    hit: str, harness: Harness, topic: str
+) -> None:
+    began: list[str] = []
+    may_end = {"slow": anyio.Event(), "suspect": anyio.Event()}
+    backend = harness.make_backend()
+
+    async def handler(delivery: Delivery) -> None:
+        key = delivery.message.key
+        began.append(key)
+        if key in may_end:
+            await may_end[key].wait()
+
+    with anyio.fail_after(SOON):
+        async with StreamBus(backend, quick(Silent(), claim_idle_timeout=60.0)) as bus:
+            await backend.create_group(topic, "g", "0")
+            await bus.publish(Message(topic, key="suspect"))
+            await backend.read_new(topic, "g", "crashed", count=1, timeout=0)
+            for _ in range(2):
+                await backend.reclaim_idle(topic, "g", "crashed", min_idle=0, count=1)
+            async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
+                await bus.publish(Message(topic, key="slow"))
+                await until(lambda: began == ["slow"])
+                await harness.age(topic, "g")
+                await until(lambda: subscription.statistics().held == 2)
+                if hit == "while it is handled":
+                    may_end["slow"].set()
+                    await until(lambda: began == ["slow", "suspect"])
+                await anyio.wait_all_tasks_blocked()
+                for task in asyncio.all_tasks():
+                    if "persist" in repr(task):
+                        task.cancel()
+                await bus.publish(Message(topic, key="third"))
+                await anyio.wait_all_tasks_blocked()
+                assert "third" not in began
+                may_end["slow"].set()
+                await until(lambda: began == ["slow", "suspect"])
+                await anyio.wait_all_tasks_blocked()
+                assert began == ["slow", "suspect"]
+                may_end["suspect"].set()
+                await until(lambda: subscription.statistics().handled == 3)
