@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -91,8 +92,6 @@ class Intake:
                     else:
                         tasks.start_soon(persist, self._keep_reading)
                         tasks.start_soon(persist, self._keep_reclaiming)
-                    if "delay" not in self._context.backend.features:
-                        tasks.start_soon(persist, self._keep_bringing_back)
         finally:
             self.ended.set()
 
@@ -219,20 +218,19 @@ class Intake:
         self, taking: Taking, *brought: tuple[str, Sequence[FetchedEntry]], by_reclaim: bool, searched: bool = False
     ) -> None:
         """Enter everything that a call brought into the ledger, and only then pass on what may start."""
-        batches: list[list[Held]] = []
+        batch: list[Held] = []
         alone: Held | None = None
         for stream, entries in brought:
             shut = bool(self._shut_by)
-            batch, suspect = self._admission.enter(
+            startable, suspect = self._admission.enter(
                 taking, stream, entries, by_reclaim=by_reclaim, searched=searched, shut=shut
             )
-            batches.append(batch)
+            batch += startable
             if suspect is not None:
                 alone = suspect
                 self.shut(SUSPECT)
-        for batch in batches:
-            if batch and not self._shut_by:  # otherwise it has been released by now
-                await self._send(batch)
+        if batch and not self._shut_by:  # otherwise it has been released by now
+            await self._send(batch)
         if alone is not None:
             await self._handle_alone(alone)
 
@@ -250,8 +248,8 @@ class Intake:
                     self._settler.release(held)
             raise
 
-    async def _keep_bringing_back(self) -> None:
-        """Start the retries that wait in this process, when they are due."""
+    async def keep_bringing_back(self) -> None:
+        """Start the retries that wait in this process, when they are due. During the end they are released then."""
         context = self._context
         while True:
             held = await self._postponed.next_due()
@@ -264,26 +262,31 @@ class Intake:
             if self._shut_by:
                 self._settler.release(held)
             elif not self._settler.expire(held):
-                await self._send([held])
+                with contextlib.suppress(anyio.ClosedResourceError):  # the end came meanwhile, and has released it
+                    await self._send([held])
 
     async def _handle_alone(self, suspect: Held) -> None:
         """Handle a message that may have killed three processes while this subscription holds nothing else."""
-        context = self._context
         try:
-            assert suspect.gone is not None
-            with anyio.move_on_after(context.lease):
-                while len(self._ledger) > 1 and suspect.stage is Stage.PARKED:
-                    await self._ledger.wait_for_change()
-            if suspect.stage is Stage.PARKED:
-                if len(self._ledger) > 1:
-                    self._admission.no_suspect_for(context.lease)
-                    self._settler.give_back(suspect)
-                else:
-                    suspect.stage = Stage.WAITING
-                    await self._send([suspect])
-            await suspect.gone.wait()
+            # A stray cancellation must not reopen the intake, nor leave the suspect parked.
+            await persist(partial(self._see_through, suspect))
         finally:
             self.open(SUSPECT)
+
+    async def _see_through(self, suspect: Held) -> None:
+        context = self._context
+        assert suspect.gone is not None
+        with anyio.move_on_after(context.lease):
+            while len(self._ledger) > 1 and suspect.stage is Stage.PARKED:
+                await self._ledger.wait_for_change()
+        if suspect.stage is Stage.PARKED:
+            if len(self._ledger) > 1:
+                self._admission.no_suspect_for(context.lease)
+                self._settler.give_back(suspect)
+            else:
+                suspect.stage = Stage.WAITING
+                await self._send([suspect])
+        await suspect.gone.wait()
 
 
 def _stays_parked(held: Held, reason: str) -> bool:

@@ -167,7 +167,7 @@ class Settler:
         decision = self._decide(held, result)
         assert isinstance(decision, DeadLetter)
         topic = context.dead_letter_topic
-        held.settlement = Settlement(DROPPED if topic is None else DEAD_LETTERED, (), result, decision)
+        held.settlement = Settlement(DROPPED if topic is None else DEAD_LETTERED, decision=decision)
         if topic is None:
             self._rejected_is_kept(held, result)
             return

@@ -76,6 +76,8 @@ class Subscription:
             self._leases.run,
             self._group_lease.run,
         )
+        if "delay" not in context.backend.features:
+            background = (*background, self._intake.keep_bringing_back)
         if self._circuit is not None:
             background = (*background, self._circuit.run)
         self._background = {part: anyio.CancelScope(shield=True) for part in background}
