@@ -129,12 +129,15 @@ class HandlerPool(Taker):
         if self._called or self._stopped or self._workers >= self._limit:
             return
         if self._idle:
-            self._called = True
             with contextlib.suppress(anyio.WouldBlock):  # then whoever is idle next finds a batch at once
                 self._again.send_nowait([])
+                self._called = True
         elif self._tasks is not None and self._home is not None:
             self._called = True
             self._home.run(self._tasks.start_soon, self._work)
+
+    def _took_a_call(self) -> None:
+        self._called = False  # nobody comes by it: the next entry that is taken calls again
 
     async def _work(self) -> None:
         place = Place(self)

@@ -77,6 +77,9 @@ class PullTaker(Taker):
             self._wake_next()
         self._backlog += batch
 
+    def _took_a_call(self) -> None:
+        """Nothing to do: whoever takes an entry wakes the next."""
+
     def _wake_next(self) -> None:
         """Somebody else may wait for what is left of a batch."""
         if self._backlog and self._idle:

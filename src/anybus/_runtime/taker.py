@@ -61,9 +61,16 @@ class Taker(abc.ABC):
             backlog.popleft()
         try:
             while not backlog:
-                backlog += self._ready.receive_nowait()
+                batch = self._ready.receive_nowait()
+                if not batch:
+                    self._took_a_call()
+                backlog += batch
         except (anyio.WouldBlock, anyio.EndOfStream):
             self._ledger.none_wait()
+
+    @abc.abstractmethod
+    def _took_a_call(self) -> None:
+        """An empty batch was taken out by somebody who is busy, before whoever it called could receive it."""
 
     def _look_up_waiting(self) -> None:
         """A receive was cancelled, which can lose a batch: the ledger knows what waits."""
