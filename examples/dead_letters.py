@@ -69,7 +69,7 @@ async def operate(bus: StreamBus) -> None:
         assert letter.message is not None
         print(f"{letter.id}: order {letter.message.key}, after {letter.attempts} attempts: {letter.reason}")
 
-    # First a dry run. Then send them back: only to the group that gave them up, at most 100 a second.
+    # First a dry run. Then send them back: only to the group that gave up on them, at most 100 a second.
     print("dry run:", await letters.replay(to="group", dry_run=True))
 
     def tell(progress: ReplayProgress) -> None:
