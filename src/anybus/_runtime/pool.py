@@ -89,6 +89,7 @@ class HandlerPool(Taker):
         self._on_receive = context.policy.ack_mode == "auto-on-receive"
         self._is_plain = not (self._on_receive or self._needs_scope)
         self._workers = 0
+        self._pausing = 0
         self._tasks: TaskGroup | None = None
         self._home: contextvars.Context | None = None
 
@@ -107,7 +108,7 @@ class HandlerPool(Taker):
             self.ended.set()
 
     async def _run_workers(self) -> None:
-        self._workers = self._idle = 0
+        self._workers = self._idle = self._pausing = 0
         self._called = False
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
@@ -161,7 +162,7 @@ class HandlerPool(Taker):
         handler, keeper = self._handler, self._keeper
         conclude = self._conclude
         while (held := self.next_entry()) is not None:
-            if not self._called and (self._backlog or not self._idle):
+            if not (self._called or self._pausing) and (self._backlog or not self._idle):
                 self._call()
             place.busy = True
             try:
@@ -196,7 +197,11 @@ class HandlerPool(Taker):
             if streak == _STREAK:
                 streak = 0
                 debug = logger.isEnabledFor(logging.DEBUG)
-                await checkpoint()
+                self._pausing += 1  # comes back for what is ready: nobody else has to be called
+                try:
+                    await checkpoint()
+                finally:
+                    self._pausing -= 1
         return True
 
     def _conclude_watched(self, held: Held, result: Result) -> None:
