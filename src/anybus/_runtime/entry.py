@@ -45,7 +45,8 @@ class Stage(enum.IntEnum):
 
 TRANSITIONS: Final[Mapping[Stage, frozenset[Stage]]] = {
     Stage.PARKED: frozenset({Stage.WAITING, Stage.SETTLING, Stage.GONE}),
-    Stage.WAITING: frozenset({Stage.OPEN, Stage.SETTLING, Stage.GONE}),
+    # PARKED: as it is taken, a suspect is parked until it is alone.
+    Stage.WAITING: frozenset({Stage.PARKED, Stage.OPEN, Stage.SETTLING, Stage.GONE}),
     Stage.OPEN: frozenset({Stage.RETURNED, Stage.SETTLING, Stage.GONE}),
     Stage.RETURNED: frozenset({Stage.SETTLING, Stage.GONE}),
     # Back to OPEN or RETURNED: a settlement by hand failed. SETTLING again: with another intent.
