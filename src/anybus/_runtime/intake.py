@@ -291,6 +291,8 @@ class Intake:
                     await self._send([suspect])
             await suspect.gone.wait()
         finally:
+            if suspect.stage is Stage.PARKED:  # cut off: nobody else would start it
+                self._settler.give_back(suspect)
             self.open(SUSPECT)
 
 
