@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
-from .._failure.settlement import DeadLetter, Decision, Outcome, Result
+from .._failure.settlement import CANCELLED, DeadLetter, Decision, Outcome, Result
 from .._ground.cancellation import as_failure
 from .._ground.errors import ClosedError, GroupLostError, LeaseLostError, can_pass, may_have_happened, words
 from ..abc import Output
@@ -332,7 +332,8 @@ class Dispatch:
             settlement.result = None  # it belongs to the settlement that failed
             self._answer(held, error)
             crashed = waiter.result is not None and waiter.result.outcome is Outcome.CRASHED
-            if self._ending and not crashed:
+            unstarted = intent == ACCEPTED and waiter.result is CANCELLED
+            if unstarted or (self._ending and not crashed):
                 self.release(held)
             elif waiter.result is not None:
                 self._on_unsettled(held, waiter.result)

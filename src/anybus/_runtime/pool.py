@@ -98,9 +98,8 @@ class HandlerPool(Taker):
         self._home = contextvars.copy_context()
         try:
             with self.scope:
-                await self._run_workers()
                 while not self._stopped:
-                    # A stray cancellation at the very end of a worker has silently ended the task group: start again.
+                    # Again, if a stray cancellation at the very end of a worker has silently ended the task group.
                     self._look_up_waiting()
                     await self._run_workers()
         finally:

@@ -13,6 +13,7 @@ from .._failure.backoff import recovery_delay
 from .._failure.copies import RETRY_FIRST_ID, Origin, dead_letter, first_published, retry_copy
 from .._failure.judgement import Judgement
 from .._failure.settlement import (
+    CANCELLED,
     CRASHED,
     RETURNED,
     Ack,
@@ -115,17 +116,25 @@ class Settler:
     async def ack_first(self, held: Held) -> bool:
         """Acknowledge before the handling (auto-on-receive). False: the entry is not ours, or its lease ended first."""
         failures = 0
-        while True:
-            held.waiter = waiter = Waiter(Stage.OPEN)
-            self.ack(held, ACCEPTED)
-            await waiter.done.wait()
-            if waiter.error is None:
-                return True
-            if isinstance(waiter.error, LeaseLostError) or self._context.clock() >= held.lease_until:
-                self._context.ledger.remove(held)
-                return False
-            failures += 1
-            await anyio.sleep(recovery_delay(failures, random.random()))
+        try:
+            while True:
+                held.waiter = waiter = Waiter(Stage.OPEN)
+                self.ack(held, ACCEPTED)
+                await waiter.done.wait()
+                if waiter.error is None:
+                    return True
+                if isinstance(waiter.error, LeaseLostError) or self._context.clock() >= held.lease_until:
+                    self._context.ledger.remove(held)
+                    return False
+                failures += 1
+                await anyio.sleep(recovery_delay(failures, random.random()))
+        except anyio.get_cancelled_exc_class():
+            # Its handler does not start: it is released, unless the acknowledgement that is under way succeeds.
+            if held.waiter is not None:
+                held.waiter.result = CANCELLED
+            elif held.stage is _OPEN:
+                self.release(held)
+            raise
 
     async def settle(self, held: Held, result: Result | None, outputs: Sequence[Output] = ()) -> None:
         """Settle by hand, and wait for the server's answer. No result: acknowledge, and append the outputs with it."""

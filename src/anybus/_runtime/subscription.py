@@ -206,13 +206,10 @@ class Subscription:
             async with self._running():
                 yield self
         finally:
-            self._close_channels()
+            self._begin_end()
+            self._taker.close()
+            self._settler.dispatch.close()
             self._ended.set()
-
-    def _close_channels(self) -> None:
-        self._begin_end()
-        self._taker.close()
-        self._settler.dispatch.close()
 
     @asynccontextmanager
     async def _running(self) -> AsyncGenerator[None, None]:
