@@ -84,10 +84,6 @@ class Dispatch:
             tell_unsettled(self._context, held, self._remove(held))
         return len(left)
 
-    def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
-
     def settle(
         self,
         held: Held,

@@ -208,7 +208,8 @@ class Subscription:
         finally:
             self._begin_end()
             self._taker.close()
-            self._settler.dispatch.close()
+            for lane in self._settler.dispatch.lanes:
+                lane.close()
             self._ended.set()
 
     @asynccontextmanager
