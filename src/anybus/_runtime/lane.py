@@ -13,6 +13,7 @@ import random
 from collections.abc import Awaitable, Callable
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from .._failure.backoff import recovery_delay
 from .entry import Held
@@ -118,6 +119,7 @@ class Lane:
         try:
             if seconds is None:
                 await self._receive.receive()
+                await checkpoint()  # what else is handled in this moment goes along
             else:
                 with anyio.move_on_after(seconds):
                     await self._receive.receive()

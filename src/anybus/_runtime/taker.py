@@ -38,8 +38,7 @@ class Taker(abc.ABC):
         self._ready = ready
         self._again = again
         self._idle = 0
-        self._called = False
-        """Somebody was woken for the backlog, and has not come yet."""
+        self._called = False  # somebody was woken for the backlog, and has not come yet
         self._backlog: deque[Held] = deque()
         self._stopping = anyio.Event()
         self._stopped = False
