@@ -8,7 +8,9 @@ microsecond may be rounded). A codec raises nothing but ``SerializationError``, 
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anybus import JsonCodec, Message, MsgpackCodec, SerializationError
+from anybus import JsonCodec, Message, MsgpackCodec, SerializationError, ValidationError
 from anybus._failure.copies import failed_attempts
 from anybus.abc import ClaimedMessage, Codec, MalformedEntry
 from anybus.backends.redis._decoding import MAX_ENCODED, MAX_RECEIVED, EntryDecoder
@@ -220,6 +222,67 @@ messages = st.builds(
 @given(message=messages)
 def test_a_message_comes_back_whole(codec: Codec, message: Message) -> None:
     assert codec.decode(codec.encode(message)) == message
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@given(message=messages)
+def test_a_decoded_message_is_like_any_other(codec: Codec, message: Message) -> None:
+    decoded = codec.decode(codec.encode(message))
+    assert decoded == message
+    assert message == decoded
+    assert decoded == codec.decode(codec.encode(message))
+    assert hash(decoded) == hash(message)
+    assert repr(decoded) == repr(message)
+    assert type(decoded.headers) is type(message.headers)
+    assert codec.encode(decoded) == codec.encode(message)
+    for copied in (pickle.loads(pickle.dumps(decoded)), copy.copy(decoded), copy.deepcopy(decoded), decoded.replace()):
+        assert type(copied) is Message
+        assert copied == message
+    assert decoded.replace(key="other") == message.replace(key="other") != decoded
+    assert decoded != decoded.replace(uid=decoded.uid + "x")
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_a_decoded_message_cannot_be_changed_nor_replaced_by_a_refused_one(codec: Codec) -> None:
+    decoded = codec.decode(codec.encode(Message("t", headers={"a": "b"})))
+    with pytest.raises(AttributeError):
+        decoded.key = "other"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        decoded.headers["a"] = "c"  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
+    with pytest.raises(ValidationError, match="topic"):
+        decoded.replace(topic="anybus:reserved")
+    with pytest.raises(ValidationError, match="nothing"):
+        decoded.replace(nothing=1)
+    assert decoded != "t"
+
+
+REFUSED = {
+    "topic": ["", " ", "a\x00", "anybus:t", "t" * 1025],
+    "idempotency_key": [" ", "k" * 257],
+}
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values])
+def test_what_a_message_refuses_is_refused_when_it_is_decoded(codec: Codec, field: str, value: str) -> None:
+    form: Any = msgspec.json if isinstance(codec, JsonCodec) else msgspec.msgpack
+    envelope = form.decode(codec.encode(Message("t")))
+    envelope["message"][field] = value
+    with pytest.raises(SerializationError, match=f"{field} must be") as raised:
+        codec.decode(form.encode(envelope))
+    with pytest.raises(ValidationError) as direct:
+        Message(**{"topic": "t", field: value})
+    assert str(direct.value) in str(raised.value)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("field", ["uid", "topic", "key", "kind", "source", "occurred_at", "headers", "payload"])
+def test_no_required_field_may_be_missing(codec: Codec, field: str) -> None:
+    form: Any = msgspec.json if isinstance(codec, JsonCodec) else msgspec.msgpack
+    envelope = form.decode(codec.encode(Message("t")))
+    del envelope["message"][field]
+    with pytest.raises(SerializationError, match=field):
+        codec.decode(form.encode(envelope))
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)

@@ -5,39 +5,41 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
-from typing import Annotated, Any
 
 import msgspec
 
 from ._ground.errors import SerializationError, ValidationError
+from ._messages.decoded import DecodedMessage
 from ._messages.message import Headers, Message
 from .abc import Codec
 
-_AwareTime = Annotated[datetime, msgspec.Meta(tz=True)]
-
-
 class _Body(msgspec.Struct, omit_defaults=True, gc=False):
-    """The fields in the order of the wire: the first eight always, the others only if set."""
+    """What is encoded: the fields in the order of the wire: the first eight always, the others only if set."""
 
     uid: str
     topic: str
     key: str
     kind: str
     source: str
-    occurred_at: _AwareTime
+    occurred_at: datetime
     headers: dict[str, str]
     payload: bytes
     content_type: str | None = None
     event_version: str | None = None
     idempotency_key: str | None = None
-    expires_at: _AwareTime | None = None
+    expires_at: datetime | None = None
     trace_uid: str | None = None
     correlation_uid: str | None = None
 
 
 class _Envelope(msgspec.Struct, gc=False):
     message: _Body
+
+
+class _DecodedEnvelope(msgspec.Struct, gc=False):
+    message: DecodedMessage
 
 
 class _LenientBody(msgspec.Struct):
@@ -92,25 +94,6 @@ def _body(message: Message) -> _Body:
     )
 
 
-def _message(body: _Body) -> Message:
-    return Message(
-        body.topic,
-        body.payload,
-        uid=body.uid,
-        key=body.key,
-        kind=body.kind,
-        source=body.source,
-        occurred_at=body.occurred_at,
-        headers=Headers.trusted(body.headers),
-        content_type=body.content_type,
-        event_version=body.event_version,
-        idempotency_key=body.idempotency_key,
-        expires_at=body.expires_at,
-        trace_uid=body.trace_uid,
-        correlation_uid=body.correlation_uid,
-    )
-
-
 def _time(text: str) -> datetime:
     """A time in any RFC 3339 spelling that the wire allows. Rounded half up to the microsecond, as msgspec rounds."""
     match = _TIME.fullmatch(text)
@@ -143,7 +126,7 @@ class JsonCodec(Codec):
 
     def __init__(self) -> None:
         self._encoder = msgspec.json.Encoder()
-        self._decoder = msgspec.json.Decoder(_Envelope)
+        self._decode = msgspec.json.Decoder(_DecodedEnvelope).decode
         self._lenient = msgspec.json.Decoder(_LenientEnvelope)
 
     def encode(self, message: Message) -> bytes:
@@ -154,33 +137,33 @@ class JsonCodec(Codec):
 
     def decode(self, data: bytes) -> Message:
         try:
-            return _message(self._decoder.decode(data).message)
-        except ValidationError as error:
-            raise SerializationError(str(error)) from error
-        except Exception:
+            return self._decode(data).message
+        except Exception as error:
+            if isinstance(error.__cause__, ValidationError):  # of the message itself, wrapped by msgspec
+                raise SerializationError(str(error.__cause__)) from error
             return self._decode_leniently(data)
 
     def _decode_leniently(self, data: bytes) -> Message:
         try:
             body = self._lenient.decode(data).message
-            return _message(
-                _Body(
-                    body.uid,
-                    body.topic,
-                    body.key,
-                    body.kind,
-                    body.source,
-                    _time(body.occurred_at),
-                    body.headers,
-                    _base64(body.payload),
-                    body.content_type,
-                    body.event_version,
-                    body.idempotency_key,
-                    None if body.expires_at is None else _time(body.expires_at),
-                    body.trace_uid,
-                    body.correlation_uid,
-                )
+            return Message(
+                body.topic,
+                _base64(body.payload),
+                uid=body.uid,
+                key=body.key,
+                kind=body.kind,
+                source=body.source,
+                occurred_at=_time(body.occurred_at),
+                headers=body.headers,
+                content_type=body.content_type,
+                event_version=body.event_version,
+                idempotency_key=body.idempotency_key,
+                expires_at=None if body.expires_at is None else _time(body.expires_at),
+                trace_uid=body.trace_uid,
+                correlation_uid=body.correlation_uid,
             )
+        except ValidationError as error:
+            raise SerializationError(str(error)) from error
         except (ValueError, OverflowError, RecursionError, binascii.Error, msgspec.MsgspecError) as error:
             raise SerializationError(f"not a valid message in JSON: {error}") from error
 
@@ -192,7 +175,7 @@ class MsgpackCodec(Codec):
 
     def __init__(self) -> None:
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Envelope)
+        self._decode: Callable[[bytes], _DecodedEnvelope] = msgspec.msgpack.Decoder(_DecodedEnvelope).decode
 
     def encode(self, message: Message) -> bytes:
         try:
@@ -202,6 +185,7 @@ class MsgpackCodec(Codec):
 
     def decode(self, data: bytes) -> Message:
         try:
-            return _message(self._decoder.decode(data).message)
+            return self._decode(data).message
         except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            raise SerializationError(f"not a valid message in MessagePack: {error}") from error
+            why = error.__cause__ if isinstance(error.__cause__, ValidationError) else error
+            raise SerializationError(f"not a valid message in MessagePack: {why}") from error

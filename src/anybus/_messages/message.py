@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any, TypeVar, overload
 
@@ -95,6 +95,10 @@ _uid_time = (-1, "")
 _VARIANT = {digit: "89ab"[index % 4] for index, digit in enumerate("0123456789abcdef")}
 
 
+set_field: Callable[[Any, str, Any], None] = msgspec.structs.force_setattr
+"""Sets a field of a message while it is created."""
+
+
 def _now() -> datetime:
     return datetime.now(timezone.utc)
 
@@ -114,7 +118,7 @@ class _Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     correlation_uid: str | None = None
 
 
-class Message(_Envelope, frozen=True, gc=False):
+class Message(_Envelope, frozen=True, eq=False, gc=False):
     """One message. ``Message(topic, payload, key=...)`` is enough to create one.
 
     :param topic: the topic to which it is published.
@@ -142,9 +146,9 @@ class Message(_Envelope, frozen=True, gc=False):
     def __post_init__(self) -> None:
         topic = check_topic("topic", self.topic)
         if type(self.topic) is not str:
-            _set(self, "topic", topic)
+            set_field(self, "topic", topic)
         if type(self.payload) is not bytes:
-            _set(self, "payload", check_bytes("payload", self.payload, "bytes (for JSON use Message.from_json)"))
+            set_field(self, "payload", check_bytes("payload", self.payload, "bytes (for JSON use Message.from_json)"))
         uid, key, kind, source = self.uid, self.key, self.kind, self.source
         # A fast path for nearly every message: plain strings, and ASCII needs no further check.
         if not (
@@ -155,23 +159,23 @@ class Message(_Envelope, frozen=True, gc=False):
             and source.isascii()
         ):
             for field in ("uid", "key", "kind", "source"):
-                _set(self, field, check_text(field, getattr(self, field)))
+                set_field(self, field, check_text(field, getattr(self, field)))
         if type(self.headers) is not Headers:
             if not isinstance(self.headers, Mapping):
                 refuse("headers", self.headers, "a mapping of str to str")
-            _set(self, "headers", Headers(self.headers))
+            set_field(self, "headers", Headers(self.headers))
         if type(self.occurred_at) not in PLAIN_TIMES or self.occurred_at.tzinfo is not timezone.utc:
-            _set(self, "occurred_at", check_time("occurred_at", self.occurred_at))
+            set_field(self, "occurred_at", check_time("occurred_at", self.occurred_at))
         if self.expires_at is not None:
-            _set(self, "expires_at", check_time("expires_at", self.expires_at))
+            set_field(self, "expires_at", check_time("expires_at", self.expires_at))
         if not (self.content_type is self.event_version is self.trace_uid is self.correlation_uid is None):
             for field in ("content_type", "event_version", "trace_uid", "correlation_uid"):
                 value = getattr(self, field)
                 if value is not None and not (type(value) is str and value.isascii()):
-                    _set(self, field, check_text(field, value))
+                    set_field(self, field, check_text(field, value))
         if self.idempotency_key is not None:
             given = check_text("idempotency_key", self.idempotency_key)
-            _set(self, "idempotency_key", check_name("idempotency_key", given) if given else given)
+            set_field(self, "idempotency_key", check_name("idempotency_key", given) if given else given)
 
     @classmethod
     def from_json(cls, topic: str, obj: Any, **fields: Any) -> Message:
@@ -225,16 +229,21 @@ class Message(_Envelope, frozen=True, gc=False):
         """The description of the payload: kind, content type and version."""
         return Schema(self.kind, self.content_type, self.event_version)
 
+    def __eq__(self, other: object) -> bool:
+        # A decoded message has a class of its own, and equals an application's message with the same fields.
+        if not isinstance(other, Message):
+            return NotImplemented
+        return msgspec.structs.astuple(self) == msgspec.structs.astuple(other)
+
+    def __hash__(self) -> int:
+        return hash(msgspec.structs.astuple(self))
+
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         return [("uid", self.uid), ("topic", self.topic), ("key", self.key), ("payload_bytes", len(self.payload))]
 
     def __repr__(self) -> str:
         # Payload and headers may be large or secret. They must not reach a log by accident.
         return f"<Message {self.uid} topic={self.topic!r} key={self.key!r} payload={len(self.payload)} bytes>"
-
-
-def _set(message: Message, field: str, value: Any) -> None:
-    msgspec.structs.force_setattr(message, field, value)
 
 
 def check_outgoing(message: Any, max_payload_bytes: int) -> Message:

@@ -1,0 +1,58 @@
+"""A message that a codec has decoded: only what the decoder cannot check is checked again."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Annotated, Any
+
+import msgspec
+
+from .._ground.checks import check_name, check_plain_topic, check_time
+from .message import NO_HEADERS, Headers, Message, set_field
+
+AwareTime = Annotated[datetime, msgspec.Meta(tz=True)]
+
+
+class DecodedMessage(Message, frozen=True, kw_only=True, gc=False):
+    """The first eight fields are required, as on the wire. A decoder creates it, and nobody else.
+
+    The decoder guarantees the types, valid Unicode, and a time zone. A copy (:meth:`replace`, pickle) is an ordinary
+    :class:`Message`.
+    """
+
+    uid: str
+    topic: str
+    key: str
+    kind: str
+    source: str
+    occurred_at: AwareTime
+    headers: dict[str, str]  # pyright: ignore[reportIncompatibleVariableOverride]  # until __post_init__ wraps it
+    payload: bytes
+    content_type: str | None = None
+    event_version: str | None = None
+    idempotency_key: str | None = None
+    expires_at: AwareTime | None = None
+    trace_uid: str | None = None
+    correlation_uid: str | None = None
+
+    def __post_init__(self) -> None:
+        check_plain_topic("topic", self.topic)
+        set_field(self, "headers", Headers.trusted(self.headers) if self.headers else NO_HEADERS)
+        if self.occurred_at.tzinfo is not timezone.utc:
+            set_field(self, "occurred_at", check_time("occurred_at", self.occurred_at))
+        if self.expires_at is not None:
+            set_field(self, "expires_at", check_time("expires_at", self.expires_at))
+        if self.idempotency_key:
+            check_name("idempotency_key", self.idempotency_key)
+
+    def replace(self, **changes: Any) -> Message:
+        return self._plain().replace(**changes)
+
+    def _plain(self) -> Message:
+        return Message(**msgspec.structs.asdict(self))
+
+    def __reduce__(self) -> Any:
+        return self._plain().__reduce__()
+
+    def __copy__(self) -> Message:
+        return self._plain()
