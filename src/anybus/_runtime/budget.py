@@ -21,8 +21,8 @@ class Budget:
         self.limit = max_pending_acks
         self.reclaim_part = min(max(max_pending_acks // 4, 1), max_pending_acks - max_in_flight)
         self.read_part = max_pending_acks - self.reclaim_part
-        # A third: while it is read, another third is handled and the last one acknowledged. So none waits for another.
-        self.read_at_once = max(_WORTH_A_READ, -(-self.read_part // 3))
+        # Half: while it is handled, the other half is acknowledged and read again.
+        self.read_at_once = max(_WORTH_A_READ, -(-self.read_part // 2))
         self.by_read = 0
         self.by_reclaim = 0
         self.trial: Trial | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from .._failure.settlement import Outcome, Result
 from .._ground.checks import check_delay, check_text
 from .._messages.message import Message
@@ -11,7 +13,7 @@ from .entry import Held
 from .keeper import DeliveryState, EntryKeeper
 
 
-class Delivery:
+class Delivery(msgspec.Struct, eq=False):
     """One message, delivered to one handler.
 
     It is settled once: by :meth:`ack`, :meth:`nack`, :meth:`retry` or :meth:`release`, or by the bus when the handler
@@ -19,11 +21,8 @@ class Delivery:
     delivery is unsettled again. If it is cancelled while it waits for the server, the bus completes the settlement.
     """
 
-    __slots__ = ("_entry", "_keeper")
-
-    def __init__(self, entry: Held, keeper: EntryKeeper) -> None:
-        self._entry = entry
-        self._keeper = keeper
+    _entry: Held
+    _keeper: EntryKeeper
 
     def __repr__(self) -> str:
         return f"<Delivery {self.id} attempt={self.state.attempt} of {self.message!r}>"

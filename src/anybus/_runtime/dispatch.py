@@ -31,7 +31,7 @@ from .entry import (
 from .fate import tell_fate, tell_lost, tell_unsettled
 from .lane import Lane
 
-_AT_ONCE = 128
+_AT_ONCE = 256
 """How many settlements are sent in one part of a batch."""
 
 _HANDLED = (ACKED, ACKED_WITH)
@@ -110,7 +110,7 @@ class Dispatch:
             ids = [held.id for held in entries]
             refused = await context.backend.ack_many(stream, context.group, ids, consumer=self._fence)
             if not refused:
-                self._all_done(stream, entries)
+                self._all_done(stream, entries, ids)
                 return
             not_ours = set(refused)
             for held in entries:
@@ -209,21 +209,16 @@ class Dispatch:
         """A lane's name in the log."""
         return f"ack-flush of {('acks', 'transfers', 'releases')[self.lanes.index(lane)]}"
 
-    def _all_done(self, stream: str, entries: Sequence[Held]) -> None:
+    def _all_done(self, stream: str, entries: Sequence[Held], ids: Sequence[str]) -> None:
         """:meth:`done` for each, with a shortcut for nearly every message (handled, acked, nobody waits)."""
         context = self._context
         if context.reporter.hears_settled:
-            for held in entries:
-                self.done(held)
-            return
-        plain: list[Held] = []
-        for held in entries:
-            if held.settlement is None and held.waiter is None and not (held.lost or held.retaken):
-                plain.append(held)
-            else:
-                self.done(held)
-        context.counters.handled += len(plain)
-        context.ledger.remove_settled(stream, plain)
+            unusual: Sequence[Held] = entries
+        else:
+            unusual = context.ledger.remove_acked(stream, entries, ids)
+            context.counters.handled += len(entries) - len(unusual)
+        for held in unusual:
+            self.done(held)
 
     def done(self, held: Held, *, sure: bool = True) -> None:
         """Enter the server's answer into the ledger and the counters.

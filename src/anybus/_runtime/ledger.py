@@ -17,7 +17,7 @@ from .budget import Budget
 from .entry import SETTLED_BEFORE, Held, Stage
 
 _REMEMBERED = 4096
-_GONE = Stage.GONE  # read for every message
+_SETTLING, _GONE = Stage.SETTLING, Stage.GONE  # read for every message
 
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
@@ -98,6 +98,11 @@ class Ledger:
         self.tables[held.stream][held.id] = held
         self.budget.use(1, by_reclaim=held.by_reclaim)
 
+    def add_new(self, stream: str, batch: Sequence[Held], *, by_reclaim: bool) -> None:
+        """``add`` for a batch of one stream."""
+        self.tables[stream].update([(held.id, held) for held in batch])
+        self.budget.use(len(batch), by_reclaim=by_reclaim)
+
     def remove(self, held: Held) -> None:
         if held.stage is _GONE:
             return
@@ -116,26 +121,40 @@ class Ledger:
         if self.budget.trial is not None:
             self.budget.trial.look_again()
 
-    def remove_settled(self, stream: str, entries: Sequence[Held]) -> None:
-        """``note_settled`` and ``remove`` for many entries of one stream. Tasks that wait for room are woken once."""
+    def remove_acked(self, stream: str, entries: Sequence[Held], ids: Sequence[str]) -> Sequence[Held]:
+        """``note_settled`` and ``remove`` for plainly acked entries of one stream. Tasks that wait are woken once.
+
+        :return: the entries that are not plain. They are still held.
+        """
+        if self._crossing:
+            return entries
         table = self.tables[stream]
-        self.note_settled(stream, [held.id for held in entries])
+        unusual: list[Held] = []
         by_reclaim = by_read = 0
         for held in entries:
-            if held.attempt > 1 or held.gone is not None or self._crossing:
-                self.remove(held)
-            elif held.stage is not _GONE:
+            if (
+                held.stage is _SETTLING
+                and held.settlement is None
+                and held.waiter is None
+                and held.gone is None
+                and held.attempt == 1
+                and not (held.lost or held.retaken)
+            ):
                 held.stage = _GONE
                 del table[held.id]
                 if held.by_reclaim:
                     by_reclaim += 1
                 else:
                     by_read += 1
+            else:
+                unusual.append(held)
+        self.note_settled(stream, [held.id for held in entries if held.stage is _GONE] if unusual else ids)
         self.budget.use(-by_reclaim, by_reclaim=True)
         self.budget.use(-by_read, by_reclaim=False)
         self.changed()
         if self.budget.trial is not None:
             self.budget.trial.look_again()
+        return unusual
 
     def note_doubt(self, stream: str, ids: Sequence[str]) -> None:
         """Released or lost, not settled. A call under way may bring these, in a reply older or newer than that."""

@@ -48,13 +48,13 @@ _IDLE = 4
 
 
 class Place:
-    """A worker's pool, and whether the worker is in a handler now."""
+    """A worker's pool, and the entry whose handler the worker runs now."""
 
-    __slots__ = ("busy", "pool")
+    __slots__ = ("held", "pool")
 
     def __init__(self, pool: Taker) -> None:
         self.pool = pool
-        self.busy = False
+        self.held: Held | None = None
 
 
 handled_by: contextvars.ContextVar[frozenset[Place]] = contextvars.ContextVar("anybus_handled_by", default=frozenset())
@@ -90,8 +90,13 @@ class HandlerPool(Taker):
         self._is_plain = not (self._on_receive or self._needs_scope)
         self._workers = 0
         self._pausing = 0
+        self._places: set[Place] = set()
         self._tasks: TaskGroup | None = None
         self._home: contextvars.Context | None = None
+
+    @property
+    def running(self) -> set[Held]:
+        return {place.held for place in self._places if place.held is not None}
 
     async def run(self) -> None:
         # Every worker starts in this context, whoever calls it: no handler inherits another handler's variables.
@@ -130,15 +135,19 @@ class HandlerPool(Taker):
         handled_by.set(handled_by.get() | {place})
         clean = contextvars.copy_context()
         goes_on = True
-        while goes_on and not self._stopped:
-            self._called = False
-            if self._workers < self._limit:
-                self._workers += 1
-                try:
-                    goes_on = await self._work_off(place, clean)
-                finally:
-                    self._workers -= 1
-            goes_on = goes_on and await self._is_called_again()
+        self._places.add(place)
+        try:
+            while goes_on and not self._stopped:
+                self._called = False
+                if self._workers < self._limit:
+                    self._workers += 1
+                    try:
+                        goes_on = await self._work_off(place, clean)
+                    finally:
+                        self._workers -= 1
+                goes_on = goes_on and await self._is_called_again()
+        finally:
+            self._places.discard(place)
         if self._backlog or not self._idle:
             self._call()
 
@@ -158,14 +167,14 @@ class HandlerPool(Taker):
         """Handle the ready entries. False: this worker must end."""
         streak = 0
         debug = logger.isEnabledFor(logging.DEBUG)
-        handler, keeper = self._handler, self._keeper
-        conclude = self._conclude
-        while (held := self.next_entry()) is not None:
+        handler, keeper, is_plain = self._handler, self._keeper, self._is_plain
+        next_entry, conclude, copy_context = self.next_entry, self._conclude, contextvars.copy_context
+        while (held := next_entry()) is not None:
+            place.held = held
             if not (self._called or self._pausing) and (self._backlog or not self._idle):
                 self._call()
-            place.busy = True
             try:
-                if self._is_plain:
+                if is_plain:
                     # The path of nearly every message, without any coroutine but the handler's own.
                     try:
                         await handler(Delivery(held, keeper))
@@ -187,9 +196,8 @@ class HandlerPool(Taker):
                 self._fail(error)
                 return False
             finally:
-                place.busy = False
-                self.running.discard(held)
-            if contextvars.copy_context() != clean:
+                place.held = None
+            if copy_context() != clean:
                 # The handler changed its context variables. The next message must not see that: it gets a new worker.
                 return False
             streak += 1

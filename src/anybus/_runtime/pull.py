@@ -33,23 +33,29 @@ class PullTaker(Taker):
         super().__init__(context, settler, ready, again)
         self._keeper = keeper
         self._limit = context.max_in_flight
+        self._given: set[Held] = set()
+
+    @property
+    def running(self) -> set[Held]:
+        return self._given
 
     def stop(self) -> None:
         super().stop()
         self._ledger.changed()
 
     def _forget_settled(self) -> None:
-        self.running = {held for held in self.running if held.stage in (Stage.OPEN, Stage.SETTLING)}
+        self._given = {held for held in self._given if held.stage in (Stage.OPEN, Stage.SETTLING)}
 
     async def take(self) -> Delivery | None:
         """The next delivery; None when there are no more. Nothing is awaited between taking and returning it."""
         await checkpoint()
         while not self._stopped:
-            if len(self.running) >= self._limit:
+            if len(self._given) >= self._limit:
                 self._forget_settled()
-            if len(self.running) >= self._limit:
+            if len(self._given) >= self._limit:
                 await self._ledger.wait_for_change()
             elif (held := self.next_entry()) is not None:
+                self._given.add(held)
                 self._wake_next()
                 return Delivery(held, self._keeper)
             else:
@@ -82,7 +88,7 @@ class PullTaker(Taker):
     async def _until_settled(self) -> None:
         await self._stopping.wait()
         self._forget_settled()
-        while self.running:
+        while self._given:
             await self._ledger.wait_for_change()
             self._forget_settled()
 

@@ -163,7 +163,7 @@ class Subscription:
         return True
 
     def _refuse_in_handlers(self) -> None:
-        if any(place.pool is self._taker and place.busy for place in handled_by.get()):
+        if any(place.pool is self._taker and place.held is not None for place in handled_by.get()):
             raise RuntimeError(
                 "a handler cannot wait for the end of its own subscription: call close() or abort() and return"
             )

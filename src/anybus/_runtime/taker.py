@@ -44,7 +44,11 @@ class Taker(abc.ABC):
         self._stopped = False
         self.scope = anyio.CancelScope(shield=True)
         self.ended = anyio.Event()
-        self.running: set[Held] = set()
+
+    @property
+    @abc.abstractmethod
+    def running(self) -> set[Held]:
+        """The entries that are in flight."""
 
     def next_entry(self) -> Held | None:
         """The next entry that may start. This checks its lease, since a process can be frozen at any moment."""
@@ -63,7 +67,6 @@ class Taker(abc.ABC):
                 self._settler.give_back(held)
                 continue
             held.stage = _OPEN
-            self.running.add(held)
             if trial is not None:
                 trial.begins(held)
             return held

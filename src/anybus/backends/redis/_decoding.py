@@ -84,22 +84,22 @@ class EntryDecoder:
         append, decode = found.append, self._codec.decode
         prefix, at = self._second
         for raw_id, fields in entries:
-            if fields is not None and len(fields) == 2 and fields[0] == b"message" and len(fields[1]) <= MAX_RECEIVED:
-                try:
-                    message = decode(fields[1])
+            try:
+                name, body = fields
+                if name == b"message" and len(body) <= MAX_RECEIVED:
+                    message = decode(body)
                     if message.headers is not NO_HEADERS:
                         message = lift_headers(message)
-                except (KeyboardInterrupt, SystemExit):
-                    raise
-                except BaseException:  # noqa: ASYNC103 - entry() decodes again, and reports the error
-                    pass
-                else:
                     entry_id = raw_id.decode()
                     if not entry_id.startswith(prefix):
                         at = self._published_at(entry_id)
                         prefix = self._second[0]
                     append(ClaimedMessage(entry_id, message, 1, at))
                     continue
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # noqa: ASYNC103 - entry() decodes again, and reports the error
+                pass
             append(self.entry(raw_id, fields, 1))
         return found
 
