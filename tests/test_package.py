@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +57,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     call(sys.executable, "-m", "venv", folder / "venv")
     call(python, "-m", "pip", "install", "-q", wheel)
     return lambda program: call(python, "-c", program)
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(300)
+def test_the_description_on_the_package_index_has_no_link_that_leads_nowhere(run: Run) -> None:
+    description = run("import importlib.metadata as m; print(m.metadata('anybus').get_payload())")
+    for text, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
+        if target.startswith("https://"):
+            assert f"[{text}]({target})" in description
+        else:
+            assert (ROOT / target).exists()
+            assert f"{text} (`{target}`)" in description
+    assert not re.findall(r"\]\((?!https://)", description)
 
 
 @pytest.mark.thorough
