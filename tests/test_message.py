@@ -9,6 +9,9 @@ headers. ``from_json`` and ``json`` raise ``SerializationError`` and nothing els
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import types
 import uuid
 from dataclasses import dataclass
@@ -519,3 +522,19 @@ def test_trace_context_is_read_from_the_headers() -> None:
 @pytest.mark.parametrize("headers", [{}, {"traceparent": "nonsense"}, {"tracestate": "a=1"}], ids=repr)
 def test_trace_context_is_none_where_there_is_none_or_it_is_invalid(headers: dict[str, str]) -> None:
     assert Message("t", headers=headers).trace_context is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_makes_other_uids_than_its_parent() -> None:
+    program = """
+import os
+from anybus import Message
+Message("t")
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+print(*[Message("t").uid[15:] for _ in range(100)])
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    tails = done.stdout.split()
+    assert len(tails) == len(set(tails)) == 200

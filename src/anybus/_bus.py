@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from types import TracebackType
@@ -156,13 +156,17 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         if self._state != "open" and self._state not in also:
             raise ClosedError(f"the bus is {self._state}: use it inside its 'async with' block")
 
-    def _prepare(self, message: Message, options: PublishOptions | None) -> Message:
-        if options is not None and not isinstance(options, PublishOptions):
+    def _check_options(self, options: PublishOptions | None) -> Mapping[str, str] | None:
+        """The headers that are to be added to each message."""
+        if options is None:
+            return None
+        if not isinstance(options, PublishOptions):
             refuse("options", options, "an anybus.PublishOptions, or None")
+        return options.metadata or None
+
+    def _prepare(self, message: Message, metadata: Mapping[str, str] | None) -> Message:
         check_outgoing(message, self._options.max_payload_bytes)
-        if options is not None and options.metadata:
-            return message.replace(headers={**message.headers, **options.metadata})
-        return message
+        return message if metadata is None else message.replace(headers={**message.headers, **metadata})
 
     async def publish(self, message: Message, options: PublishOptions | None = None) -> str:
         """Publish a message to its topic. The bus never repeats a publish by itself.
@@ -175,7 +179,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         :raises ClosedError: if the bus is not open.
         """
         self._check_open("closing")  # handlers that still run may publish their results
-        message = self._prepare(message, options)
+        message = self._prepare(message, self._check_options(options))
         try:
             if self._timed_publisher is not None:
                 timeout = self._options.publish_timeout
@@ -214,14 +218,13 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         self._check_open("closing")
         if isinstance(messages, Message) or not isinstance(messages, Iterable):
             refuse("messages", messages, "an iterable of anybus.Message")
-        if options is not None and not isinstance(options, PublishOptions):
-            refuse("options", options, "an anybus.PublishOptions, or None")
+        metadata = self._check_options(options)
         results: list[str | EventBusError] = []
         accepted: list[int] = []
         items: list[tuple[str, Message, None]] = []
         for index, message in enumerate(messages):
             try:
-                prepared = self._prepare(message, options)
+                prepared = self._prepare(message, metadata)
             except ValidationError as error:
                 results.append(error)
             else:
@@ -238,12 +241,15 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
                 raise
         if len(outcomes) < len(items):
             outcomes = [self._timed_out() for _ in items]
+        hears_published = self._reporter.hears_published
         for index, (topic, message, _), outcome in zip(accepted, items, outcomes, strict=True):
             results[index] = outcome
+            if type(outcome) is str and not hears_published:
+                continue
             if isinstance(outcome, EventBusError):
                 detail = "a message of a batch"
                 self._reporter.error("publish", outcome, detail=detail, topic=topic, message=message, part="publish")
-            elif self._reporter.hears_published:
+            else:
                 self._reporter.tell("on_published", "published", topic=topic, message_id=outcome)
         if self._reporter.failing and not isinstance(outcomes[-1] if outcomes else None, EventBusError):
             self._reporter.works("publish")

@@ -15,6 +15,7 @@ from ._messages.decoded import DecodedMessage
 from ._messages.message import Headers, Message
 from .abc import Codec
 
+
 class _Body(msgspec.Struct, omit_defaults=True, gc=False):
     """What is encoded: the fields in the order of the wire: the first eight always, the others only if set."""
 

@@ -1,5 +1,8 @@
 """A message that a codec has decoded: only what the decoder cannot check is checked again."""
 
+# pyright: reportGeneralTypeIssues=false
+# (Fields that have defaults in an application's message are required here. msgspec allows that.)
+
 from __future__ import annotations
 
 from datetime import datetime, timezone

@@ -85,12 +85,24 @@ def new_uid() -> str:
         text = f"{milliseconds:012x}"
         prefix = f"{text[:8]}-{text[8:]}-7"
         _uid_time = (milliseconds, prefix)
-    # os.urandom, not the random module: two processes forked from one parent must not generate the same ids.
-    tail = os.urandom(10).hex()
+    try:
+        tail = _tails.pop()
+    except IndexError:
+        digits = os.urandom(10 * _AT_ONCE).hex()
+        _tails.extend([digits[start : start + 20] for start in range(20, len(digits), 20)])
+        tail = digits[:20]
     return f"{prefix}{tail[:3]}-{_VARIANT[tail[3]]}{tail[4:7]}-{tail[7:19]}"
 
 
 _uid_time = (-1, "")
+
+_AT_ONCE = 64
+"""For how many uids random digits are read at once. Reading them costs as much as the rest of a uid."""
+
+_tails: list[str] = []
+if hasattr(os, "register_at_fork"):
+    # Two processes forked from one parent must not generate the same ids.
+    os.register_at_fork(after_in_child=_tails.clear)
 
 _VARIANT = {digit: "89ab"[index % 4] for index, digit in enumerate("0123456789abcdef")}
 

@@ -86,7 +86,7 @@ class Admission:
             return batch, None
         suspect: Held | None = None
         taken: list[Held] = []
-        batch = []
+        startable: list[Held] = []
         refused: list[tuple[Held, MalformedEntry | MissingEntry]] = []
         for entry in entries:
             known = table.get(entry.id)
@@ -111,12 +111,12 @@ class Admission:
                 else:
                     self._settler.apply(held, Result(Outcome.MALFORMED, entry.error), raw=entry.raw)
             elif self._may_start(held, shut=shut):
-                batch.append(held)
+                startable.append(held)
             elif held.stage is Stage.PARKED:
                 suspect, shut = held, True
         context.counters.received += len(taken)
         self._tell(taken, refused)
-        return batch, suspect
+        return startable, suspect
 
     def _goes_on(self, known: Held, until: float, *, searched: bool) -> bool:
         """Whether an entry that is already held stays as it is, although it was delivered to us again."""

@@ -193,12 +193,15 @@ class RedisBackend(
                 results[index] = error
         if not commands:
             return results
+        replies: list[Any]
         try:
             replies = await self._client.publish(commands)
         except BackendError as error:
             replies = [error] * len(commands)
         for index, reply in zip(places, replies, strict=True):
-            if isinstance(reply, ServerError):
+            if type(reply) is bytes and reply.isascii():
+                results[index] = reply.decode()
+            elif isinstance(reply, ServerError):
                 results[index] = self._client.refused(reply)
             elif isinstance(reply, EventBusError):
                 results[index] = reply

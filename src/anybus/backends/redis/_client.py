@@ -87,7 +87,7 @@ class Client:
         The commands after a large one wait for it, to keep the order. An error concerns only the commands that were
         sent together.
         """
-        if not any(self.goes_alone(_size(command[-1])) for command in commands):
+        if self.limit is not None or not any(self.goes_alone(_size(command[-1])) for command in commands):
             return await self.mux.pipeline(commands, patient=True)
         replies: list[Any] = []
         together: list[Command] = []
