@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import anyio
-from _costs import IdleMeter, Measured, Stopwatch
+from _costs import IdleMeter, Stopwatch
+from _figures import Measured
 from _peers import Latencies
 from _wire import AT_ONCE, GROUP, TOPIC, check_drained, check_length, clear, forget_group
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
+from _figures import CLIENT, RATE, SERVER, Measured
 from _wire import Wire
 
-RATE, CLIENT, SERVER = "rate", "client_us", "server_us"
-"""Messages per second; microseconds of processor time a message, of the client (this process) and of the server."""
 
-Measured = dict[str, float]
-"""The figures of one run of one contestant."""
+def server_time(wire: Wire) -> float:
+    """Seconds that all threads of the server have computed, as the server says."""
+    facts = wire.info("cpu")
+    return float(facts["used_cpu_user"]) + float(facts["used_cpu_sys"])
 
 
 class Stopwatch:
@@ -21,7 +22,7 @@ class Stopwatch:
 
     def __init__(self, port: int | None) -> None:
         self._wire = None if port is None else Wire(port)
-        self._server = self._server_time()
+        self._server = 0.0 if self._wire is None else server_time(self._wire)
         self._client, self._began = time.process_time(), time.perf_counter()
 
     def stop(self, count: int) -> Measured:
@@ -29,16 +30,9 @@ class Stopwatch:
         seconds, client = time.perf_counter() - self._began, time.process_time() - self._client
         measured = {RATE: count / seconds, CLIENT: client / count * 1e6}
         if self._wire is not None:
-            measured[SERVER] = (self._server_time() - self._server) / count * 1e6
+            measured[SERVER] = (server_time(self._wire) - self._server) / count * 1e6
             self._wire.close()
         return measured
-
-    def _server_time(self) -> float:
-        """Seconds that all threads of the server have computed, as the server says."""
-        if self._wire is None:
-            return 0.0
-        facts = self._wire.info("cpu")
-        return float(facts["used_cpu_user"]) + float(facts["used_cpu_sys"])
 
 
 class IdleMeter:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from _costs import CLIENT, RATE, SERVER, Measured
+FLOOR, BUS = "floor", "anybus"
 
 LOOPS: dict[str, dict[str, Any]] = {
     "asyncio": {"backend": "asyncio"},
@@ -15,6 +15,12 @@ LOOPS: dict[str, dict[str, Any]] = {
     "trio": {"backend": "trio"},
 }
 """The arguments of ``anyio.run`` for each event loop."""
+
+RATE, CLIENT, SERVER = "rate", "client_us", "server_us"
+"""Messages per second; microseconds of processor time a message, of the client (this process) and of the server."""
+
+Measured = dict[str, float]
+"""The figures of one run of one contestant."""
 
 Rounds = dict[str, list[float]]
 """What one contestant measured: for each name, one figure per round."""
@@ -78,3 +84,8 @@ def show_costs(part: str, loop: str, figures: Figures, reference: str) -> None:
         show(part, loop, f"  CPU time of the {whose} a message, and its ratio to {reference}")
         for name, rounds in figures.items():
             show(part, loop, f"    {name:34} {microseconds(rounds[measure])}, {ratio(rounds[measure], to)}")
+
+
+def show_others(part: str, loop: str, share: float | None) -> None:
+    if share is not None:
+        show(part, loop, f"  meanwhile, other processes used {share:.0%} of the machine")

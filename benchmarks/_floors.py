@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from _costs import Measured, Stopwatch
+from _costs import Stopwatch
+from _figures import Measured
 from _wire import AT_ONCE, GROUP, TOPIC, Wire, check_drained, check_length, clear, forget_group
 
 from anybus import JsonCodec, Message

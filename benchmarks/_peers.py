@@ -9,8 +9,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import redis.asyncio
-from _costs import IdleMeter, Measured, Stopwatch
-from _figures import percentile
+from _costs import IdleMeter, Stopwatch
+from _figures import Measured, percentile
 from _wire import AT_ONCE, GROUP, TOPIC, check_drained, check_length, clear, forget_group
 
 from anybus import JsonCodec, Message

@@ -6,11 +6,13 @@ import json
 import os
 import platform
 import re
+import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from _costs import server_time
 from _figures import Figures
 from _pinning import usable_cores
 from _wire import Wire
@@ -18,7 +20,7 @@ from _wire import Wire
 LIBRARIES = ("anybus", "anyio", "hiredis", "msgspec", "redis", "trio", "uvloop")
 
 Run = dict[str, Any]
-"""The circumstances of one part: messages, rounds, load, whether it was quick, and the server if there is one."""
+"""The circumstances of one part: messages, rounds, the server if there is one, and the share of others."""
 
 
 def machine() -> dict[str, Any]:
@@ -45,11 +47,37 @@ def server_version(port: int) -> str:
     return f"Redis {facts['redis_version']}"
 
 
-def load() -> float | None:
-    """The load average of the last minute per usable core. Much more than 0 before a run: the machine is busy."""
-    if not hasattr(os, "getloadavg"):
-        return None
-    return round(os.getloadavg()[0] / usable_cores(), 2)
+class Others:
+    """The work of other processes on this machine, since its creation. Only Linux tells it, in steps of 10 ms.
+
+    :param port: of our own server, which is not another process; None if there is none.
+    """
+
+    def __init__(self, port: int | None) -> None:
+        self._port = port
+        self._before = self._times()
+
+    def share(self) -> float | None:
+        """The share of the time of all cores."""
+        if self._before is None or (now := self._times()) is None:
+            return None
+        own, busy, passed = (after - before for after, before in zip(now, self._before, strict=True))
+        return round(max(0.0, busy - own) / passed, 3) if passed else None
+
+    def _times(self) -> tuple[float, float, float] | None:
+        """Seconds of our two processes, of all processes, and of all cores."""
+        try:
+            with Path("/proc/stat").open(encoding="ascii") as file:
+                ticks = [int(value) for value in file.readline().split()[1:9]]
+        except OSError:
+            return None
+        second = os.sysconf("SC_CLK_TCK")
+        waiting = ticks[3] + ticks[4]  # idle, and idle because of a disk
+        own = time.process_time()
+        if self._port is not None:
+            with Wire(self._port) as wire:
+                own += server_time(wire)
+        return own, (sum(ticks) - waiting) / second, sum(ticks) / second
 
 
 def _cpu() -> str:

@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-from _costs import RATE, Measured, Stopwatch
-from _figures import LOOPS, interleave, ratio, show, show_costs
-from _record import Record, load
+from _costs import Stopwatch
+from _figures import BUS, FLOOR, LOOPS, RATE, Measured, interleave, ratio, show, show_costs, show_others
+from _record import Others, Record, Run
 
 from anybus import Delivery, MemoryBackend, Message, StreamBus, StreamBusOptions, SubscriptionConfig
 
 TOPIC, GROUP, BATCH = "bench.memory", "bench", 500
-FLOOR, BUS = "bare stream", "anybus"
 
 
 def prepare(count: int) -> list[Message]:
@@ -83,7 +82,7 @@ def main() -> None:
         parser.error(str(error))
     messages = prepare(arguments.messages)
     for loop in arguments.loop or LOOPS:
-        about = {"messages": arguments.messages, "rounds": arguments.rounds, "load": load()}
+        others = Others(None)
         on = LOOPS[loop]
         figures = interleave(
             {
@@ -94,6 +93,9 @@ def main() -> None:
         )
         show("memory", loop, f"{ratio(figures[BUS][RATE], figures[FLOOR][RATE])} of the bare stream")
         show_costs("memory", loop, figures, FLOOR)
+        share = others.share()
+        show_others("memory", loop, share)
+        about: Run = {"messages": arguments.messages, "rounds": arguments.rounds, "others": share}
         record.add("memory", loop, about, figures)
 
 

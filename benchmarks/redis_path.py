@@ -16,6 +16,7 @@ e  200 messages per second to a blocked reader: time from publish to handled, an
 f  2,000 handlers of 50 ms at concurrency 100: seconds
 g  an idle consumer: CPU and commands; and the most that a drain holds, for a small and a large backlog
 h  the drain of part a, with this process and the server on one core (only where the platform can do that)
+i  the same for part c, where otherwise much depends on which cores the two processes happen to run on
 """
 
 from __future__ import annotations
@@ -33,10 +34,9 @@ import _floors as floors
 import _peers as peers
 import _wire as wire
 import anyio
-from _costs import RATE, Measured
-from _figures import LOOPS, Figures, best, interleave, ratio, show, show_costs
+from _figures import BUS, FLOOR, LOOPS, RATE, Figures, Measured, best, interleave, ratio, show, show_costs, show_others
 from _pinning import can_pin, one_core, usable_cores
-from _record import Record, Run, load, server_version
+from _record import Others, Record, Run, server_version
 from _server import Server, own_server
 
 from anybus import JsonCodec
@@ -45,8 +45,6 @@ T = TypeVar("T")
 
 TASKS = 100
 INTERVAL = 1 / 200
-
-FLOOR, BUS = "floor", "anybus"
 
 
 @dataclass(frozen=True)
@@ -121,15 +119,19 @@ def part_b(plan: Plan, loop: str) -> Figures:
     return figures
 
 
-def part_c(plan: Plan, loop: str) -> Figures:
+def publish_one_by_one(plan: Plan, loop: str) -> Figures:
     port, count = plan.port, max(100, plan.messages // 10)
-    figures = interleave(
+    return interleave(
         {
             **of_peer("redis-py", loop, peers.publish_one_by_one, port, count),
             BUS: lambda: run(loop, contender.publish_one_by_one, port, count),
         },
         plan.rounds,
     )
+
+
+def part_c(plan: Plan, loop: str) -> Figures:
+    figures = publish_one_by_one(plan, loop)
     show("c", loop, f"publish one by one: {to(figures, BUS, 'redis-py')} times redis-py")
     show_costs("c", loop, figures, "redis-py")
     return figures
@@ -218,15 +220,30 @@ def part_g(plan: Plan, loop: str) -> Figures:
     return figures
 
 
-def part_h(plan: Plan, loop: str) -> Figures:
+def on_one_core(part: str, plan: Plan, loop: str, measure: Callable[[Plan, str], Figures]) -> Figures:
+    """With this process and the server on one core. Empty if the platform cannot do that."""
     if not can_pin():
-        show("h", loop, "skipped: this platform cannot keep a process on one core")
+        show(part, loop, "skipped: this platform cannot keep a process on one core")
         return {}
     with one_core(plan.server.pid):
-        figures = drain(plan, loop)
+        return measure(plan, loop)
+
+
+def part_h(plan: Plan, loop: str) -> Figures:
+    figures = on_one_core("h", plan, loop, drain)
+    if not figures:
+        return {}
     peer = to(figures, "redis-py loop", FLOOR)
     show("h", loop, f"drain, all on one core: {to(figures, BUS, FLOOR)} of the floor; redis-py's loop {peer} of it")
     show_costs("h", loop, figures, FLOOR)
+    return figures
+
+
+def part_i(plan: Plan, loop: str) -> Figures:
+    figures = on_one_core("i", plan, loop, publish_one_by_one)
+    if figures:
+        show("i", loop, f"publish one by one, all on one core: {to(figures, BUS, 'redis-py')} times redis-py")
+        show_costs("i", loop, figures, "redis-py")
     return figures
 
 
@@ -239,6 +256,7 @@ PARTS: dict[str, Callable[[Plan, str], Figures]] = {
     "f": part_f,
     "g": part_g,
     "h": part_h,
+    "i": part_i,
 }
 
 
@@ -263,11 +281,14 @@ def main() -> None:
         if arguments.python_quick:
             plan = Plan(server, max(1000, plan.messages // 10), 1, 0.5)
         about: Run = {"messages": plan.messages, "rounds": plan.rounds, "server": server_version(server.port)}
-        print(f"{about['server']}, {usable_cores()} cores, load per core {load()}", flush=True)
+        print(f"{about['server']}, {usable_cores()} cores", flush=True)
         for part in parts:
             for loop in arguments.loop or LOOPS:
-                before = load()
-                record.add(part, loop, {**about, "load": before}, PARTS[part](plan, loop))
+                others = Others(server.port)
+                figures = PARTS[part](plan, loop)
+                share = others.share()
+                show_others(part, loop, share)
+                record.add(part, loop, {**about, "others": share}, figures)
 
 
 if __name__ == "__main__":
