@@ -121,9 +121,13 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Ratios measured side by side in one run. Arguments go to the script for the server."""
+    """Rates and CPU times, measured side by side in one run. Arguments go to the script for the server.
+
+    `--json FILE` goes to both scripts. benchmarks/page.py makes docs/performance.md from that file.
+    """
     install(session, "bench")
-    session.run("python", "benchmarks/memory_path.py")
+    at = session.posargs.index("--json") if "--json" in session.posargs else len(session.posargs)
+    session.run("python", "benchmarks/memory_path.py", *session.posargs[at : at + 2])
     session.run("python", "benchmarks/redis_path.py", *session.posargs)
 
 

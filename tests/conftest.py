@@ -44,6 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 REAL_SERVER_MODULES = {
+    "test_benchmarks.py",
     "test_crash_budget.py",
     "test_redis_connection.py",
     "test_redis_crashes.py",
