@@ -277,7 +277,7 @@ _LIFTED = {"content-type": "content_type", "event-version": "event_version", "id
 
 def lift_headers(message: Message) -> Message:
     """Copy headers to the unset fields that mean the same. A field that is set stays, even if it is empty."""
-    if not message.headers:
+    if message.headers is NO_HEADERS or not message.headers:
         return message
     changes = {
         field: message.headers[header]

@@ -86,12 +86,13 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         await checkpoint()
         results: list[str | EventBusError] = []
         written: set[Stream] = set()
+        at = datetime.now(timezone.utc)
         for stream, message, spec in items:
             if spec is not None:
                 results.append(self._refusal(spec))
                 continue
             store = self._stream(stream)
-            results.append(store.append(lift_headers(message), {}).id)
+            results.append(store.append(lift_headers(message), {}, at).id)
             written.add(store)
         for store in written:
             store.wake_readers()

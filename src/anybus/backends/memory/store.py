@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from typing import Final
 
 import anyio
+import msgspec
 
 from ..._messages.message import Message
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
@@ -24,30 +25,24 @@ LEASE_SIGN: Final = 15.0
 _COMPACT_AT: Final = 256
 
 
-class Entry:
+class Entry(msgspec.Struct, eq=False):
     """An entry of a stream."""
 
-    __slots__ = ("deleted", "id", "message", "published_at", "raw", "sequence")
-
-    def __init__(self, sequence: int, message: Message | None, raw: Mapping[str, bytes]) -> None:
-        self.sequence = sequence
-        self.id = f"{sequence}-0"
-        self.message = message
-        self.raw = raw
-        self.published_at = datetime.now(timezone.utc)
-        self.deleted = False
+    sequence: int
+    id: str
+    message: Message | None
+    raw: Mapping[str, bytes]
+    published_at: datetime
+    deleted: bool = False
 
 
-class Pending:
+class Pending(msgspec.Struct, eq=False):
     """An entry that was delivered and is not acknowledged: its consumer, since when, and its number of deliveries."""
 
-    __slots__ = ("consumer", "deliveries", "entry", "since")
-
-    def __init__(self, entry: Entry, consumer: str, since: float) -> None:
-        self.entry = entry
-        self.consumer = consumer
-        self.since = since
-        self.deliveries = 1
+    entry: Entry
+    consumer: str
+    since: float
+    deliveries: int = 1
 
     def deliver_to(self, consumer: str, now: float) -> None:
         self.consumer = consumer
@@ -140,8 +135,9 @@ class Stream:
     def last(self) -> int:
         return self._base + len(self._log)
 
-    def append(self, message: Message | None, raw: Mapping[str, bytes]) -> Entry:
-        entry = Entry(self._base + len(self._log) + 1, message, raw)
+    def append(self, message: Message | None, raw: Mapping[str, bytes], at: datetime | None = None) -> Entry:
+        sequence = self._base + len(self._log) + 1
+        entry = Entry(sequence, f"{sequence}-0", message, raw, at or datetime.now(timezone.utc))
         self._log.append(entry)
         return entry
 
