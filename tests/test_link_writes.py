@@ -120,8 +120,8 @@ async def test_what_does_not_fit_is_met_at_all(server: RunningServer, monkeypatc
             assert await backend._client.call("ECHO", b"small") == b"small"
         assert backend._client.mux.is_connected
         assert took_part
-        direct: Any = backend._client.mux._link
-        assert direct.can_send_nowait, "all is answered: it may be written to directly again"
+        session: Any = backend._client.mux._session
+        assert session._link.can_send_nowait, "all is answered: it may be written to directly again"
 
 
 async def test_nothing_is_written_to_a_descriptor_that_was_closed(server: RunningServer) -> None:

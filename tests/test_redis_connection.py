@@ -50,7 +50,7 @@ from anybus import (
 from anybus.abc import ClaimedMessage, Output
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._client import Client
-from anybus.backends.redis._multiplexer import Call, Multiplexer
+from anybus.backends.redis._session import Call, Session
 from anybus.backends.redis._settings import Settings, from_client, from_url
 
 PATIENCE = 0.3
@@ -337,7 +337,7 @@ async def test_what_one_caller_notes_in_his_error_is_not_told_to_the_others(
     async def write_nothing(*_: object) -> None:
         await anyio.sleep_forever()
 
-    monkeypatch.setattr(Multiplexer, "_write", write_nothing)
+    monkeypatch.setattr(Session, "_write", write_nothing)
     async with RedisBackend(server.url) as backend:
         await backend.count_entries("t")
         mux = backend._client.mux

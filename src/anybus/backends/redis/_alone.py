@@ -90,7 +90,7 @@ class Loner:
             try:
                 while not finished.is_set():
                     data = await link.receive()
-                    pulse.last_reply = anyio.current_time()
+                    pulse.received()
                     protocol.feed(data)
             except BROKEN as error:
                 failure = failure or error

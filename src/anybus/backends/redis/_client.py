@@ -20,10 +20,11 @@ from ._errors import UNEXPECTED, has_code, leads_elsewhere, may_be_partly_done, 
 from ._keys import meta
 from ._limits import LARGE, ROOM, Limit, ask_limit
 from ._link import Link, ask, tolerate
-from ._multiplexer import Call, Multiplexer
+from ._multiplexer import Multiplexer
 from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
 from ._server import Server, look_at
+from ._session import Call
 from ._settings import Settings
 
 _ALL: Final = (*_scripts.ALL, *_taking_scripts.ALL, *_lease_scripts.ALL, *_rights.ALL, *_dead_letter_scripts.ALL)

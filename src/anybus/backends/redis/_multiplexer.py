@@ -1,4 +1,4 @@
-"""One connection for all commands that do not block. Commands of concurrent callers are sent in one write."""
+"""One connection for all commands that do not block: opens it, opens it again, and lets callers wait for it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,11 @@ from ..._ground.errors import BackendError, EventBusError
 from ..._ground.log import say
 from ._errors import UNEXPECTED, broken, duplicate, is_about_credentials, translate
 from ._link import BROKEN, Link, open_link
-from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack, pack_one
-from ._pulse import Pulse
+from ._protocol import Command, ServerError
+from ._session import POSTPONED, Call, Session, Unsent, fail_all
 from ._settings import Settings
-from ._waves import Single, Waves
-
-_WORTH_A_WRITE = 32768
 
 _SCOPE = {"scope": "connection"}
-
-_POSTPONED = broken("not sent yet", may_have_happened=False)
 
 _MARGIN = 0.25
 """So many seconds before its own time is over, at most, a caller is told that there is no connection."""
@@ -35,18 +30,6 @@ _MARGIN = 0.25
 _LOOK = 0.1
 _LAST_SECONDS = 2.0
 """An abandoned connection stays open for at most this many seconds while it is in use."""
-
-
-class Call(Replies):
-    """A caller's place in the queue, and the event that wakes it."""
-
-    __slots__ = ("event", "patient", "sent")
-
-    def __init__(self, expected: int, *, patient: bool = False) -> None:
-        self.event = anyio.Event()
-        self.patient = patient
-        self.sent = False
-        super().__init__(expected, self.event.set)
 
 
 class Multiplexer:
@@ -59,27 +42,19 @@ class Multiplexer:
         self._settings = settings
         self._on_connect = on_connect
         self._scope: anyio.CancelScope | None = None  # created when the loop runs: the bus may be created before that
-        self._link: Link | None = None
-        self._protocol = Protocol()
-        self._unsent: list[tuple[bytes, Call | Single]] = []
-        self._unsent_size = 0
-        self._sending = False
-        self._rest = b""
-        self._waves = Waves()
-        self._wake_writer = anyio.Event()
+        self._session: Session | None = None
+        self._postponed: Unsent = []
         self._demand = anyio.Event()
         self._ready = anyio.Event()
         self._last_error: BackendError | None = None
-        self._serving: anyio.CancelScope | None = None
         self._clock = anyio.current_time
-        self._pulse: Pulse | None = None
         self._closed = False
         self._owner_watch: anyio.CancelScope | None = None
         self.connections = 0
 
     @property
     def is_connected(self) -> bool:
-        return self._link is not None
+        return self._session is not None
 
     def close(self) -> None:
         self._closed = True
@@ -131,7 +106,7 @@ class Multiplexer:
                             alarm(sole(error))
         finally:
             self._closed = True
-            self._fail_unsent(self._closed_error())
+            self._fail_postponed(self._closed_error())
 
     async def _watch_owner(self, scope: anyio.CancelScope) -> None:
         """Close when the task that entered the bus has ended without leaving it.
@@ -152,7 +127,9 @@ class Multiplexer:
         quiet = 0
         while quiet < 2 and self._clock() < last:
             await anyio.sleep(_LOOK)
-            quiet = 0 if self._unsent or self._protocol.is_waiting else quiet + 1
+            session = self._session
+            in_use = self._postponed if session is None else session.is_in_use
+            quiet = 0 if in_use else quiet + 1
 
     async def _connect(self, *, entering: bool = False) -> Link:
         link = await open_link(self._settings, entering=entering)
@@ -185,7 +162,7 @@ class Multiplexer:
                     error = BackendError(str(error), may_have_happened=False, can_pass=False)
                 self._last_error = error
                 failures += 1
-                self._fail_unsent(error)
+                self._fail_postponed(error)
                 if not said and isinstance(error.__cause__, ServerError) and is_about_credentials(error.__cause__):
                     said = True
                     text = "%s does not accept the credentials (%s): not connected; trying again until it does"
@@ -204,159 +181,27 @@ class Multiplexer:
         self._ready = anyio.Event()
 
     async def _serve(self, link: Link) -> None:
-        protocol = self._protocol = Protocol()
-        self._link = link
+        session = self._session = Session(link, self._settings, self._clock, self._postponed)
+        self._postponed = []
         self._demand = anyio.Event()
-        pulse = self._pulse = Pulse(link, protocol, self._clock, self._send_first, self._wake_up)
         self.connections += 1
         self._wake_waiters()
         connected = "reconnected" if self.connections > 1 else "connected"
         say(logging.INFO, f"{connected} to %s", self._settings.place, hidden=_SCOPE)
-        reason: BaseException | None = None
         try:
-            async with anyio.create_task_group() as tasks:
-                self._serving = tasks.cancel_scope
-
-                async def write() -> None:
-                    nonlocal reason
-                    try:
-                        await self._write(link, pulse)
-                    except BROKEN as error:
-                        reason = error
-                    tasks.cancel_scope.cancel()
-
-                async def watch() -> None:
-                    nonlocal reason
-                    await pulse.until_silent(self._settings.command_timeout, lambda: len(self._rest))
-                    reason = TimeoutError(f"no reply within command_timeout ({self._settings.command_timeout} s)")
-                    tasks.cancel_scope.cancel()
-
-                async def probe() -> None:
-                    nonlocal reason
-                    await pulse.until_unanswered()
-                    reason = TimeoutError("no answer to a PING after a pause")
-                    tasks.cancel_scope.cancel()
-
-                tasks.start_soon(write)
-                tasks.start_soon(watch)
-                tasks.start_soon(probe)
-                tasks.start_soon(self._waves.expire)
-                try:
-                    while True:
-                        data = await link.receive()
-                        pulse.last_reply = self._clock()
-                        protocol.feed(data)
-                        if not protocol.is_waiting:
-                            link.all_answered()
-                except BROKEN as error:
-                    reason = error
-                tasks.cancel_scope.cancel()
+            await session.run()
         finally:
-            self._link = None
-            self._rest = b""
-            self._pulse = None
+            self._session = None
             if not self._closed:
-                say(logging.WARNING, "%s; it is reopened when it is needed", self._broke(reason), hidden=_SCOPE)
-            self._fail_calls(protocol, reason, unsent_stays=pulse.probing)
+                say(logging.WARNING, "%s; it is reopened when it is needed", session.why_ended, hidden=_SCOPE)
+            self._postponed = session.end()
+            if self._postponed:
+                self._demand.set()  # they are sent on the next connection, which is opened at once
             await link.aclose()
 
-    def _broke(self, reason: BaseException | None) -> str:
-        text = f"the connection to {self._settings.place}"
-        if reason is None:
-            return f"{text} was abandoned"
-        text += f" broke: {str(reason) or type(reason).__name__}"
-        if isinstance(reason, BrokenProtocolError):
-            text += " (the data received is not valid in the Redis protocol)"
-        return text
-
-    def _fail_calls(self, protocol: Protocol, reason: BaseException | None, *, unsent_stays: bool) -> None:
-        text = self._broke(reason)
-        protocol.fail(broken(text, may_have_happened=True))
-        if unsent_stays:
-            self._postpone_unsent()
-        else:
-            self._fail_unsent(broken(text, may_have_happened=False))
-        self._waves.clear()
-
-    def _fail_unsent(self, error: BackendError) -> None:
-        unsent, self._unsent = self._unsent, []
-        self._unsent_size = 0
-        for _, call in unsent:
-            call.fail(duplicate(error))
-
-    def _postpone_unsent(self) -> None:
-        """Send the commands in the queue on the next connection, which is opened at once."""
-        unsent, self._unsent = self._unsent, []
-        self._unsent_size = 0
-        for packed, call in unsent:
-            if isinstance(call, Single) or call.patient:
-                # The caller waits by itself: a wave's deadline ends with this connection, and the next may take time.
-                call.fail(_POSTPONED)
-            else:
-                self._unsent.append((packed, call))
-                self._unsent_size += len(packed)
-        if self._unsent:
-            self._demand.set()
-
-    def _send_first(self, data: bytes) -> None:
-        """Send while no other send is under way."""
-        assert self._link is not None
-        self._rest = data[self._link.send_nowait(data) :]
-        if self._rest:
-            self._wake_writer.set()
-
-    def _wake_up(self) -> None:
-        self._wake_writer.set()
-
-    async def _write(self, link: Link, pulse: Pulse) -> None:
-        while True:
-            while not (self._rest or (self._unsent and not pulse.probing)):
-                self._wake_writer = anyio.Event()
-                await self._wake_writer.wait()
-            if pulse.probing:
-                data, self._rest = self._rest, b""
-            else:
-                data = self._empty_line()
-            self._sending = True
-            try:
-                await link.send(data)
-            finally:
-                self._sending = False
-
-    def _empty_line(self) -> bytes:
-        """Empty the queue, and return its bytes, which must be sent now."""
-        line, self._unsent = self._unsent, []
-        parts, self._rest = [self._rest], b""
-        self._unsent_size = 0
-        self._waves.seal()
-        expect = self._protocol.expect
-        for packed, call in line:
-            if call.error is None:  # otherwise its deadline passed in the queue, and its caller knows it was not sent
-                call.sent = True
-                expect(call)
-                parts.append(packed)
-        return b"".join(parts)
-
-    def _put(self, packed: bytes, call: Call | Single) -> None:
-        """Add to the queue. The writer sends the queue a moment later, so that commands leave together.
-
-        They are sent at once if no reply is expected, or if they are enough for a write of their own: then the server
-        already works on them while more commands are added.
-        """
-        self._unsent.append((packed, call))
-        self._unsent_size += len(packed)
-        link, pulse = self._link, self._pulse
-        if link is None or pulse is None or pulse.probing:
-            return
-        idle = not self._protocol.is_waiting
-        if idle and pulse.has_paused():
-            pulse.probe()
-        elif (
-            (idle or self._unsent_size >= _WORTH_A_WRITE) and not (self._sending or self._rest) and link.can_send_nowait
-        ):
-            self._send_first(self._empty_line())
-        elif len(self._unsent) == 1:
-            self._wake_writer.set()
+    def _fail_postponed(self, error: BackendError) -> None:
+        postponed, self._postponed = self._postponed, []
+        fail_all(postponed, error)
 
     async def single(self, command: Command, timeout: float) -> Any:
         """Send one command, together with others that are sent now, and return its reply.
@@ -364,14 +209,12 @@ class Multiplexer:
         :raises BackendError: if the connection broke, or there was no answer in time. ``may_have_happened`` tells
             whether the command had been sent.
         """
-        if self._link is None:
+        if self._session is None:
             return await self._single_when_connected(command, timeout)
-        packed = pack_one(command)
-        call = self._waves.join(timeout)
-        self._put(packed, call)
+        call = self._session.single(command, timeout)
         await call.wave.event.wait()
         if call.error is not None:
-            if call.error is _POSTPONED:
+            if call.error is POSTPONED:
                 return await self._single_when_connected(command, call.wave.deadline - self._clock())
             raise call.error
         return call.replies[0]
@@ -379,7 +222,7 @@ class Multiplexer:
     async def _single_when_connected(self, command: Command, timeout: float) -> Any:
         call: Call | None = None
         with anyio.move_on_after(timeout):
-            while call is None or call.error is _POSTPONED:
+            while call is None or call.error is POSTPONED:
                 call = None
                 call = await self.start((command,), patient=True)
                 await call.event.wait()
@@ -394,14 +237,15 @@ class Multiplexer:
 
     def reset(self) -> None:
         """Abandon this connection: its server is the wrong one (a replica, now), or its replies are out of step."""
-        self._link = None  # at once, so that the next callers wait for a new connection, and do not fail with this one
-        if self._serving is not None:
-            self._serving.cancel()
+        # At once, so that the next callers wait for a new connection, and do not fail with this one.
+        session, self._session = self._session, None
+        if session is not None:
+            session.abandon()
 
     def _closed_error(self) -> BackendError:
         return broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
 
-    async def until_connected(self, *, patient: bool = False) -> None:
+    async def until_connected(self, *, patient: bool = False) -> Session:
         """Wait for a connection.
 
         :param patient: wait until the caller's own deadline, if it has one.
@@ -415,7 +259,7 @@ class Multiplexer:
         if not patient or deadline == math.inf:
             deadline = min(deadline, now + self._settings.connect_timeout + self._settings.command_timeout)
         with anyio.CancelScope(deadline=deadline) as scope:
-            while self._link is None:
+            while self._session is None:
                 if self._closed:
                     raise self._closed_error()
                 self._demand.set()
@@ -423,21 +267,16 @@ class Multiplexer:
                 error = self._last_error
                 if error is not None and not error.can_pass:
                     raise duplicate(error)
-        if scope.cancelled_caught:
+        if self._session is None or scope.cancelled_caught:
             # The last error tells the place and the reason.
             text = f"not connected to {self._settings.place}" if self._last_error is None else str(self._last_error)
             raise broken(text, may_have_happened=False)
+        return self._session
 
     async def start(self, commands: Sequence[Command], *, patient: bool = False) -> Call:
         """Add commands to the queue; the next write sends them. This waits only while there is no connection."""
-        if self._link is None:
-            await self.until_connected(patient=patient)
-        call = Call(len(commands), patient=patient)
-        if not commands:
-            call.done()
-            return call
-        self._put(pack(commands), call)
-        return call
+        session = self._session or await self.until_connected(patient=patient)
+        return session.start(commands, patient=patient)
 
     async def pipeline(self, commands: Sequence[Command], *, patient: bool = False) -> list[Any]:
         """Send commands together. Returns their replies, error replies included, in order.
@@ -450,7 +289,7 @@ class Multiplexer:
             await call.event.wait()
             if call.error is None:
                 return call.replies
-            if call.error is not _POSTPONED:
+            if call.error is not POSTPONED:
                 raise call.error
 
     async def call(self, *command: Any) -> Any:

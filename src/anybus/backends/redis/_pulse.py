@@ -44,6 +44,10 @@ class Pulse:
         self.probing = False
         self.last_reply = clock()
 
+    def received(self) -> None:
+        """To be called when bytes were received."""
+        self.last_reply = self._clock()
+
     def has_paused(self) -> bool:
         """Whether the silence is so long that a PING must be sent first. Called for most publishes."""
         return self._clock() - self.last_reply > PAUSE

@@ -86,11 +86,6 @@ class Waves:
         """The queue is sent now: later commands belong to the next wave."""
         self._open = None
 
-    def clear(self) -> None:
-        """The connection broke, and all members have failed."""
-        self._open = None
-        self._under_way.clear()
-
     async def expire(self) -> None:
         """Fail the waves whose deadline has passed. Waves are sent in order, so their deadlines are in order, too."""
         self._clock = loop_clock()
