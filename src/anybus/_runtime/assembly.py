@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 
 from .._failure.copies import retry_stream
 from .._failure.policies import FailurePolicy, backoff_table, check_rules
@@ -39,7 +39,7 @@ def make_context(
 
     :param pulled: true for ``deliveries()``, where messages are settled by hand.
     """
-    consumer = f"{config.consumer}-{secrets.token_hex(8)}"
+    consumer = f"{config.consumer}-{os.urandom(8).hex()}"
     policy = Policy(
         ack_mode="manual" if pulled else ack_mode_of(config),
         max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,

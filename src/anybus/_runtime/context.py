@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import anyio
 
@@ -89,7 +90,7 @@ class Context:
     term: LeaseTerm
     home: Home
 
-    @property
+    @cached_property
     def retry_stream(self) -> str:
         return retry_stream(self.topic, self.group)
 
@@ -102,6 +103,6 @@ class Context:
         """For how many seconds an entry must have been idle before it is taken over."""
         return self.term.min_idle(self.clock())
 
-    @property
+    @cached_property
     def streams(self) -> tuple[str, str]:
         return self.topic, self.retry_stream

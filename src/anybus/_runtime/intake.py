@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import anyio
+from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from .._ground.cancellation import persist
@@ -108,12 +109,18 @@ class Intake:
 
     async def _keep_reading(self) -> None:
         look, wait = Recovery(self._context, "read"), Recovery(self._context, "read")
+        nothing_there = False
         while True:
             await self._until_open()
             await self._ledger.wait_for_read_room()
-            # A blocking read reserves only one place, so that reclaims can use the rest. (Its first entry ends it.)
-            if not await look.attempt(self._read, 0.0) and not look.failed:
-                await wait.attempt(self._read, self._block, 1)
+            if not nothing_there:
+                nothing_there = not await look.attempt(self._read, 0.0) and not look.failed
+            if nothing_there:
+                # A blocking read reserves only one place, so that reclaims can use the rest. (Its first entry ends it.)
+                came = await wait.attempt(self._read, self._block, 1)
+                nothing_there = not came and not wait.failed
+                if came:
+                    await checkpoint()  # its handler begins before the next read is prepared (on trio: perhaps)
 
     async def _keep_reclaiming(self) -> None:
         recovery = Recovery(self._context, "reclaim")
@@ -221,6 +228,8 @@ class Intake:
         batch: list[Held] = []
         alone: Held | None = None
         for stream, entries in brought:
+            if not entries:
+                continue
             shut = bool(self._shut_by)
             startable, suspect = self._admission.enter(
                 taking, stream, entries, by_reclaim=by_reclaim, searched=searched, shut=shut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from ..._failure.copies import stream_base
@@ -34,6 +35,7 @@ def _has_tag(topic: str) -> bool:
     return "}" in inner and not inner.startswith("}")
 
 
+@lru_cache(1024)  # used for every read and pass
 def delayed(stream: str) -> str:
     """The sorted set of entries that are to be appended to a stream later, by due time."""
     base, group = _split(stream)

@@ -40,6 +40,10 @@ class Replies:
         self.error: Exception | None = None
         self.done = done
 
+    @property
+    def complete(self) -> bool:
+        return len(self.replies) == self.expected
+
     def fail(self, error: Exception) -> None:
         self.error = error
         self.done()

@@ -12,6 +12,9 @@ from ._protocol import Protocol, Replies, pack_one
 LOOKS = 4
 """How many times within ``command_timeout`` the silence is measured."""
 
+LOOKS_WHEN_IDLE = 2
+"""The same, while no reply is expected. Each look wakes the process."""
+
 PING_EVERY = 10.0
 """After this many idle seconds, a PING is sent, so that firewalls and NATs on the way do not drop the connection."""
 
@@ -98,7 +101,7 @@ class Pulse:
         oldest: Replies | None = None
         since, arrived, owed = 0.0, 0, 0
         while True:
-            await anyio.sleep(timeout / LOOKS)
+            await anyio.sleep(timeout / (LOOKS_WHEN_IDLE if self._protocol.oldest is None else LOOKS))
             now = self._clock()
             if self._protocol.oldest is not oldest:
                 oldest, since, owed = self._protocol.oldest, now, self._link.offered + unsent()

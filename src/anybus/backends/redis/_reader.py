@@ -16,6 +16,10 @@ from ._settings import Settings
 _SHIELDED = 1.0
 
 
+def _nothing() -> None:
+    """Replies are awaited by receiving bytes, so nobody has to be woken."""
+
+
 class BlockingReader:
     """One consumer's connection, opened when it is needed. There is one request at a time.
 
@@ -48,14 +52,13 @@ class BlockingReader:
         :raises BackendError: if the connection cannot be opened, breaks, or is silent for too long.
         """
         link = await self._usable_link()
-        finished = anyio.Event()
-        replies = Replies(len(commands), finished.set)
+        replies = Replies(len(commands), _nothing)
         self._protocol.expect(replies)
         try:
             # Shielded, because a command that is sent only in part would make the connection unusable.
             with anyio.CancelScope(shield=True):
                 await link.send(pack(commands), silence=self._settings.command_timeout)
-            await self._receive(link, finished, wait + self._settings.command_timeout)
+            await self._receive(link, replies, wait + self._settings.command_timeout)
         except BROKEN as error:
             await self.abandon()  # noqa: ASYNC120 - shielded inside
             text = f"the connection to {self._settings.place} broke: {str(error) or type(error).__name__}"
@@ -63,11 +66,11 @@ class BlockingReader:
         except BaseException:
             # Cancelled: entries may be under way. Make the server answer now, and release them.
             with anyio.move_on_after(_SHIELDED, shield=True) as scope:
-                await self._end_blocking(link, finished)
+                await self._end_blocking(link, replies)
                 await hand_back(replies.replies)
             if scope.cancelled_caught:
                 self.lost_track = True
-            if not finished.is_set():
+            if not replies.complete:
                 await self.abandon()  # noqa: ASYNC102 - shielded inside
             raise
         return replies.replies
@@ -88,24 +91,24 @@ class BlockingReader:
             self._protocol = Protocol()
         return self._link
 
-    async def _receive(self, link: Link, finished: anyio.Event, silence: float = math.inf) -> None:
+    async def _receive(self, link: Link, replies: Replies, silence: float = math.inf) -> None:
         """
         :param silence: how many seconds the first bytes may take. All later ones may take ``command_timeout``, or what
             is left of this time, if that is longer.
         """
         deadline = anyio.current_time() + silence
-        while not finished.is_set():
+        while not replies.complete:
             self._protocol.feed(await link.receive_within(silence))
             silence = max(self._settings.command_timeout, deadline - anyio.current_time())
         self._last_reply = anyio.current_time()
         link.all_answered()
 
-    async def _end_blocking(self, link: Link, finished: anyio.Event) -> None:
+    async def _end_blocking(self, link: Link, replies: Replies) -> None:
         async with anyio.create_task_group() as tasks:
 
             async def unblock() -> None:
                 # Repeated, because the blocking command may not have reached the server yet.
-                while not finished.is_set():
+                while not replies.complete:
                     try:
                         if await self._unblock(link.client_id):
                             return
@@ -115,7 +118,7 @@ class BlockingReader:
 
             tasks.start_soon(unblock)
             try:
-                await self._receive(link, finished)
+                await self._receive(link, replies)
             except BROKEN:
                 self.lost_track = True
             tasks.cancel_scope.cancel()

@@ -30,6 +30,9 @@ from ._scripts import Script
 _SHIELDED = 1.0
 _SHORT_BLOCK = 0.4
 _STALE = 0.1
+_PASSES = 1.0
+"""Passes at shorter intervals than this append the entries that are due, also while a read waits."""
+
 _FLOOR_INTERVAL = 5.0
 _CLOCK_MARGIN = 1.0
 
@@ -53,6 +56,8 @@ class Taking:
         """When a pass was sent whose reply was lost, and up to which id the entries that it took were searched."""
         self._looked: dict[str, tuple[float, float]] = {}
         """When a read without waiting last found the stream empty, and when its next delayed entry is due."""
+        self._passed: dict[Member, float] = {}
+        """When the last pass over a topic was made."""
         self.tasks: TaskGroup | None = None
         self._hand_backs: set[anyio.Event] = set()
 
@@ -66,6 +71,7 @@ class Taking:
         member = (stream, group, consumer)
         self._cursors.pop(member, None)
         self._lost_passes.pop(member, None)
+        self._passed.pop(member, None)
         self._kept_at.pop((stream, group), None)
         self._reaped_at.pop((stream, group), None)
         reader = self._readers.pop(member, None)
@@ -76,9 +82,8 @@ class Taking:
         count = self._appetite.of(count)
         read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
         move: Command = evalsha(taking.MOVE_DUE, (stream, delayed(stream)), ())
-        reader = self._readers.setdefault(
-            (stream, group, consumer), BlockingReader(self._client.settings, self._unblock)
-        )
+        member = (stream, group, consumer)
+        reader = self._readers.setdefault(member, BlockingReader(self._client.settings, self._unblock))
         while reader.lost_track:
             unseen = await self._find_unseen(reader, stream, group, consumer, count)
             if unseen:
@@ -89,7 +94,7 @@ class Taking:
         deadline = now + timeout
         while True:
             looked_at, next_due = self._looked.pop(stream, (-math.inf, math.inf))
-            if now - looked_at > _STALE:
+            if now - looked_at > _STALE and now - self._passed.get(member, -math.inf) > _PASSES:
                 entries = await self._look(reader, stream, group, consumer, move, read)
                 now = anyio.current_time()
                 if entries or now >= deadline:
@@ -306,6 +311,7 @@ class Taking:
             for where, refusal in refusals[:1]:
                 error = await self._client.refused_in(where, group, refusal)
             if error is None:
+                self._passed[topic] = anyio.current_time()
                 await self._maintain(stream, retry_stream, group, consumer, min_idle)
         except BackendError as failure:
             error = failure  # not raised, so that the entries that were taken are not lost
