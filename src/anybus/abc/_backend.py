@@ -118,7 +118,7 @@ class StreamBackend(abc.ABC):
 
         :param consumer: with the feature ``fence``: acknowledge only entries that still belong to this consumer.
         :return: with ``consumer``: the ids that were not acknowledged, because they belong to another consumer or are
-            no longer pending.
+            no longer pending. A backend may leave out ids that are no longer pending although no consumer took them.
         :raises BackendError: if it is not known which entries were acknowledged. Trying again does no harm.
         """
         for message_id in message_ids:

@@ -31,12 +31,13 @@ from ...abc import (
     TimedPublisher,
     TransferItem,
 )
+from . import _fence_scripts as fence
 from . import _scripts as scripts
 from ._client import Client
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, span
 from ._errors import has_code, is_out_of_reach
-from ._keys import RESERVED, delayed, leases
+from ._keys import RESERVED, delayed, leases, losses
 from ._leases import RedisLeases
 from ._limits import ROOM
 from ._parts import PER_SCRIPT
@@ -325,7 +326,7 @@ class RedisBackend(
         for start in range(0, len(message_ids), PER_SCRIPT):
             try:
                 part = message_ids[start : start + PER_SCRIPT]
-                refused += await self._owned(scripts.ACK, stream, group, consumer, part)
+                refused += await self._owned(fence.ACK, stream, group, consumer, part)
             except BackendError as error:
                 error.may_have_happened = error.may_have_happened or start > 0  # earlier parts are acknowledged
                 raise
@@ -335,13 +336,13 @@ class RedisBackend(
         owned: list[str] = []
         for start in range(0, len(message_ids), PER_SCRIPT):
             part = message_ids[start : start + PER_SCRIPT]
-            owned += await self._owned(scripts.RENEW, stream, group, consumer, part)
+            owned += await self._owned(fence.RENEW, stream, group, consumer, part)
         return owned
 
     async def _owned(
         self, script: scripts.Script, stream: str, group: str, consumer: str, message_ids: Sequence[str]
     ) -> list[str]:
-        args = (group, consumer, *span(message_ids), *message_ids)
+        args = (group, consumer, *span(message_ids), losses(stream, group), *message_ids)
         reply = await self._client.run(script, stream, group, (stream,), args)
         with self._client.reading(reply):
             return [raw.decode() for raw in reply]
@@ -352,7 +353,8 @@ class RedisBackend(
     async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
         try:
             await self._taking.forget(stream, group, consumer)
-            await self._client.run(scripts.FORGET, stream, group, (stream, leases(stream, group)), (group, consumer))
+            keys, args = (stream, leases(stream, group)), (group, consumer, losses(stream, group))
+            await self._client.run(scripts.FORGET, stream, group, keys, args)
         except BackendError:
             return  # the consumer's name stays. A peer removes it later, since it has no pending entries
 

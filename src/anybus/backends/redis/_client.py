@@ -12,7 +12,7 @@ import anyio
 
 from ..._ground.errors import BackendError, GroupLostError
 from ..._ground.log import say
-from . import _dead_letter_scripts, _lease_scripts, _rights, _scripts, _taking_scripts
+from . import _dead_letter_scripts, _fence_scripts, _lease_scripts, _rights, _scripts, _taking_scripts
 from ._alone import Loner
 from ._decoding import predecessor
 from ._durability import QUESTIONS, SAVE_POINTS, evicts, fields, keeps_no_log, keeps_nothing
@@ -27,7 +27,14 @@ from ._server import Server, look_at
 from ._session import Call
 from ._settings import Settings
 
-_ALL: Final = (*_scripts.ALL, *_taking_scripts.ALL, *_lease_scripts.ALL, *_rights.ALL, *_dead_letter_scripts.ALL)
+_ALL: Final = (
+    *_scripts.ALL,
+    *_fence_scripts.ALL,
+    *_taking_scripts.ALL,
+    *_lease_scripts.ALL,
+    *_rights.ALL,
+    *_dead_letter_scripts.ALL,
+)
 
 
 class Client:
@@ -122,7 +129,8 @@ class Client:
 
     async def run(self, script: Script, stream: str, group: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run a script about a group. Raises as :meth:`ask` does."""
-        if any(self.goes_alone(_size(argument)) for argument in args):
+        # The limit is known nearly always. Then the arguments are not looked at: an acknowledgement has many.
+        if self.limit is None and any(self.goes_alone(_size(argument)) for argument in args):
             [reply] = await self._loner.pipeline((("EVAL", script.source, len(keys), *keys, *args),))
         else:
             call = await self.mux.start((evalsha(script, keys, args),))

@@ -52,3 +52,9 @@ def leases(stream: str, group: str) -> str:
     """The sorted set of the lease of a topic's group, and of the members that are alive."""
     base, _ = _split(stream)
     return f"{base}:lease:{group}"
+
+
+def losses(stream: str, group: str) -> str:
+    """The sorted set of the consumers of a topic's group that lost entries, of the topic or of its retry stream."""
+    base, _ = _split(stream)
+    return f"{base}:losses:{group}"

@@ -36,83 +36,6 @@ class Script:
         return sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
-# Which of the ids from ARGV[5] on belong to the consumer. One XPENDING looks at the range from ARGV[3] to ARGV[4], in
-# which most likely all ids are. Ids that it misses are looked up one by one (an error means: not an id, so not ours).
-_OWNED = """
-local function owned(key, group, consumer, low, high, limit)
-  local found = {}
-  local from = low
-  repeat
-    local page = redis.call('XPENDING', key, group, from, high, limit, consumer)
-    for i = 1, #page do found[page[i][1]] = page[i][4] end
-    if #page == limit then from = '(' .. page[#page][1] end
-  until #page < limit
-  for i = 5, #ARGV do
-    if not found[ARGV[i]] then
-      local one = redis.pcall('XPENDING', key, group, ARGV[i], ARGV[i], 1, consumer)
-      if one[1] then found[ARGV[i]] = one[1][4] end
-    end
-  end
-  return found
-end
-"""
-
-ACK: Final = Script(
-    "ack",
-    _OWNED
-    + """
-local mine = owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], #ARGV + 32)
-local ids, refused = {}, {}
-for i = 5, #ARGV do
-  if mine[ARGV[i]] then ids[#ids + 1] = ARGV[i] else refused[#refused + 1] = ARGV[i] end
-end
-if #ids > 0 then
-  local is_retry_stream = KEYS[1]:sub(1, 7) == 'anybus:'
-  if is_retry_stream then redis.call('XDEL', KEYS[1], '0-0') end
-  redis.call('XACK', KEYS[1], ARGV[1], unpack(ids))
-  if is_retry_stream then redis.call('XDEL', KEYS[1], unpack(ids)) end
-end
-return refused
-""",
-)
-
-RENEW: Final = Script(
-    "renew",
-    _OWNED
-    + """
-local mine = owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], #ARGV + 32)
-local ids = {}
-for i = 5, #ARGV do
-  if mine[ARGV[i]] then ids[#ids + 1] = ARGV[i] end
-end
-if #ids == 0 then return ids end
-local command = {'XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0}
-for i = 1, #ids do command[#command + 1] = ids[i] end
-command[#command + 1] = 'JUSTID'
-return redis.call(unpack(command))
-""",
-)
-
-RELEASE: Final = Script(
-    "release",
-    _OWNED
-    + """
-local parking = 'anybus:returned'
-local mine = owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], #ARGV + 32)
-local released = 0
-for i = 5, #ARGV do
-  local count = mine[ARGV[i]]
-  if count then
-    local before = math.max(count - 1, 0)
-    redis.call('XCLAIM', KEYS[1], ARGV[1], parking, 0, ARGV[i], 'TIME', 0, 'RETRYCOUNT', before, 'JUSTID')
-    released = released + 1
-  end
-end
-return released
-""",
-    partly=True,
-)
-
 # The text of the error that `redis.pcall` returned, or nil.
 FAILED: Final = """
 local function failed(reply)
@@ -305,15 +228,16 @@ return removed
     partly=True,
 )
 
-# KEYS: the stream, and the key of the group's lease and its members.
+# KEYS: the stream, and the key of the group's lease and its members. ARGV: group, consumer, the key of losses.
 FORGET: Final = Script(
     "forget",
     """
 redis.pcall('ZREM', KEYS[2], 'member:' .. ARGV[2])
+redis.pcall('ZREM', ARGV[3], ARGV[2])
 if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then return 0 end
 redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
 return 1
 """,
 )
 
-ALL: Final = (ACK, RENEW, RELEASE, TRANSFER, SETTLE_APPENDED, SCHEDULE, CANCEL, FLOOR, REAP, FORGET)
+ALL: Final = (TRANSFER, SETTLE_APPENDED, SCHEDULE, CANCEL, FLOOR, REAP, FORGET)

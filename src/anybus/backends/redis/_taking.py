@@ -15,13 +15,14 @@ from ..._ground.cancellation import persist
 from ..._ground.errors import BackendError, GroupLostError
 from ..._ground.log import say
 from ...abc import FetchedEntry, MissingEntry, Redelivered
+from . import _fence_scripts as fence
 from . import _scripts as scripts
 from . import _taking_scripts as taking
 from ._appetite import Appetite
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder, span
 from ._errors import UNEXPECTED, has_code, leads_elsewhere, may_be_partly_done, translate, unexpected_reply
-from ._keys import delayed, meta
+from ._keys import delayed, losses, meta
 from ._parts import PER_SCRIPT
 from ._protocol import Argument, Command, ServerError
 from ._reader import BlockingReader
@@ -236,7 +237,8 @@ class Taking:
         member, count = (stream, group, consumer), self._appetite.of(count)
         if found := await self._find_lost(member, count):
             return found
-        keys, args = (stream,), (group, consumer, int(min_idle * 1000), count, self._cursors.get(member, "0-0"))
+        keys, cursor = (stream,), self._cursors.get(member, "0-0")
+        args = (group, consumer, int(min_idle * 1000), count, cursor, losses(stream, group))
 
         def parse(replies: list[Any]) -> Taken:
             return {stream: self._reclaimed(member, replies[-1])}
@@ -271,7 +273,7 @@ class Taking:
                 return Redelivered([], [], found, searched=True, more=True)
         keys = (stream, delayed(stream), retry_stream, delayed(retry_stream))
         cursors = (self._cursors.get(topic, "0-0"), self._cursors.get(retries, "0-0"))
-        args = (group, consumer, int(min_idle * 1000), count, *cursors, self._passes % 3)
+        args = (group, consumer, int(min_idle * 1000), count, *cursors, self._passes % 3, losses(stream, group))
         refusals: list[tuple[str, ServerError]] = []
         new_retries: list[FetchedEntry] = []
         reclaimed_retries: list[FetchedEntry] = []
@@ -450,7 +452,8 @@ class Taking:
     async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
         for start in range(0, len(message_ids), PER_SCRIPT):
             part = message_ids[start : start + PER_SCRIPT]
-            await self._client.run(scripts.RELEASE, stream, group, (stream,), (group, consumer, *span(part), *part))
+            args = (group, consumer, *span(part), losses(stream, group), *part)
+            await self._client.run(fence.RELEASE, stream, group, (stream,), args)
 
 
 class _ScriptForgottenError(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from ._fence_scripts import NOTE_LOSS
 from ._scripts import FAILED, MOST_VALUES, Script
 
 MOST_BYTES: Final = 1024 * 1024
@@ -106,23 +107,39 @@ return {{last, found}}
 # Bodies are fetched one by one. Entries that were claimed beyond the bytes of one call go to the parking consumer,
 # uncounted, and the next scan starts there. `budget` is what is left for this call: bytes, looks, and whether anything
 # was taken. `budget.more` is set if entries were left.
+# The losses of other consumers are noted (see `_fence_scripts`): those who own fewer entries than before.
 _RECLAIM: Final = """
-local function reclaim(key, group, consumer, min_idle, count, cursor, budget)
+local function reclaim(key, group, consumer, min_idle, count, cursor, budget, losses)
   local parking = 'anybus:returned'
+  local function owners()
+    local counts = {}
+    for _, owner in ipairs(redis.call('XPENDING', key, group)[4] or {}) do counts[owner[1]] = tonumber(owner[2]) end
+    return counts
+  end
   local taken, wrapped, more = {}, cursor == '0-0', false
   -- These fail, if anything fails, before an entry is taken.
-  redis.call('XPENDING', key, group, '0-0', '0-0', 1)
+  local owned = owners()
   redis.call('XCLAIM', key, group, consumer, 0, '0-0', 'JUSTID')
   repeat
     local scan = math.min(count - #taken, math.max(1, math.floor(budget.looks / 10)))
     budget.looks = budget.looks - 10 * scan
     local page = redis.call('XAUTOCLAIM', key, group, consumer, min_idle, cursor, 'COUNT', scan, 'JUSTID')
     cursor = page[1]
+    if #page[2] > 0 then
+      local before = owned
+      owned = owners()
+      for owner, had in pairs(before) do
+        if owner ~= consumer and owner ~= parking and (owned[owner] or 0) < had then
+          note_loss(losses, owner, page[2][#page[2]])
+        end
+      end
+    end
     for _, id in ipairs(page[2]) do
       local pending = redis.call('XPENDING', key, group, id, id, 1)
       if budget.bytes <= 0 and budget.any then
         local before = pending[1] and pending[1][4] or 0
         redis.call('XCLAIM', key, group, parking, 0, id, 'TIME', 0, 'RETRYCOUNT', before, 'JUSTID')
+        note_loss(losses, consumer, id)
         if not more then cursor = id end
         more = true
       else
@@ -153,15 +170,17 @@ _BUDGET: Final = f"local budget = {{bytes = {MOST_BYTES}, looks = {MOST_LOOKS}, 
 RECLAIM: Final = Script(
     "reclaim",
     _SIZE
+    + NOTE_LOSS
     + _RECLAIM
     + _BUDGET
-    + "return reclaim(KEYS[1], ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], budget)\n",
+    + "return reclaim(KEYS[1], ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], budget, ARGV[6])\n",
     partly=True,
 )
 
 # A whole pass over a topic (KEYS 1 and 2: stream and delayed set) and its retry stream (KEYS 3 and 4). It appends the
 # entries that are due, then takes idle entries of both, and new entries of the retry stream. ARGV: group, consumer, min
-# idle ms, room, cursor of the topic, cursor of the retry stream, which step goes first (0, 1 or 2).
+# idle ms, room, cursor of the topic, cursor of the retry stream, which step goes first (0, 1 or 2), key
+# of losses.
 # Replies with the results of the three steps, whether entries were left that were too much for one call, and the errors
 # of appending to the topic and to the retry stream. A missing group is an error of its own step only: the other steps
 # keep the entries that they took.
@@ -170,17 +189,21 @@ PASS: Final = Script(
     FAILED
     + _MOVE_DUE
     + _SIZE
+    + NOTE_LOSS
     + _RECLAIM
     + _BUDGET
     + """
 local group, consumer, min_idle, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local cursors = {ARGV[5], ARGV[6]}
 local results = {false, false, false}
-local first = tonumber(ARGV[7])
+local first, losses = tonumber(ARGV[7]), ARGV[8]
 local function guarded(work)
   local ok, reply = pcall(work)
   if ok then return reply end
   return {'error', type(reply) == 'table' and reply.err or tostring(reply)}
+end
+local function claim_idle(key, cursor)
+  return reclaim(key, group, consumer, min_idle, room, cursor, budget, losses)
 end
 local function read_retries()
   local entries = {}
@@ -207,11 +230,11 @@ for offset = 0, 2 do
   elseif room > 0 then
     local reply
     if step == 0 then
-      reply = guarded(function() return reclaim(KEYS[1], group, consumer, min_idle, room, cursors[1], budget) end)
+      reply = guarded(function() return claim_idle(KEYS[1], cursors[1]) end)
     elseif step == 1 then
       reply = guarded(read_retries)
     else
-      reply = guarded(function() return reclaim(KEYS[3], group, consumer, min_idle, room, cursors[2], budget) end)
+      reply = guarded(function() return claim_idle(KEYS[3], cursors[2]) end)
     end
     if reply[1] ~= 'error' then room = room - #reply[2] end
     results[step + 1] = reply
