@@ -329,9 +329,9 @@ async def test_what_is_taken_over_a_few_at_a_time_is_not_taken_over_slowly(serve
             taken = await backend.read_new(topic, "g", "dead", count=12, timeout=0)
             await backend.release(topic, "g", "dead", [entry.id for entry in taken])
             for connection in range(9):  # as if as many replies had been too large for the server
-                backend._taking._appetite.broke(connection)
-            backend._taking._appetite.of(12)
-            backend._taking._appetite.broke("and again")
+                backend._taking._calls.appetite.broke(connection)
+            backend._taking._calls.appetite.of(12)
+            backend._taking._calls.appetite.broke("and again")
             async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
                 await until(lambda: len(handled) == 12)
 

@@ -26,7 +26,7 @@ from sweeps import sampled
 from anybus import BackendError, EventBusError, GroupLostError, JsonCodec, Message, MsgpackCodec
 from anybus._failure.copies import retry_stream
 from anybus.abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry, Output, Redelivered
-from anybus.backends.redis import RedisBackend, _taking
+from anybus.backends.redis import RedisBackend, _taking_calls
 from anybus.backends.redis import _scripts as scripts
 from anybus.backends.redis._decoding import MAX_RECEIVED
 from anybus.backends.redis._keys import RETURNED, delayed, meta
@@ -113,7 +113,7 @@ async def assert_nothing_is_unseen(
 def what_is_handed_back(backend: RedisBackend) -> list[str]:
     """Ids that cancelled calls hand back from now on: a test in which there are none shows nothing."""
     taking: Any = backend._taking
-    hand_back = taking._hand_back
+    hand_back = taking._calls.hand_back
     handed_back: list[str] = []
 
     async def noted(taken: dict[str, list[FetchedEntry]], *member: str) -> None:
@@ -121,7 +121,7 @@ def what_is_handed_back(backend: RedisBackend) -> list[str]:
             handed_back.extend(ids(entries))
         await hand_back(taken, *member)
 
-    taking._hand_back = noted
+    taking._calls.hand_back = noted
     return handed_back
 
 
@@ -240,7 +240,7 @@ async def test_what_a_cancelled_call_took_goes_back_although_the_second_for_it_i
     way: str, harness: RedisHarness, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server, or this whole machine, stood still for so long; and then the backend is left at once."""
-    monkeypatch.setattr(_taking, "_SHIELDED", 0.0)
+    monkeypatch.setattr(_taking_calls, "_SHIELDED", 0.0)
     streams = (topic, retry_stream(topic, "g"))
     async with harness.make_backend() as other:
         for stream in streams:
@@ -290,7 +290,7 @@ async def test_the_cancellation_of_a_read_comes_out_even_where_its_entries_canno
         for _ in range(20):
             with anyio.CancelScope() as scope:
                 scope.cancel()
-                await backend._taking._hand_back(
+                await backend._taking._calls.hand_back(
                     {topic: [MissingEntry("1-1")], f"{topic} too": [MissingEntry("1-1")]}, "g", "c"
                 )
                 await checkpoint()

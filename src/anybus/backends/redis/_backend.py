@@ -132,7 +132,7 @@ class RedisBackend(
                     alarmed = alarmed or error
                     tasks.cancel_scope.cancel()
 
-                self._taking.tasks = tasks
+                self._taking.start(tasks)
                 try:
                     link = await self._client.mux.connect()
                     tasks.start_soon(self._client.mux.run, link, alarm, tasks)

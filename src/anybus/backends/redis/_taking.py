@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any
 
 import anyio
-from anyio.abc import TaskGroup
 
-from ..._ground.cancellation import persist
 from ..._ground.errors import BackendError, GroupLostError
-from ..._ground.log import say
-from ...abc import FetchedEntry, MissingEntry, Redelivered
-from . import _fence_scripts as fence
+from ...abc import FetchedEntry, Redelivered
 from . import _scripts as scripts
 from . import _taking_scripts as taking
-from ._appetite import Appetite
 from ._client import Client, evalsha
-from ._decoding import EntryDecoder, span
-from ._errors import UNEXPECTED, has_code, leads_elsewhere, may_be_partly_done, translate, unexpected_reply
+from ._decoding import EntryDecoder
+from ._errors import UNEXPECTED, has_code, leads_elsewhere, translate, unexpected_reply
 from ._keys import delayed, losses, meta
-from ._parts import PER_SCRIPT
-from ._protocol import Argument, Command, ServerError
+from ._protocol import Command, ServerError
 from ._reader import BlockingReader
-from ._scripts import Script
+from ._taking_calls import Taken, TakingCalls
 
-_SHIELDED = 1.0
 _SHORT_BLOCK = 0.4
 _STALE = 0.1
 _PASSES = 1.0
@@ -38,7 +29,6 @@ _FLOOR_INTERVAL = 5.0
 _CLOCK_MARGIN = 1.0
 
 Member = tuple[str, str, str]
-Taken = dict[str, list[FetchedEntry]]
 
 
 class Taking:
@@ -52,21 +42,20 @@ class Taking:
         self._kept_at: dict[tuple[str, str], float] = {}
         self._reaped_at: dict[tuple[str, str], float] = {}
         self._passes = 0
-        self._appetite = Appetite()
+        self._calls = TakingCalls(client)
         self._lost_passes: dict[Member, tuple[float, str]] = {}
         """When a pass was sent whose reply was lost, and up to which id the entries that it took were searched."""
         self._looked: dict[str, tuple[float, float]] = {}
         """When a read without waiting last found the stream empty, and when its next delayed entry is due."""
         self._passed: dict[Member, float] = {}
         """When the last pass over a topic was made."""
-        self.tasks: TaskGroup | None = None
-        self._hand_backs: set[anyio.Event] = set()
+        self.start = self._calls.start
+        self.release = self._calls.release
 
     async def aclose(self) -> None:
         for reader in list(self._readers.values()):
             await reader.aclose()
-        while self._hand_backs:
-            await next(iter(self._hand_backs)).wait()
+        await self._calls.aclose()
 
     async def forget(self, stream: str, group: str, consumer: str) -> None:
         member = (stream, group, consumer)
@@ -80,7 +69,7 @@ class Taking:
             await reader.aclose()
 
     async def read_new(self, stream: str, group: str, consumer: str, count: int, timeout: float) -> list[FetchedEntry]:
-        count = self._appetite.of(count)
+        count = self._calls.appetite.of(count)
         read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
         move: Command = evalsha(taking.MOVE_DUE, (stream, delayed(stream)), ())
         member = (stream, group, consumer)
@@ -121,7 +110,7 @@ class Taking:
             return {stream: self._decoder.read(replies[-1])}
 
         try:
-            entries = (await self._take([move, read], group, consumer, parse, lost=reader.lose_track))[stream]
+            entries = (await self._calls.take([move, read], group, consumer, parse, lost=reader.lose_track))[stream]
         except GroupLostError:
             reader.last_id = "0-0"  # the recreated group may deliver lower ids
             raise
@@ -150,13 +139,13 @@ class Taking:
 
         async def hand_back(replies: list[Any]) -> None:
             if len(replies) == len(commands):
-                await self._hand_back_reply(replies, parse, group, consumer)
+                await self._calls.hand_back_reply(replies, parse, group, consumer)
 
         try:
             return await reader.request(commands, wait=wait, hand_back=hand_back)
         except BackendError as error:
             if error.may_have_happened:
-                self._appetite.broke(object())
+                self._calls.appetite.broke(object())
             raise
 
     async def _read(self, reader: BlockingReader, reply: Any, stream: str, group: str) -> list[FetchedEntry]:
@@ -176,7 +165,7 @@ class Taking:
             raise unexpected_reply(self._client.settings.place, reply) from error
         if entries:
             reader.last_id = entries[-1].id
-            self._appetite.came(entries)
+            self._calls.appetite.came(entries)
         return entries
 
     async def _next_due(self, moved: Any, stream: str) -> float:
@@ -200,7 +189,7 @@ class Taking:
             return {stream: self._decoder.reclaimed(replies[-1][1])}
 
         args = (group, consumer, reader.last_id, count)
-        entries = (await self._take_by_script(taking.UNSEEN, (stream,), args, group, consumer, parse))[stream]
+        entries = (await self._calls.by_script(taking.UNSEEN, (stream,), args, group, consumer, parse))[stream]
         if last:
             reader.last_id = last
         else:
@@ -224,7 +213,7 @@ class Taking:
 
             longest = int((anyio.current_time() - since + _CLOCK_MARGIN) * 1000)
             args = (group, consumer, last, count, longest)
-            taken = await self._take_by_script(taking.UNSEEN, (stream,), args, group, consumer, parse)
+            taken = await self._calls.by_script(taking.UNSEEN, (stream,), args, group, consumer, parse)
             if looked_up_to:
                 self._lost_passes[member] = since, looked_up_to
             else:
@@ -234,7 +223,7 @@ class Taking:
         return []
 
     async def reclaim(self, stream: str, group: str, consumer: str, min_idle: float, count: int) -> list[FetchedEntry]:
-        member, count = (stream, group, consumer), self._appetite.of(count)
+        member, count = (stream, group, consumer), self._calls.appetite.of(count)
         if found := await self._find_lost(member, count):
             return found
         keys, cursor = (stream,), self._cursors.get(member, "0-0")
@@ -244,7 +233,7 @@ class Taking:
             return {stream: self._reclaimed(member, replies[-1])}
 
         lost = self._when_lost(member)
-        return (await self._take_by_script(taking.RECLAIM, keys, args, group, consumer, parse, lost))[stream]
+        return (await self._calls.by_script(taking.RECLAIM, keys, args, group, consumer, parse, lost))[stream]
 
     def _when_lost(self, *members: Member) -> Callable[[], None]:
         """A function to call if the reply to a command that is sent now is lost."""
@@ -264,7 +253,7 @@ class Taking:
         self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float, count: int
     ) -> Redelivered:
         self._passes += 1
-        room, count = count, self._appetite.of(count)
+        room, count = count, self._calls.appetite.of(count)
         topic, retries = (stream, group, consumer), (retry_stream, group, consumer)
         if self._lost_passes:
             if found := await self._find_lost(topic, count):
@@ -305,7 +294,7 @@ class Taking:
             return taken
 
         lost = self._when_lost(topic, retries)
-        taken = await self._take_by_script(taking.PASS, keys, args, group, consumer, parse, lost)
+        taken = await self._calls.by_script(taking.PASS, keys, args, group, consumer, parse, lost)
         # Also true if fewer entries were requested than there was room for.
         more = more or (count < room and sum(map(len, taken.values())) >= count)
         error = None
@@ -318,7 +307,7 @@ class Taking:
         except BackendError as failure:
             error = failure  # not raised, so that the entries that were taken are not lost
         except BaseException:
-            await self._within_a_second(lambda: self._hand_back(taken, group, consumer))  # noqa: ASYNC102 - shielded
+            await self._calls.within_a_second(lambda: self._calls.hand_back(taken, group, consumer))  # noqa: ASYNC102 - shielded
             raise
         return Redelivered(taken[stream], new_retries, reclaimed_retries, error, more=more)
 
@@ -338,123 +327,3 @@ class Taking:
                     for name in (stream, retry_stream)
                 ]
             )
-
-    async def _take_by_script(
-        self,
-        script: Script,
-        keys: Sequence[str],
-        args: Sequence[Argument],
-        group: str,
-        consumer: str,
-        parse: Callable[[list[Any]], Taken],
-        lost: Callable[[], None] | None = None,
-    ) -> Taken:
-        try:
-            return await self._take([evalsha(script, keys, args)], group, consumer, parse, keys[0], lost)
-        except _ScriptForgottenError:
-            await self._client.load_scripts()
-            evaluate: Command = ("EVAL", script.source, len(keys), *keys, *args)
-            return await self._take([evaluate], group, consumer, parse, keys[0], lost)
-
-    async def _take(
-        self,
-        commands: list[Command],
-        group: str,
-        consumer: str,
-        parse: Callable[[list[Any]], Taken],
-        stream: str | None = None,
-        lost: Callable[[], None] | None = None,
-    ) -> Taken:
-        """Send commands, of which the last one takes entries. If this is cancelled, these entries are released.
-
-        :param lost: called if the commands may have been carried out, but their reply is lost.
-        """
-
-        def look_for_loss() -> None:
-            if lost is not None and call.error is not None:
-                lost()
-
-        call = await self._client.mux.start(commands)
-        connection = self._client.mux.connections
-        try:
-            await call.event.wait()
-        except BaseException:
-
-            async def hand_back() -> None:
-                await call.event.wait()
-                look_for_loss()
-                await self._hand_back_reply(call.replies, parse, group, consumer)
-
-            await self._within_a_second(hand_back)  # noqa: ASYNC102 - shielded inside
-            raise
-        if call.error is not None:
-            look_for_loss()
-            if call.sent:
-                self._appetite.broke(connection)
-            raise call.error
-        reply = call.replies[-1]
-        if isinstance(reply, ServerError):
-            if has_code(reply, "NOSCRIPT") and commands[-1][0] == "EVALSHA":
-                raise _ScriptForgottenError
-            partly = may_be_partly_done(reply, partly=False)
-            if partly and lost is not None:
-                lost()  # a later call searches for the entries that it took before the error
-            where = stream or str(commands[-1][-2])
-            raise await self._client.refused_in(where, group, reply, may_have_happened=partly)
-        with self._client.reading(reply):
-            taken = parse(call.replies)
-        self._appetite.came([entry for entries in taken.values() for entry in entries])
-        return taken
-
-    async def _within_a_second(self, hand_back: Callable[[], Awaitable[None]]) -> None:
-        """Release entries, and wait for that, shielded, for at most a second.
-
-        The release runs in a task of the backend. So only the waiting ends early if the second is over (because the
-        server or this process was frozen), or if a native asyncio cancellation pierces the shield.
-        """
-        done = anyio.Event()
-
-        async def outlive() -> None:
-            try:
-                with anyio.CancelScope(shield=True):  # the multiplexer lets nobody wait forever
-                    await persist(hand_back)
-            finally:
-                self._hand_backs.discard(done)
-                done.set()
-
-        assert self.tasks is not None
-        self._hand_backs.add(done)
-        self.tasks.start_soon(outlive)
-        with anyio.move_on_after(_SHIELDED, shield=True):
-            await done.wait()
-
-    async def _hand_back_reply(
-        self, replies: list[Any], parse: Callable[[list[Any]], Taken], group: str, consumer: str
-    ) -> None:
-        if not replies or isinstance(replies[-1], ServerError):
-            return
-        with suppress(*UNEXPECTED):
-            await self._hand_back(parse(replies), group, consumer)
-
-    async def _hand_back(self, taken: Taken, group: str, consumer: str) -> None:
-        """Release entries. Errors are not raised, because they would replace a cancellation: the leases then expire."""
-        for stream, entries in taken.items():
-            missing = [entry.id for entry in entries if isinstance(entry, MissingEntry)]
-            if missing:
-                # Since Redis 7.0, the server has dropped them from the pending list, so nobody else can report them.
-                text = "entries were pending in group %r, but are gone from stream %r: %s"
-                hidden = {"scope": "missing", "topic": stream, "group": group, "consumer": consumer}
-                say(logging.WARNING, text, group, stream, ", ".join(missing), hidden=hidden)
-            if entries:
-                with suppress(BackendError):
-                    await self.release(stream, group, consumer, [entry.id for entry in entries])
-
-    async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
-        for start in range(0, len(message_ids), PER_SCRIPT):
-            part = message_ids[start : start + PER_SCRIPT]
-            args = (group, consumer, *span(part), losses(stream, group), *part)
-            await self._client.run(fence.RELEASE, stream, group, (stream,), args)
-
-
-class _ScriptForgottenError(Exception):
-    """The server does not know the script any more; nothing was done."""
