@@ -82,6 +82,9 @@ def new_uid() -> str:
     known, prefix = _uid_time
     if known != milliseconds:
         # Cached, because many messages are created in the same millisecond.
+        if milliseconds // 1000 != known // 1000:
+            # A virtual machine may have been restored from a snapshot, and others from the same one.
+            _tails.clear()
         text = f"{milliseconds:012x}"
         prefix = f"{text[:8]}-{text[8:]}-7"
         _uid_time = (milliseconds, prefix)
