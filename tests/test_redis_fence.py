@@ -335,6 +335,16 @@ async def test_what_is_no_id_is_refused_and_the_others_are_acknowledged(server: 
         assert await group.owners() == dict.fromkeys(ids[2 * LOTS :], "c")
 
 
+async def test_what_is_no_id_is_refused_also_while_others_have_entries(server: RunningServer, topic: str) -> None:
+    async with group_of(server, topic) as group:
+        await group.publish(2 * LOTS)
+        ids = await group.read("c", 2 * LOTS - 1)
+        theirs = await group.read("d", 1)
+        bad = f"{ids[LOTS - 1]}x"
+        assert await group.ack([*ids[:LOTS], bad]) == [bad]
+        assert await group.owners() == dict.fromkeys(ids[LOTS:], "c") | dict.fromkeys(theirs, "d")
+
+
 @pytest.mark.parametrize("kind", ["zeros before", "zeros behind", "of fewer digits"])
 async def test_ids_that_no_server_makes_do_no_harm(server: RunningServer, topic: str, kind: str) -> None:
     """The server accepts leading zeros. Ids that were made by hand have milliseconds of any length."""
