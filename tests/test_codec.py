@@ -256,6 +256,30 @@ def test_a_decoded_message_cannot_be_changed_nor_replaced_by_a_refused_one(codec
     assert decoded != "t"
 
 
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@given(message=messages)
+def test_a_decoded_message_is_replaced_as_any_other_also_by_the_standard_library(
+    codec: Codec, message: Message
+) -> None:
+    decoded: Any = codec.decode(codec.encode(message))
+    # `copy.replace` of Python 3.13 calls it.
+    for changed in (decoded.__replace__(key="other"), msgspec.structs.replace(decoded, key="other")):
+        assert changed == message.replace(key="other")
+        assert changed.headers == message.headers
+        assert codec.decode(codec.encode(changed)) == changed
+    assert type(decoded.__replace__()) is Message
+    with pytest.raises(ValidationError, match="payload"):
+        decoded.__replace__(payload="text")
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_a_message_is_made_from_json_also_through_a_decoded_one(codec: Codec) -> None:
+    decoded = codec.decode(codec.encode(Message("t", b"x")))
+    made = decoded.from_json("u", {"a": 1}, key="k")
+    assert type(made) is Message
+    assert (made.topic, made.json(), made.key) == ("u", {"a": 1}, "k")
+
+
 REFUSED = {
     "topic": ["", " ", "a\x00", "anybus:t", "t" * 1025],
     "idempotency_key": [" ", "k" * 257],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import types
 import uuid
 from dataclasses import dataclass
@@ -538,3 +539,18 @@ print(*[Message("t").uid[15:] for _ in range(100)])
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     tails = done.stdout.split()
     assert len(tails) == len(set(tails)) == 200
+
+
+def test_two_processes_restored_from_one_snapshot_make_other_uids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was saved and is started again twice, perhaps in the same millisecond: no fork tells of it."""
+    Message("t")
+    saved = list(_message._tails)
+    assert saved
+    later = time.time_ns() + 1_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    tails: list[str] = []
+    for _ in range(2):
+        monkeypatch.setattr(_message, "_tails", list(saved))
+        monkeypatch.setattr(_message, "_uid_time", (time.time_ns() // 1_000_000 - 1000, ""))
+        tails += [Message("t").uid[15:] for _ in range(10)]
+    assert len(set(tails)) == 20

@@ -10,10 +10,11 @@ from __future__ import annotations
 import anyio
 import pytest
 from anyio.abc import ByteStream
-from harness import SOON, quick, until
+from harness import HOUR, SOON, quick, until
 from servers import RunningServer
 
 from anybus import Delivery, MemoryBackend, Message, StreamBus, SubscriptionConfig
+from anybus._failure.copies import retry_stream
 from anybus.abc import FetchedEntry
 from anybus.backends.redis import RedisBackend, _taking
 
@@ -70,6 +71,21 @@ async def test_what_becomes_due_is_handled_while_a_read_waits(server: RunningSer
             await until(lambda: handled == [b"now"])
             await backend.publish_later(topic, Message(topic, b"later"), delay=0.5)
             await until(lambda: handled == [b"now", b"later"])
+
+
+async def test_where_passes_are_rare_a_read_looks_when_the_next_entry_is_due(server: RunningServer, topic: str) -> None:
+    """A pass was made a moment ago, but the next one comes late: the read must not wait for it."""
+    retries = retry_stream(topic, "g")
+    with anyio.fail_after(2 * SOON):
+        async with RedisBackend(server.url) as backend:
+            for stream in (topic, retries):
+                await backend.create_group(stream, "g", "0")
+            await backend.redeliver(topic, retries, "g", "c", min_idle=HOUR, count=1)
+            await backend.publish_later(topic, Message(topic, b"later"), delay=0.3)
+            began = anyio.current_time()
+            entries = await backend.read_new(topic, "g", "c", count=1, timeout=SOON)
+            assert len(entries) == 1
+            assert anyio.current_time() - began < SOON / 2
 
 
 async def test_the_handler_of_what_ended_a_wait_begins_before_the_next_read(

@@ -65,8 +65,8 @@ class Group:
         refused = set(await self.one.ack_many(stream or self.topic, "g", ids, consumer=consumer))
         return [entry_id for entry_id in ids if entry_id in refused]
 
-    async def looked_up(self, work: Callable[[], Any]) -> bool:
-        """Whether the work looked up entries of `c`, that is: did not acknowledge them together."""
+    async def commands(self, work: Callable[[], Any]) -> list[str]:
+        """What the server executes during the work."""
         commands: list[str] = []
         listening = anyio.Event()
 
@@ -85,6 +85,11 @@ class Group:
             await listening.wait()
             await work()
             await self.call("ECHO", f"end-of-{self.topic}")
+        return commands
+
+    async def looked_up(self, work: Callable[[], Any]) -> bool:
+        """Whether the work looked up entries of `c`, that is: did not acknowledge them together."""
+        commands = await self.commands(work)
         assert any(command.startswith("XACK") for command in commands)
         return any(command.startswith("XPENDING") and command.endswith(" c") for command in commands)
 
@@ -330,6 +335,16 @@ async def test_what_is_no_id_is_refused_and_the_others_are_acknowledged(server: 
         assert await group.owners() == dict.fromkeys(ids[2 * LOTS :], "c")
 
 
+async def test_what_is_no_id_is_refused_also_while_others_have_entries(server: RunningServer, topic: str) -> None:
+    async with group_of(server, topic) as group:
+        await group.publish(2 * LOTS)
+        ids = await group.read("c", 2 * LOTS - 1)
+        theirs = await group.read("d", 1)
+        bad = f"{ids[LOTS - 1]}x"
+        assert await group.ack([*ids[:LOTS], bad]) == [bad]
+        assert await group.owners() == dict.fromkeys(ids[LOTS:], "c") | dict.fromkeys(theirs, "d")
+
+
 @pytest.mark.parametrize("kind", ["zeros before", "zeros behind", "of fewer digits"])
 async def test_ids_that_no_server_makes_do_no_harm(server: RunningServer, topic: str, kind: str) -> None:
     """The server accepts leading zeros. Ids that were made by hand have milliseconds of any length."""
@@ -353,6 +368,18 @@ async def test_ids_that_no_server_makes_do_no_harm(server: RunningServer, topic:
         await group.read("c", 1)
         assert await group.ack([*mine[:place], odd, *mine[place:]]) == [odd]
         assert {entry_id for entry_id, owner in (await group.owners()).items() if owner == "d"} == set(theirs)
+
+
+async def test_a_lost_entry_with_few_digits_that_was_settled_is_refused(server: RunningServer, topic: str) -> None:
+    """As text it is not below the other ids, as a number it is."""
+    async with group_of(server, topic) as group:
+        for entry_id in ("1714982401-12345", *(f"1714982400000-{number}" for number in range(2 * LOTS))):
+            await group.call("XADD", topic, entry_id, "message", "x")
+        odd, *ids = await group.read("c", 2 * LOTS + 1)
+        [taken] = await group.other.reclaim_idle(topic, "g", "d", min_idle=0, count=1)
+        assert taken.id == odd
+        assert await group.other.ack_many(topic, "g", [odd], consumer="d") == []
+        assert await group.ack([*ids[:LOTS], odd]) == [odd]
 
 
 async def test_a_stale_ack_on_a_retry_stream_deletes_nothing(server: RunningServer, topic: str) -> None:
@@ -385,10 +412,75 @@ async def test_without_a_right_to_the_notes_every_entry_is_looked_up(server: Run
             await backend.forget_consumer(topic, "g", "c")
 
 
+@pytest.mark.parametrize("take", [reclaimed, passed, released], ids=lambda way: way.__name__)
+async def test_a_loss_that_is_no_longer_noted_by_name_is_still_a_loss(
+    server: RunningServer, topic: str, take: Any
+) -> None:
+    async with group_of(server, topic) as group:
+        await group.publish(LOTS)
+        stale = await group.read("c", LOTS)
+        ahead = 10 * int(stale[-1].partition("-")[0])
+        await to_thread.run_sync(group.raw.zadd, losses(topic, "g"), {f"x{n}": ahead + n for n in range(MOST_LOSSES)})
+        await take(group)
+        assert await group.other.ack_many(topic, "g", stale, consumer="d") == []
+        await group.publish(2 * LOTS)
+        new = await group.read("c", 2 * LOTS)
+        assert await group.ack([*stale, *new[:LOTS]]) == stale
+        assert await group.call("ZCARD", losses(topic, "g")) <= MOST_LOSSES + 1
+
+
+@pytest.mark.parametrize("kept", [{f"x{n}": 1 for n in range(9000)}, "no sorted set"], ids=["too many", "another type"])
+async def test_whatever_the_key_of_losses_holds_entries_are_taken_and_released(
+    server: RunningServer, topic: str, kept: Any
+) -> None:
+    async with group_of(server, topic) as group:
+        if isinstance(kept, dict):
+            await to_thread.run_sync(group.raw.zadd, losses(topic, "g"), kept)
+        else:
+            await group.call("SET", losses(topic, "g"), kept)
+        await group.publish(LOTS)
+        ids = await group.read("c", LOTS)
+        await group.one.release(topic, "g", "c", ids[:1])
+        taken = await group.other.reclaim_idle(topic, "g", "d", min_idle=0, count=LOTS)
+        assert [entry.id for entry in taken] == ids
+        assert await group.other.ack_many(topic, "g", ids, consumer="d") == []
+
+
+@pytest.mark.parametrize("name", ["a}b", "{}x", "}", "a{b", "{a}b", "{{}x", "x:{}:y}", "{:retry:}"])
+async def test_a_topic_and_its_retry_stream_have_one_key_of_losses(name: str) -> None:
+    for group in ("g", "}:{", ":retry:", "a:losses:b"):
+        assert losses(retry_stream(name, group), group) == losses(name, group)
+
+
 # --- the fast way is really taken
 
 
-@pytest.mark.parametrize("count", [TOGETHER, 250, 600])
+async def test_a_pass_does_not_ask_for_all_owners(server: RunningServer, topic: str) -> None:
+    """Each member of a large group makes two passes a second, also while there is nothing to take."""
+    async with group_of(server, topic) as group:
+        await group.publish(1)
+        await group.read("c", 1)
+        retries = retry_stream(topic, "g")
+        done = await group.commands(partial(group.other.redeliver, topic, retries, "g", "d", min_idle=HOUR, count=LOTS))
+        assert any(command.startswith("XAUTOCLAIM") for command in done)
+        assert f"XPENDING {topic} g" not in done
+
+
+async def test_where_entries_have_many_owners_an_ack_does_not_ask_for_all_each_time(
+    server: RunningServer, topic: str
+) -> None:
+    async with group_of(server, topic) as group:
+        await group.publish(TOGETHER + 3 * LOTS)
+        for number in range(TOGETHER):
+            await group.read(f"d{number}", 1)
+        ids = await group.read("c", 3 * LOTS)
+        assert await group.ack(ids[:TOGETHER]) == []
+        done = await group.commands(partial(group.ack, ids[TOGETHER : 2 * TOGETHER]))
+        assert f"XPENDING {topic} g" not in done
+        assert set((await group.owners()).values()) == {"c", *(f"d{number}" for number in range(TOGETHER))}
+
+
+@pytest.mark.parametrize("count", [TOGETHER, 256, 600])
 async def test_a_large_batch_is_acknowledged_without_a_look_at_single_entries(
     server: RunningServer, topic: str, count: int
 ) -> None:

@@ -18,6 +18,7 @@ from anybus._failure.copies import retry_stream
 from anybus.abc import ClaimedMessage, MalformedEntry, Move, Output
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._keys import delayed
+from anybus.backends.redis._parts import PER_SCRIPT
 
 ALL = ("+@all",)
 
@@ -229,7 +230,7 @@ async def test_an_error_in_a_later_part_says_that_earlier_ones_may_be_acknowledg
     server: RunningServer, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with limited(server) as (backend, user):
-        ids = await taken(backend, topic, 300)
+        ids = await taken(backend, topic, PER_SCRIPT + 50)
         owned = backend._owned
         parts = 0
 

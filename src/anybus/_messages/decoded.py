@@ -19,8 +19,8 @@ AwareTime = Annotated[datetime, msgspec.Meta(tz=True)]
 class DecodedMessage(Message, frozen=True, kw_only=True, gc=False):
     """The first eight fields are required, as on the wire. A decoder creates it, and nobody else.
 
-    The decoder guarantees the types, valid Unicode, and a time zone. A copy (:meth:`replace`, pickle) is an ordinary
-    :class:`Message`.
+    The decoder guarantees the types, valid Unicode, and a time zone. A copy (:meth:`replace`, :func:`copy.replace`,
+    pickle) is an ordinary :class:`Message`.
     """
 
     uid: str
@@ -39,6 +39,9 @@ class DecodedMessage(Message, frozen=True, kw_only=True, gc=False):
     correlation_uid: str | None = None
 
     def __post_init__(self) -> None:
+        if type(self.headers) is not dict:  # a copy by `msgspec.structs.replace`: no decoder has checked it
+            super().__post_init__()
+            return
         check_plain_topic("topic", self.topic)
         set_field(self, "headers", Headers.trusted(self.headers) if self.headers else NO_HEADERS)
         if self.occurred_at.tzinfo is not timezone.utc:
@@ -50,6 +53,10 @@ class DecodedMessage(Message, frozen=True, kw_only=True, gc=False):
 
     def replace(self, **changes: Any) -> Message:
         return self._plain().replace(**changes)
+
+    @classmethod
+    def from_json(cls, topic: str, obj: Any, **fields: Any) -> Message:
+        return Message.from_json(topic, obj, **fields)
 
     def _plain(self) -> Message:
         return Message(**msgspec.structs.asdict(self))

@@ -82,6 +82,9 @@ def new_uid() -> str:
     known, prefix = _uid_time
     if known != milliseconds:
         # Cached, because many messages are created in the same millisecond.
+        if milliseconds // 1000 != known // 1000:
+            # A virtual machine may have been restored from a snapshot, and others from the same one.
+            _tails.clear()
         text = f"{milliseconds:012x}"
         prefix = f"{text[:8]}-{text[8:]}-7"
         _uid_time = (milliseconds, prefix)
@@ -227,9 +230,13 @@ class Message(_Envelope, frozen=True, eq=False, gc=False):
         :raises ValidationError: if a new value is refused, or a field does not exist.
         """
         try:
-            return msgspec.structs.replace(self, **changes)
+            # Not by `msgspec.structs.replace`, which checks nothing before msgspec 0.21.
+            return type(self)(**{**msgspec.structs.asdict(self), **changes})
         except TypeError as error:
             raise ValidationError(f"Message.replace: {error}") from None
+
+    def __replace__(self, **changes: Any) -> Message:
+        return self.replace(**changes)
 
     @property
     def trace_context(self) -> TraceContext | None:

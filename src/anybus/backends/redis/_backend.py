@@ -34,6 +34,7 @@ from ...abc import (
 from . import _fence_scripts as fence
 from . import _scripts as scripts
 from ._client import Client
+from ._crowds import Crowds
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, span
 from ._errors import has_code, is_out_of_reach
@@ -111,6 +112,7 @@ class RedisBackend(
         self._decoder = EntryDecoder(self._codec)
         self._taking = Taking(self._client, self._decoder)
         self._transfers = Transfers(self._client, self._encode, self._encode_copy)
+        self._crowds = Crowds()
 
     def __repr__(self) -> str:
         state = "connected" if self._client.mux.is_connected else "not connected"
@@ -342,15 +344,19 @@ class RedisBackend(
     async def _owned(
         self, script: scripts.Script, stream: str, group: str, consumer: str, message_ids: Sequence[str]
     ) -> list[str]:
-        args = (group, consumer, *span(message_ids), losses(stream, group), *message_ids)
+        key = "" if self._crowds.is_too_large(stream, group, len(message_ids)) else losses(stream, group)
+        args = (group, consumer, *span(message_ids), key, *message_ids)
         reply = await self._client.run(script, stream, group, (stream,), args)
         with self._client.reading(reply):
+            if reply and isinstance(reply[-1], int):
+                self._crowds.saw(stream, group, reply.pop())
             return [raw.decode() for raw in reply]
 
     async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
         await self._taking.release(stream, group, consumer, message_ids)
 
     async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
+        self._crowds.forget(stream, group)
         try:
             await self._taking.forget(stream, group, consumer)
             keys, args = (stream, leases(stream, group)), (group, consumer, losses(stream, group))

@@ -22,10 +22,11 @@ for the server, so nothing can change between the check and the XACK. Two questi
    for each consumer, the milliseconds of the highest id that it has lost. Batches that are entirely above it cannot
    contain a lost entry. Other batches are looked up one by one.
 
-   Each of these scripts notes a loss: ``RECLAIM`` and ``PASS`` for the owners before, found by comparing the owners'
-   numbers of entries before and after an XAUTOCLAIM, and for the consumer itself where they pass on an entry that it
-   had; ``RELEASE`` for the consumer itself. The others move no entry from one consumer to another: ``UNSEEN`` and
-   ``RENEW`` claim for the owner, transfers only acknowledge.
+   Each of these scripts notes a loss: ``RELEASE`` for the consumer itself; ``RECLAIM`` and ``PASS`` for all consumers
+   (the member with the empty name), unless they take entries of the parking consumer: XAUTOCLAIM does not tell whose
+   entries it takes, and to count all owners' entries would make each pass dearer with the size of the group. They also
+   note a loss of the consumer itself where they pass on an entry that it had. The others move no entry from one
+   consumer to another: ``UNSEEN`` and ``RENEW`` claim for the owner, transfers only acknowledge.
 
    The note is needed for reports only. If it is missing (no permission, another implementation, or more than
    1,000 consumers that lost something and never said goodbye), an entry that a new owner has settled counts as
@@ -50,12 +51,14 @@ TOGETHER: Final = 16
 MOST_LOSSES: Final = 1000
 """For how many consumers of a group losses are kept: those with the highest ids."""
 
-# Notes that a consumer lost an entry.
+# Notes that a consumer ('' = any) lost entries from `lowest` to `highest`. Milliseconds of fewer than 13 digits (in ids
+# that were made by hand) can be below those of a batch, although the id as text is not. Then no batch is above them.
 NOTE_LOSS: Final = f"""
-local function note_loss(losses, consumer, id)
-  redis.pcall('ZADD', losses, 'GT', id:match('^%d+'), consumer)
+local function note_loss(losses, consumer, lowest, highest)
+  local at = #lowest:match('^%d+') < 13 and '+inf' or highest:match('^%d+')
+  redis.pcall('ZADD', losses, 'GT', at, consumer)
   local beyond = redis.pcall('ZRANGE', losses, 0, -{MOST_LOSSES + 1})
-  if #beyond > 0 then redis.pcall('ZREM', losses, unpack(beyond)) end
+  if #beyond > 0 then redis.pcall('ZREM', losses, unpack(beyond, 1, math.min(#beyond, 1000))) end
 end
 """
 
@@ -84,6 +87,9 @@ end
 # none of them. If it cannot tell, the answer is no: for ids that were made by hand, and whose milliseconds therefore do
 # not have 13 digits, and if the ids are not in ascending order while others have pending entries.
 _UNDISPUTED = """
+-- How many owners there are besides the consumer, if these are too many.
+local crowd
+
 -- Two ids, both of 13 digits, a dash and digits without leading zeros.
 local function is_below(a, b)
   if #a == #b then return a < b end
@@ -96,7 +102,7 @@ local function may_be_lost(losses, consumer, low)
   local losers = redis.pcall('ZRANGEBYSCORE', losses, low:sub(1, 13), '+inf', 'LIMIT', 0, 100)
   if losers.err or #losers == 100 then return true end
   for i = 1, #losers do
-    if losers[i] == consumer then return true end
+    if losers[i] == consumer or losers[i] == '' then return true end
   end
   return false
 end
@@ -132,12 +138,14 @@ local function are_undisputed(key, group, consumer)
   end
   if own < count then return false end
   if #others == 0 then return true end
-  if #others > count / 4 or not are_ascending() then return false end
+  if #others > count / 4 then crowd = #others end
+  if crowd or not are_ascending() then return false end
   local last, credit = #ARGV, 4
   for _, other in ipairs(others) do
     local at = 6
     while at <= last do
-      local page = redis.call('XPENDING', key, group, ARGV[at], ARGV[last], 1, other)
+      local page = redis.pcall('XPENDING', key, group, ARGV[at], ARGV[last], 1, other)
+      if page.err then return false end
       if not page[1] then break end
       local theirs = page[1][1]
       -- The first id that is not below theirs.
@@ -156,7 +164,9 @@ local function are_undisputed(key, group, consumer)
 end
 """
 
-# ARGV: group, consumer, the range of the ids, the key of losses, the ids. Replies with those that were refused.
+# ARGV: group, consumer, the range of the ids, the key of losses ('' = do not try to acknowledge them together), the
+# ids. Replies with those that were refused and, if they were not acknowledged together because the entries of the group
+# have too many owners, the number of these.
 ACK: Final = Script(
     "ack",
     _OWNED
@@ -190,7 +200,7 @@ local function undelivered()
   end
 end
 
-if count >= together and are_undisputed(key, group, consumer) then
+if count >= together and ARGV[5] ~= '' and are_undisputed(key, group, consumer) then
   if is_retry_stream then redis.call('XDEL', key, '0-0') end
   local acked = redis.pcall('XACK', key, group, unpack(ARGV, 6))
   if acked == count then
@@ -217,6 +227,7 @@ if #ids > 0 then
   redis.call('XACK', key, group, unpack(ids))
   if is_retry_stream then redis.call('XDEL', key, unpack(ids)) end
 end
+if crowd then refused[#refused + 1] = crowd end
 return refused
 """,
 )
@@ -251,7 +262,7 @@ for i = 6, #ARGV do
   if count then
     local before = math.max(count - 1, 0)
     redis.call('XCLAIM', KEYS[1], ARGV[1], parking, 0, ARGV[i], 'TIME', 0, 'RETRYCOUNT', before, 'JUSTID')
-    note_loss(ARGV[5], ARGV[2], ARGV[i])
+    note_loss(ARGV[5], ARGV[2], ARGV[i], ARGV[i])
     released = released + 1
   end
 end

@@ -26,13 +26,10 @@ def _split(stream: str) -> tuple[str, str]:
         end = rest.index("}") + 1
     else:
         length, _, named = rest.partition(":")
-        end = len(length) + 1 + int(length) + (0 if _has_tag(named[: int(length)]) else 2)
+        # A topic without a hash tag of its own is in braces. Otherwise ":retry" comes after it.
+        in_braces = named[int(length) + 1 : int(length) + 2] == "}"
+        end = len(length) + 1 + int(length) + (2 if in_braces else 0)
     return f"anybus:{rest[:end]}", rest[end:].removeprefix(":retry")
-
-
-def _has_tag(topic: str) -> bool:
-    inner = topic.partition("{")[2]
-    return "}" in inner and not inner.startswith("}")
 
 
 @lru_cache(1024)  # used for every read and pass

@@ -8,7 +8,7 @@ from typing import Final
 from ._protocol import Argument
 from ._taking_scripts import MOST_BYTES
 
-PER_SCRIPT: Final = 250
+PER_SCRIPT: Final = 256
 """The maximum number of items in one call of a script."""
 
 

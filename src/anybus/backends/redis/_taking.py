@@ -47,8 +47,8 @@ class Taking:
         """When a pass was sent whose reply was lost, and up to which id the entries that it took were searched."""
         self._looked: dict[str, tuple[float, float]] = {}
         """When a read without waiting last found the stream empty, and when its next delayed entry is due."""
-        self._passed: dict[Member, float] = {}
-        """When the last pass over a topic was made."""
+        self._passed: dict[Member, tuple[float, float]] = {}
+        """When the last pass over a topic was made, and how long after the one before."""
         self.start = self._calls.start
         self.release = self._calls.release
 
@@ -84,7 +84,7 @@ class Taking:
         deadline = now + timeout
         while True:
             looked_at, next_due = self._looked.pop(stream, (-math.inf, math.inf))
-            if now - looked_at > _STALE and now - self._passed.get(member, -math.inf) > _PASSES:
+            if now - looked_at > _STALE and not self._is_passed_often(member, now):
                 entries = await self._look(reader, stream, group, consumer, move, read)
                 now = anyio.current_time()
                 if entries or now >= deadline:
@@ -98,6 +98,10 @@ class Taking:
             now = anyio.current_time()
             if entries or now >= deadline:
                 return entries
+
+    def _is_passed_often(self, member: Member, now: float) -> bool:
+        last, interval = self._passed.get(member, (-math.inf, math.inf))
+        return max(now - last, interval) <= _PASSES
 
     async def _look(
         self, reader: BlockingReader, stream: str, group: str, consumer: str, move: Command, read: Command
@@ -302,7 +306,8 @@ class Taking:
             for where, refusal in refusals[:1]:
                 error = await self._client.refused_in(where, group, refusal)
             if error is None:
-                self._passed[topic] = anyio.current_time()
+                now = anyio.current_time()
+                self._passed[topic] = now, now - self._passed.get(topic, (-math.inf, math.inf))[0]
                 await self._maintain(stream, retry_stream, group, consumer, min_idle)
         except BackendError as failure:
             error = failure  # not raised, so that the entries that were taken are not lost

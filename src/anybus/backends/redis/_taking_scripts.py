@@ -107,31 +107,26 @@ return {{last, found}}
 # Bodies are fetched one by one. Entries that were claimed beyond the bytes of one call go to the parking consumer,
 # uncounted, and the next scan starts there. `budget` is what is left for this call: bytes, looks, and whether anything
 # was taken. `budget.more` is set if entries were left.
-# The losses of other consumers are noted (see `_fence_scripts`): those who own fewer entries than before.
+# Losses are noted (see `_fence_scripts`), unless the entries belonged to the parking consumer.
 _RECLAIM: Final = """
 local function reclaim(key, group, consumer, min_idle, count, cursor, budget, losses)
   local parking = 'anybus:returned'
-  local function owners()
-    local counts = {}
-    for _, owner in ipairs(redis.call('XPENDING', key, group)[4] or {}) do counts[owner[1]] = tonumber(owner[2]) end
-    return counts
-  end
   local taken, wrapped, more = {}, cursor == '0-0', false
   -- These fail, if anything fails, before an entry is taken.
-  local owned = owners()
+  redis.call('XPENDING', key, group, '0-0', '0-0', 1)
   redis.call('XCLAIM', key, group, consumer, 0, '0-0', 'JUSTID')
   repeat
     local scan = math.min(count - #taken, math.max(1, math.floor(budget.looks / 10)))
     budget.looks = budget.looks - 10 * scan
+    local parked = {}
+    local returned = redis.call('XPENDING', key, group, cursor, '+', scan, parking)
+    for i = 1, #returned do parked[returned[i][1]] = true end
     local page = redis.call('XAUTOCLAIM', key, group, consumer, min_idle, cursor, 'COUNT', scan, 'JUSTID')
     cursor = page[1]
-    if #page[2] > 0 then
-      local before = owned
-      owned = owners()
-      for owner, had in pairs(before) do
-        if owner ~= consumer and owner ~= parking and (owned[owner] or 0) < had then
-          note_loss(losses, owner, page[2][#page[2]])
-        end
+    for i = #page[2], 1, -1 do
+      if not parked[page[2][i]] then
+        note_loss(losses, '', page[2][1], page[2][i])
+        break
       end
     end
     for _, id in ipairs(page[2]) do
@@ -139,7 +134,7 @@ local function reclaim(key, group, consumer, min_idle, count, cursor, budget, lo
       if budget.bytes <= 0 and budget.any then
         local before = pending[1] and pending[1][4] or 0
         redis.call('XCLAIM', key, group, parking, 0, id, 'TIME', 0, 'RETRYCOUNT', before, 'JUSTID')
-        note_loss(losses, consumer, id)
+        note_loss(losses, consumer, id, id)
         if not more then cursor = id end
         more = true
       else
@@ -179,8 +174,8 @@ RECLAIM: Final = Script(
 
 # A whole pass over a topic (KEYS 1 and 2: stream and delayed set) and its retry stream (KEYS 3 and 4). It appends the
 # entries that are due, then takes idle entries of both, and new entries of the retry stream. ARGV: group, consumer, min
-# idle ms, room, cursor of the topic, cursor of the retry stream, which step goes first (0, 1 or 2), key
-# of losses.
+# idle ms, room, cursor of the topic, cursor of the retry stream, which step goes first (0, 1 or 2), key of
+# losses.
 # Replies with the results of the three steps, whether entries were left that were too much for one call, and the errors
 # of appending to the topic and to the retry stream. A missing group is an error of its own step only: the other steps
 # keep the entries that they took.
