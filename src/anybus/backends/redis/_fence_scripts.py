@@ -50,10 +50,13 @@ TOGETHER: Final = 16
 MOST_LOSSES: Final = 1000
 """For how many consumers of a group losses are kept: those with the highest ids."""
 
-# Notes that a consumer lost an entry.
+# Notes that a consumer lost entries, with ids from `lowest` to `highest`. If the milliseconds of one do not have 13
+# digits, all batches of the consumer are looked up from then on: their lowest id is found as text.
 NOTE_LOSS: Final = f"""
-local function note_loss(losses, consumer, id)
-  redis.pcall('ZADD', losses, 'GT', id:match('^%d+'), consumer)
+local function note_loss(losses, consumer, lowest, highest)
+  local usual = '^[1-9]%d%d%d%d%d%d%d%d%d%d%d%d%-'
+  local up_to = lowest:find(usual) and highest:find(usual) and highest:sub(1, 13) or '+inf'
+  redis.pcall('ZADD', losses, 'GT', up_to, consumer)
   local beyond = redis.pcall('ZRANGE', losses, 0, -{MOST_LOSSES + 1})
   if #beyond > 0 then redis.pcall('ZREM', losses, unpack(beyond)) end
 end
@@ -251,7 +254,7 @@ for i = 6, #ARGV do
   if count then
     local before = math.max(count - 1, 0)
     redis.call('XCLAIM', KEYS[1], ARGV[1], parking, 0, ARGV[i], 'TIME', 0, 'RETRYCOUNT', before, 'JUSTID')
-    note_loss(ARGV[5], ARGV[2], ARGV[i])
+    note_loss(ARGV[5], ARGV[2], ARGV[i], ARGV[i])
     released = released + 1
   end
 end

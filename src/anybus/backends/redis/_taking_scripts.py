@@ -130,7 +130,7 @@ local function reclaim(key, group, consumer, min_idle, count, cursor, budget, lo
       owned = owners()
       for owner, had in pairs(before) do
         if owner ~= consumer and owner ~= parking and (owned[owner] or 0) < had then
-          note_loss(losses, owner, page[2][#page[2]])
+          note_loss(losses, owner, page[2][1], page[2][#page[2]])
         end
       end
     end
@@ -139,7 +139,7 @@ local function reclaim(key, group, consumer, min_idle, count, cursor, budget, lo
       if budget.bytes <= 0 and budget.any then
         local before = pending[1] and pending[1][4] or 0
         redis.call('XCLAIM', key, group, parking, 0, id, 'TIME', 0, 'RETRYCOUNT', before, 'JUSTID')
-        note_loss(losses, consumer, id)
+        note_loss(losses, consumer, id, id)
         if not more then cursor = id end
         more = true
       else
