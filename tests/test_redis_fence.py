@@ -235,6 +235,27 @@ async def test_what_a_new_owner_has_settled_is_refused(server: RunningServer, to
             assert await group.owners() == {}
 
 
+@pytest.mark.parametrize("highest", ["1000000000003", "999999999999"])
+async def test_losses_of_ids_with_fewer_digits_are_refused_too(server: RunningServer, topic: str, highest: str) -> None:
+    """As text, 999999999999 is above 1000000000005. Such ids are made by hand only, in one stream with real ones."""
+    async with group_of(server, topic) as group:
+        for take in (reclaimed, passed, released):
+            await group.call("DEL", topic, losses(topic, "g"))
+            await group.call("XGROUP", "CREATE", topic, "g", "0", "MKSTREAM")
+            stale = ["999999999999-1", f"{highest}-2"]
+            new = [f"1000000000005-{number}" for number in range(2 * LOTS)]
+            for entry_id in stale:
+                await group.call("XADD", topic, entry_id, "message", "x")
+            assert await group.read("c", 2) == stale
+            await take(group)
+            assert await group.other.ack_many(topic, "g", stale, consumer="d") == []
+            for entry_id in new:
+                await group.call("XADD", topic, entry_id, "message", "x")
+            assert await group.read("c", 2 * LOTS) == new
+            assert await group.ack([stale[0], *new[:LOTS]]) == stale[:1]
+            assert await group.owners() == dict.fromkeys(new[LOTS:], "c")
+
+
 async def test_a_consumer_that_owns_less_than_it_acknowledges_is_refused_whoever_took_it(
     server: RunningServer, topic: str
 ) -> None:

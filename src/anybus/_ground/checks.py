@@ -71,8 +71,7 @@ def check_name(field: str, value: Any, *, max_bytes: int = MAX_NAME_BYTES) -> st
 
 
 @lru_cache(maxsize=4096)
-def check_plain_topic(field: str, value: str) -> str:
-    """:func:`check_topic` for what is certainly a plain ``str``."""
+def _checked_topic(field: str, value: str) -> str:
     check_name(field, value, max_bytes=MAX_TOPIC_BYTES)
     if any(category(character) == "Cc" for character in value):
         refuse(field, value, "a name without control characters")
@@ -84,7 +83,7 @@ def check_plain_topic(field: str, value: str) -> str:
 def check_topic(field: str, value: Any) -> str:
     """A topic's name: not blank, at most 1,024 bytes, no control characters, not reserved."""
     # Made plain before the lookup, because the cache uses hash and equality, which a subclass may override.
-    return check_plain_topic(field, value if type(value) is str else check_text(field, value))
+    return _checked_topic(field, value if type(value) is str else check_text(field, value))
 
 
 def is_entry_id(text: str) -> bool:

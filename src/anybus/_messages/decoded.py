@@ -6,14 +6,26 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 
-from .._ground.checks import check_name, check_plain_topic, check_time
+from .._ground.checks import check_name, check_time, check_topic
 from .message import NO_HEADERS, Headers, Message, set_field
 
 AwareTime = Annotated[datetime, msgspec.Meta(tz=True)]
+
+_UTC: Final = timezone.utc
+_MOST_KNOWN: Final = 1024
+_known_topics: set[str] = set()
+"""Topics that were checked lately. A look into a set costs less than a cached function, for every message."""
+
+
+def _check_topic(topic: str) -> None:
+    check_topic("topic", topic)
+    if len(_known_topics) >= _MOST_KNOWN:
+        _known_topics.clear()
+    _known_topics.add(topic)
 
 
 class DecodedMessage(Message, frozen=True, kw_only=True, gc=False):
@@ -39,12 +51,14 @@ class DecodedMessage(Message, frozen=True, kw_only=True, gc=False):
     correlation_uid: str | None = None
 
     def __post_init__(self) -> None:
-        if type(self.headers) is not dict:  # a copy by `msgspec.structs.replace`: no decoder has checked it
+        headers = self.headers
+        if type(headers) is not dict:  # a copy by `msgspec.structs.replace`: no decoder has checked it
             super().__post_init__()
             return
-        check_plain_topic("topic", self.topic)
-        set_field(self, "headers", Headers.trusted(self.headers) if self.headers else NO_HEADERS)
-        if self.occurred_at.tzinfo is not timezone.utc:
+        if self.topic not in _known_topics:
+            _check_topic(self.topic)
+        set_field(self, "headers", Headers.trusted(headers) if headers else NO_HEADERS)
+        if self.occurred_at.tzinfo is not _UTC:
             set_field(self, "occurred_at", check_time("occurred_at", self.occurred_at))
         if self.expires_at is not None:
             set_field(self, "expires_at", check_time("expires_at", self.expires_at))

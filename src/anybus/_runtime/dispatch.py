@@ -60,6 +60,9 @@ class Dispatch:
         self._ending = False
         features = context.backend.features
         self._fence = context.consumer if "fence" in features else None
+        # Before an entry is handled at most once, the answer has to be exact. Of a batch of acknowledgements, a backend
+        # may accept what somebody else has settled meanwhile.
+        self._acceptances = self._transfers if "atomic_transfer" in features else self.acks
         self._can_release = "release" in features
 
     @property
@@ -94,7 +97,8 @@ class Dispatch:
     ) -> None:
         """Acknowledge, until the server accepts it or the lease ends. Outputs are appended before, or in one step."""
         held.settle(intent, outputs, result, decision)
-        (self._transfers if outputs else self.acks).put(held)
+        lane = self._transfers if outputs else self._acceptances if intent == ACCEPTED else self.acks
+        lane.put(held)
 
     def release(self, held: Held) -> None:
         """Release the entry to its group, uncounted."""
