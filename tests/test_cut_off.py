@@ -83,7 +83,7 @@ async def test_a_worker_that_is_cut_off_before_it_may_start_leaves_room_for_the_
     async def handler(delivery: Delivery) -> None:
         handled.append(delivery.message.key)
 
-    backend.transfer_many = fails_at_first  # type: ignore[method-assign]
+    backend.transfer_many = fails_at_first  # type: ignore[assignment, method-assign]
     config = SubscriptionConfig("t", "g", guarantee="at-most-once", max_in_flight=1, max_pending_acks=1)
     with anyio.fail_after(SOON + 5):
         async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=600)) as bus, bus.subscribe(config, handler):
