@@ -250,7 +250,7 @@ SETTLED = [
           scope="ack-flush"),
     Point("a release for later", "transfer", handle=releases_later, before=(1, 1), after=(1, 1),
           counted={"released": 1}, scope="ack-flush"),
-    Point("an ack first", "ack", after=(), counted_after={"leases_lost": 1}, scope="ack-flush",
+    Point("an ack first", "transfer", after=(), counted_after={"leases_lost": 1}, scope="ack-flush",
           options={"guarantee": "at-most-once"}),
 ]  # fmt: skip
 TABLE = [*TAKEN, *HELD, *SETTLED]

@@ -48,9 +48,10 @@ class Portions(StepByStep):
     ) -> list[FetchedEntry]:
         if stream != "t":
             return []
-        if not self.sizes or count < self.sizes[0]:  # a read that waits asks for one entry only
+        if not self.sizes:
             await anyio.sleep(0.005)
             return []
+        # However many were asked for: a read that waits asks for one entry only.
         return await super().read_new(stream, group, consumer, count=self.sizes.pop(0), timeout=0)
 
 

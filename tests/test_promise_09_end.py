@@ -530,7 +530,7 @@ async def test_what_was_to_be_acked_on_receipt_and_could_not_be_when_the_end_cam
     asked, fail = anyio.Event(), anyio.Event()
     begun: list[str] = []
 
-    async def ack_many(*_: object, **__: object) -> list[str]:
+    async def transfer_many(*_: object) -> Any:
         asked.set()
         await fail.wait()
         raise BackendError("broken", may_have_happened=False, can_pass=True)
@@ -541,14 +541,14 @@ async def test_what_was_to_be_acked_on_receipt_and_could_not_be_when_the_end_cam
     config = SubscriptionConfig(topic, GROUP, ack_mode="auto-on-receive")
     async with StreamBus(backend, quick(Recorder(), claim_idle_timeout=LONG)) as bus:
         async with subscribed(bus, config, handler, body_ended) as subscription:
-            real = backend.ack_many
-            backend.ack_many = ack_many  # type: ignore[method-assign]
+            real = backend.transfer_many
+            backend.transfer_many = transfer_many  # type: ignore[assignment, method-assign]
             ids = await publish(bus, topic, 1)
             with anyio.fail_after(SOON):
                 await asked.wait()
             subscription.abort()
             await anyio.wait_all_tasks_blocked()
-            backend.ack_many = real  # type: ignore[method-assign]
+            backend.transfer_many = real  # type: ignore[method-assign]
             fail.set()
         # By choice it may count as accepted (and is lost then); but nothing of it is left behind.
         assert await owners(harness, topic) == {} or await released(harness, topic, ids)
