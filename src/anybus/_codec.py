@@ -17,7 +17,7 @@ from .abc import Codec
 
 
 class _Body(msgspec.Struct, omit_defaults=True, gc=False):
-    """What is encoded: the fields in the order of the wire: the first eight always, the others only if set."""
+    """What is encoded. The fields are in the order of the wire: the first eight always, the others only if set."""
 
     uid: str
     topic: str

@@ -23,14 +23,14 @@ for the server, so nothing can change between the check and the XACK. Two questi
    contain a lost entry. Other batches are looked up one by one.
 
    Each of these scripts notes a loss: ``RELEASE`` for the consumer itself; ``RECLAIM`` and ``PASS`` for all consumers
-   (the member with the empty name), unless they take entries of the parking consumer: XAUTOCLAIM does not tell whose
-   entries it takes, and to count all owners' entries would make each pass dearer with the size of the group. They also
-   note a loss of the consumer itself where they pass on an entry that it had. The others move no entry from one
+   (the member with the empty name), unless they take entries of the parking consumer. XAUTOCLAIM does not tell whose
+   entries it takes, and counting the entries of all owners would make a pass more expensive in a larger group. They
+   also note a loss of the consumer itself where they pass on an entry that it had. The others move no entry from one
    consumer to another: ``UNSEEN`` and ``RENEW`` claim for the owner, transfers only acknowledge.
 
-   The note is needed for reports only. If it is missing (no permission, another implementation, or more than
-   1,000 consumers that lost something and never said goodbye), an entry that a new owner has settled counts as
-   acknowledged.
+   The note is needed for reports only. If it is missing (no permission, another implementation, or more than 1,000
+   consumers that lost something and were killed), an entry that a new owner has settled counts as acknowledged. (With
+   at-most-once the answer decides about a handling, so the bus does not use this script there, but a transfer.)
 
 If XACK finds fewer entries than the batch has, some were no longer pending although no script of ours took them: they
 were acknowledged before, by a try whose reply was lost or by hand. Nobody else owns them, so they count as
