@@ -150,6 +150,7 @@ CONSUMING = [
     "+zrem",
     "+zrange",
     "+zrangebyscore",
+    "+exists",
     "+zscan",
     "+hget",
     "+hset",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-import anyio
-
 from .._ground.errors import EventBusError, ValidationError, can_pass
 from ..abc import LeaseKeeper
+from ..abc._backend import SIGN_INTERVAL
 from .context import Context
 from .leases import Leases
 
-_SIGN_INTERVAL: Final = 5.0
 _DOCS: Final = "docs/promises.md, 'One lease for a group'"
 
 
@@ -53,18 +51,18 @@ class GroupLease:
     def _be_patient(self, before: float) -> None:
         """Give the others time to notice: they look three times, and renew by the previous lease until then."""
         now = self._context.clock()
-        self._context.term.be_patient(before, now, now + min(before, 3 * _SIGN_INTERVAL))
+        self._context.term.be_patient(before, now, now + min(before, 3 * SIGN_INTERVAL))
 
     async def run(self) -> None:
         """Tell the others that this member runs, and notice if another member changes the lease of the group."""
         while self._keeper is not None:
-            await anyio.sleep(min(self._context.lease / 3, _SIGN_INTERVAL))
-            await self._look(self._keeper)
+            await self._watch(self._keeper)
 
-    async def _look(self, keeper: LeaseKeeper) -> None:
+    async def _watch(self, keeper: LeaseKeeper) -> None:
         context = self._context
+        used = context.lease
         try:
-            kept = await keeper.kept_lease(context.topic, context.group, context.consumer, context.lease)
+            kept = await keeper.until_lease_changes(context.topic, context.group, context.consumer, used)
         except Exception as error:
             if isinstance(error, EventBusError) or can_pass(error):
                 return  # reads and reclaim passes meet the same error, and report it

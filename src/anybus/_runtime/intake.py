@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from .._ground.cancellation import persist
-from ..abc import FetchedEntry, PassSource
+from ..abc import FetchedEntry, PassSource, SharedWaiting
 from .admission import Admission
 from .context import Context
 from .entry import Held, Stage
@@ -52,6 +52,7 @@ class Intake:
         self._opened = anyio.Event()
         self._reading: anyio.CancelScope | None = None
         self._step = 0
+        self._shared = context.backend if isinstance(context.backend, SharedWaiting) else None
         self.scope = anyio.CancelScope()
         self.ended = anyio.Event()
 
@@ -117,7 +118,7 @@ class Intake:
                 nothing_there = not await look.attempt(self._read, 0.0) and not look.failed
             if nothing_there:
                 # A blocking read reserves only one place, so that reclaims can use the rest. (Its first entry ends it.)
-                came = await wait.attempt(self._read, self._block, 1)
+                came = await wait.attempt(self._read_when_new)
                 nothing_there = not came and not wait.failed
                 if came:
                     await checkpoint()  # its handler begins before the next read is prepared (on trio: perhaps)
@@ -133,7 +134,17 @@ class Intake:
                 await self._ledger.wait_for_reclaim_room()
             else:
                 # No spinning: an entry that a handler has just released would be taken again at once, over and over.
-                await anyio.sleep(self._context.options.reclaim_interval)
+                await self._until_next_pass(quiet=not full and not recovery.failed)
+
+    async def _until_next_pass(self, *, quiet: bool) -> None:
+        context = self._context
+        interval = context.options.reclaim_interval
+        if self._shared is None or not quiet:
+            await anyio.sleep(interval)
+        else:
+            await self._shared.until_pass_is_due(
+                *context.streams, context.group, context.consumer, min_idle=context.min_idle, interval=interval
+            )
 
     async def _take_turns(self) -> None:
         """See ``Budget.takes_turns``: a reclaim pass after each read, which blocks for at most ``reclaim_interval``."""
@@ -151,19 +162,29 @@ class Intake:
             before, releases = releases, self._settler.given_back
             left_behind = full and before == releases
 
-    async def _read(self, block: float, at_most: float = math.inf) -> bool:
-        """Read once. True if anything came."""
+    async def _read_when_new(self) -> bool:
+        if self._shared is None:
+            return await self._read(self._block, 1)
+        return await self._read(self._context.lease / 3, 1, repeat=self._shared)
+
+    async def _read(self, timeout: float, at_most: float = math.inf, repeat: SharedWaiting | None = None) -> bool:
+        """Read once. True if anything came.
+
+        :param repeat: where to repeat the read for this time.
+        """
         context = self._context
         room = int(min(self._budget.read_room(), self._budget.read_at_once, at_most))
         if room <= 0 or self._shut_by:
             return False
+        member = (context.topic, context.group, context.consumer)
         entries: list[FetchedEntry] = []
         with Taking(self._ledger, self._clock(), room, by_reclaim=False) as taking:
             try:
                 with anyio.CancelScope() as self._reading:
-                    entries = await context.backend.read_new(
-                        context.topic, context.group, context.consumer, count=room, timeout=block
-                    )
+                    if repeat is None:
+                        entries = await context.backend.read_new(*member, count=room, timeout=timeout)
+                    else:
+                        entries = await repeat.read_when_new(*member, count=room, block=self._block, timeout=timeout)
             finally:
                 self._reading = None
         # Searched: after a broken connection, a read looks for entries whose reply was lost. It may find held ones.

@@ -5,6 +5,7 @@ from ._backend import LeaseKeeper as LeaseKeeper
 from ._backend import PassSource as PassSource
 from ._backend import PublishItem as PublishItem
 from ._backend import RightsChecker as RightsChecker
+from ._backend import SharedWaiting as SharedWaiting
 from ._backend import StreamBackend as StreamBackend
 from ._backend import StreamInspector as StreamInspector
 from ._backend import TimedPublisher as TimedPublisher

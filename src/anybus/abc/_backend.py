@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 import anyio
 
@@ -38,6 +38,9 @@ PublishItem = tuple[str, Message, "PublishSpec | None"]
 TransferItem = tuple[str, "Sequence[Output]"]
 
 _STREAMS_AT_ONCE = 32
+
+SIGN_INTERVAL: Final = 5.0
+"""At least every so many seconds, a member is marked as running."""
 
 
 class StreamBackend(abc.ABC):
@@ -252,6 +255,35 @@ class PassSource(abc.ABC):
         """
 
 
+class SharedWaiting(PassSource):
+    """What a backend may offer beside :class:`StreamBackend`: waits for many subscriptions together.
+
+    So a subscription of a quiet topic is not woken to find nothing, and a process can have many of them.
+    """
+
+    @abc.abstractmethod
+    async def read_when_new(
+        self, stream: str, group: str, consumer: str, *, count: int, block: float, timeout: float
+    ) -> list[FetchedEntry]:
+        """:meth:`StreamBackend.read_new`, repeated until entries come or ``timeout`` is over.
+
+        :param block: how many seconds each of these reads waits.
+        :param timeout: after how many seconds this returns an empty list. It must not wait for longer, because the bus
+            counts a lease from the moment of the call.
+        :raises GroupLostError: if the group no longer exists.
+        """
+
+    @abc.abstractmethod
+    async def until_pass_is_due(
+        self, stream: str, retry_stream: str, group: str, consumer: str, *, min_idle: float, interval: float
+    ) -> None:
+        """Wait until :meth:`PassSource.redeliver` may find something. Called after a pass that left nothing behind.
+
+        Entries that were released, and delayed ones that are due, end this after about ``interval`` seconds. So do
+        entries whose lease has expired. It may also return although there is nothing. Never raises.
+        """
+
+
 class RightsChecker(abc.ABC):
     """What a backend may offer beside :class:`StreamBackend`: checks the permissions that a subscription will need."""
 
@@ -290,6 +322,19 @@ class LeaseKeeper(abc.ABC):
         :param lease: the lease that the member uses, in seconds. It is kept if none is kept any more.
         :return: the lease that is kept, in seconds.
         """
+
+    async def until_lease_changes(self, stream: str, group: str, consumer: str, lease: float) -> float:
+        """Mark the member as running, again and again, until another lease is kept than the one that it uses.
+
+        The default implementation calls :meth:`kept_lease` three times in the time for which it marks the member.
+
+        :return: the lease that is kept, in seconds.
+        """
+        while True:
+            await anyio.sleep(min(lease / 3, SIGN_INTERVAL))
+            kept = await self.kept_lease(stream, group, consumer, lease)
+            if kept != lease:
+                return kept
 
 
 class TimedPublisher(abc.ABC):

@@ -20,12 +20,12 @@ from ...abc import (
     Feature,
     FetchedEntry,
     Output,
-    PassSource,
     PendingEntry,
     PublishItem,
     PublishSpec,
     Redelivered,
     RightsChecker,
+    SharedWaiting,
     StreamBackend,
     StreamInspector,
     TimedPublisher,
@@ -55,7 +55,7 @@ class RedisBackend(
     anyio.AsyncContextManagerMixin,
     StreamBackend,
     StreamInspector,
-    PassSource,
+    SharedWaiting,
     RightsChecker,
     TimedPublisher,
     RedisDeadLetters,
@@ -134,7 +134,7 @@ class RedisBackend(
                     alarmed = alarmed or error
                     tasks.cancel_scope.cancel()
 
-                self._taking.start(tasks)
+                self._taking.start(tasks, alarm)
                 try:
                     link = await self._client.mux.connect()
                     tasks.start_soon(self._client.mux.run, link, alarm, tasks)
@@ -306,6 +306,16 @@ class RedisBackend(
         self, stream: str, retry_stream: str, group: str, consumer: str, *, min_idle: float, count: int
     ) -> Redelivered:
         return await self._taking.redeliver(stream, retry_stream, group, consumer, min_idle, count)
+
+    async def read_when_new(
+        self, stream: str, group: str, consumer: str, *, count: int, block: float, timeout: float
+    ) -> list[FetchedEntry]:
+        return await self._taking.read_new(stream, group, consumer, count, timeout, block)
+
+    async def until_pass_is_due(
+        self, stream: str, retry_stream: str, group: str, consumer: str, *, min_idle: float, interval: float
+    ) -> None:
+        await self._taking.watch.until_pass_is_due(stream, group, consumer, min_idle=min_idle, interval=interval)
 
     async def ack(self, stream: str, group: str, message_id: str) -> None:
         await self.ack_many(stream, group, (message_id,))

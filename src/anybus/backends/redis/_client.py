@@ -12,7 +12,7 @@ import anyio
 
 from ..._ground.errors import BackendError, GroupLostError
 from ..._ground.log import say
-from . import _dead_letter_scripts, _fence_scripts, _lease_scripts, _rights, _scripts, _taking_scripts
+from . import _dead_letter_scripts, _fence_scripts, _lease_scripts, _rights, _scripts, _taking_scripts, _watch_scripts
 from ._alone import Loner
 from ._decoding import predecessor
 from ._durability import QUESTIONS, SAVE_POINTS, evicts, fields, keeps_no_log, keeps_nothing
@@ -32,6 +32,7 @@ _ALL: Final = (
     *_fence_scripts.ALL,
     *_taking_scripts.ALL,
     *_lease_scripts.ALL,
+    *_watch_scripts.ALL,
     *_rights.ALL,
     *_dead_letter_scripts.ALL,
 )

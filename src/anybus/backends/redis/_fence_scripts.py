@@ -62,6 +62,14 @@ local function note_loss(losses, consumer, lowest, highest)
 end
 """
 
+# Notes that entries wait for a pass: nobody leases them. Members that watch the group look for this key, instead of
+# making passes in vain. (If it cannot be noted, they find the entries a few seconds later.)
+NOTE_WAITING: Final = """
+local function note_waiting(waiting)
+  if waiting ~= '' then redis.pcall('ZADD', waiting, 0, 'anybus:returned') end
+end
+"""
+
 # Which of the ids from ARGV[6] on belong to the consumer. One XPENDING looks at the range from ARGV[3] to ARGV[4], in
 # which most likely all ids are. Ids that it misses are looked up one by one (an error means: not an id, so not ours).
 _OWNED = """
@@ -253,6 +261,7 @@ RELEASE: Final = Script(
     "release",
     _OWNED
     + NOTE_LOSS
+    + NOTE_WAITING
     + """
 local parking = 'anybus:returned'
 local mine = owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], #ARGV + 32)
@@ -266,6 +275,7 @@ for i = 6, #ARGV do
     released = released + 1
   end
 end
+if released > 0 then note_waiting(KEYS[2]) end
 return released
 """,
     partly=True,

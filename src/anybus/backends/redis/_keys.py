@@ -55,3 +55,9 @@ def losses(stream: str, group: str) -> str:
     """The sorted set of the consumers of a topic's group that lost entries, of the topic or of its retry stream."""
     base, _ = _split(stream)
     return f"{base}:losses:{group}"
+
+
+def waiting(stream: str, group: str) -> str:
+    """The set that exists while entries of a topic's group, or of its retry stream, wait for a pass."""
+    base, _ = _split(stream)
+    return f"{base}:waiting:{group}"

@@ -14,7 +14,7 @@ import redis.exceptions
 
 from ..._ground.errors import BackendError
 from ._errors import has_code
-from ._keys import delayed, leases, meta
+from ._keys import delayed, leases, meta, waiting
 from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
 
@@ -66,6 +66,10 @@ def probes(stream: str, retry_stream: str, group: str, dead_letter_topic: str | 
     yield probe("ZREM", delayed(retry_stream), "")
     yield probe("ZADD", leases(stream, group), "x", "x")
     yield probe("ZREM", leases(stream, group), "")
+    yield probe("ZADD", waiting(stream, group), "x", "x")
+    yield probe("ZREM", waiting(stream, group), "")
+    yield probe("ZRANGE", waiting(stream, group), 0, 0)
+    yield probe("EXISTS", waiting(stream, group))
     yield probe("ZRANGEBYSCORE", leases(stream, group), "x", "x")
     for appended in (retry_stream, dead_letter_topic):
         if appended is not None:

@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import anyio
+from anyio.abc import TaskGroup
 
 from ..._ground.errors import BackendError, GroupLostError
 from ...abc import FetchedEntry, Redelivered
-from . import _scripts as scripts
 from . import _taking_scripts as taking
 from ._client import Client, evalsha
 from ._decoding import EntryDecoder
 from ._errors import UNEXPECTED, has_code, leads_elsewhere, translate, unexpected_reply
-from ._keys import delayed, losses, meta
+from ._keys import delayed, losses, waiting
 from ._protocol import Command, ServerError
 from ._reader import BlockingReader
 from ._taking_calls import Taken, TakingCalls
+from ._upkeep import Upkeep
+from ._watch import Watch
 
 _SHORT_BLOCK = 0.4
 _STALE = 0.1
 _PASSES = 1.0
 """Passes at shorter intervals than this append the entries that are due, also while a read waits."""
 
-_FLOOR_INTERVAL = 5.0
 _CLOCK_MARGIN = 1.0
 
 Member = tuple[str, str, str]
 
 
 class Taking:
-    """The part of the backend that takes entries. For each consumer it keeps a connection and cursors."""
+    """The part of the backend that takes entries. For each consumer it keeps a connection and cursors.
 
-    def __init__(self, client: Client, decoder: EntryDecoder) -> None:
+    :param together: streams with the same result may be named in one command.
+    """
+
+    def __init__(
+        self, client: Client, decoder: EntryDecoder, together: Callable[[str], Hashable] = lambda stream: None
+    ) -> None:
         self._client = client
         self._decoder = decoder
         self._readers: dict[Member, BlockingReader] = {}
         self._cursors: dict[Member, str] = {}
-        self._kept_at: dict[tuple[str, str], float] = {}
-        self._reaped_at: dict[tuple[str, str], float] = {}
+        self._upkeep = Upkeep(client)
         self._passes = 0
         self._calls = TakingCalls(client)
         self._lost_passes: dict[Member, tuple[float, str]] = {}
@@ -49,10 +54,19 @@ class Taking:
         """When a read without waiting last found the stream empty, and when its next delayed entry is due."""
         self._passed: dict[Member, tuple[float, float]] = {}
         """When the last pass over a topic was made, and how long after the one before."""
-        self.start = self._calls.start
+        self.watch = Watch(client, self._upkeep, together)
         self.release = self._calls.release
 
+    def start(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
+        """
+        :param tasks: what outlives a call runs in this task group.
+        :param alarm: called with an error that must end the bus.
+        """
+        self._calls.start(tasks)
+        self.watch.start(tasks, alarm)
+
     async def aclose(self) -> None:
+        self.watch.close()
         for reader in list(self._readers.values()):
             await reader.aclose()
         await self._calls.aclose()
@@ -62,13 +76,15 @@ class Taking:
         self._cursors.pop(member, None)
         self._lost_passes.pop(member, None)
         self._passed.pop(member, None)
-        self._kept_at.pop((stream, group), None)
-        self._reaped_at.pop((stream, group), None)
+        self._upkeep.forget(stream, group)
+        self.watch.forget(member)
         reader = self._readers.pop(member, None)
         if reader is not None:
             await reader.aclose()
 
-    async def read_new(self, stream: str, group: str, consumer: str, count: int, timeout: float) -> list[FetchedEntry]:
+    async def read_new(
+        self, stream: str, group: str, consumer: str, count: int, timeout: float, longest_block: float = math.inf
+    ) -> list[FetchedEntry]:
         count = self._calls.appetite.of(count)
         read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
         move: Command = evalsha(taking.MOVE_DUE, (stream, delayed(stream)), ())
@@ -91,7 +107,7 @@ class Taking:
                     return entries
                 _, next_due = self._looked.pop(stream, (now, math.inf))
             block = max(0.001, min(deadline, next_due) - now)
-            block = min(block, self._longest_block)
+            block = min(block, longest_block, self._longest_block)
             blocking: Command = (*read[:6], "BLOCK", max(1, int(block * 1000)), *read[6:])
             [reply] = await self._request(reader, [blocking], stream, group, consumer, block)
             entries = await self._read(reader, reply, stream, group)
@@ -100,6 +116,8 @@ class Taking:
                 return entries
 
     def _is_passed_often(self, member: Member, now: float) -> bool:
+        if self.watch.covers(member, _PASSES):
+            return True
         last, interval = self._passed.get(member, (-math.inf, math.inf))
         return max(now - last, interval) <= _PASSES
 
@@ -231,7 +249,7 @@ class Taking:
         if found := await self._find_lost(member, count):
             return found
         keys, cursor = (stream,), self._cursors.get(member, "0-0")
-        args = (group, consumer, int(min_idle * 1000), count, cursor, losses(stream, group))
+        args = (group, consumer, int(min_idle * 1000), count, cursor, losses(stream, group), waiting(stream, group))
 
         def parse(replies: list[Any]) -> Taken:
             return {stream: self._reclaimed(member, replies[-1])}
@@ -266,7 +284,8 @@ class Taking:
                 return Redelivered([], [], found, searched=True, more=True)
         keys = (stream, delayed(stream), retry_stream, delayed(retry_stream))
         cursors = (self._cursors.get(topic, "0-0"), self._cursors.get(retries, "0-0"))
-        args = (group, consumer, int(min_idle * 1000), count, *cursors, self._passes % 3, losses(stream, group))
+        marks = (losses(stream, group), waiting(stream, group))
+        args = (group, consumer, int(min_idle * 1000), count, *cursors, self._passes % 3, *marks)
         refusals: list[tuple[str, ServerError]] = []
         new_retries: list[FetchedEntry] = []
         reclaimed_retries: list[FetchedEntry] = []
@@ -308,27 +327,10 @@ class Taking:
             if error is None:
                 now = anyio.current_time()
                 self._passed[topic] = now, now - self._passed.get(topic, (-math.inf, math.inf))[0]
-                await self._maintain(stream, retry_stream, group, consumer, min_idle)
+                await self._client.mux.start(self._upkeep.commands(stream, retry_stream, group, consumer, min_idle))
         except BackendError as failure:
             error = failure  # not raised, so that the entries that were taken are not lost
         except BaseException:
             await self._calls.within_a_second(lambda: self._calls.hand_back(taken, group, consumer))  # noqa: ASYNC102 - shielded
             raise
         return Redelivered(taken[stream], new_retries, reclaimed_retries, error, more=more)
-
-    async def _maintain(self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float) -> None:
-        """At intervals, keep the group's floors and remove dead consumers. The replies are not awaited."""
-        now, key = anyio.current_time(), (stream, group)
-        if now - self._kept_at.get(key, float("-inf")) >= _FLOOR_INTERVAL:
-            self._kept_at[key] = now
-            keys = (stream, meta(stream), retry_stream, meta(retry_stream))
-            await self._client.mux.start((self._client.unwatched(scripts.FLOOR, keys, (group,)),))
-        if now - self._reaped_at.setdefault(key, now) >= max(min_idle, 1.0):
-            self._reaped_at[key] = now
-            silent = int(max(2 * min_idle, 5.0) * 1000)
-            await self._client.mux.start(
-                [
-                    self._client.unwatched(scripts.REAP, (name,), (group, consumer, silent))
-                    for name in (stream, retry_stream)
-                ]
-            )

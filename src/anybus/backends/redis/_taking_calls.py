@@ -19,7 +19,7 @@ from ._appetite import Appetite
 from ._client import Client, evalsha
 from ._decoding import span
 from ._errors import UNEXPECTED, has_code, may_be_partly_done
-from ._keys import losses
+from ._keys import losses, waiting
 from ._parts import PER_SCRIPT
 from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
@@ -161,7 +161,7 @@ class TakingCalls:
         for start in range(0, len(message_ids), PER_SCRIPT):
             part = message_ids[start : start + PER_SCRIPT]
             args = (group, consumer, *span(part), losses(stream, group), *part)
-            await self._client.run(fence.RELEASE, stream, group, (stream,), args)
+            await self._client.run(fence.RELEASE, stream, group, (stream, waiting(stream, group)), args)
 
 
 class _ScriptForgottenError(Exception):

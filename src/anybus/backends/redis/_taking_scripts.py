@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ._fence_scripts import NOTE_LOSS
+from ._fence_scripts import NOTE_LOSS, NOTE_WAITING
 from ._scripts import FAILED, MOST_VALUES, Script
 
 MOST_BYTES: Final = 1024 * 1024
@@ -166,16 +166,21 @@ RECLAIM: Final = Script(
     "reclaim",
     _SIZE
     + NOTE_LOSS
+    + NOTE_WAITING
     + _RECLAIM
     + _BUDGET
-    + "return reclaim(KEYS[1], ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], budget, ARGV[6])\n",
+    + """
+local reply = reclaim(KEYS[1], ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], budget, ARGV[6])
+if budget.more then note_waiting(ARGV[7]) end
+return reply
+""",
     partly=True,
 )
 
 # A whole pass over a topic (KEYS 1 and 2: stream and delayed set) and its retry stream (KEYS 3 and 4). It appends the
 # entries that are due, then takes idle entries of both, and new entries of the retry stream. ARGV: group, consumer, min
 # idle ms, room, cursor of the topic, cursor of the retry stream, which step goes first (0, 1 or 2), key of
-# losses.
+# losses, key of what waits.
 # Replies with the results of the three steps, whether entries were left that were too much for one call, and the errors
 # of appending to the topic and to the retry stream. A missing group is an error of its own step only: the other steps
 # keep the entries that they took.
@@ -185,13 +190,14 @@ PASS: Final = Script(
     + _MOVE_DUE
     + _SIZE
     + NOTE_LOSS
+    + NOTE_WAITING
     + _RECLAIM
     + _BUDGET
     + """
 local group, consumer, min_idle, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local cursors = {ARGV[5], ARGV[6]}
 local results = {false, false, false}
-local first, losses = tonumber(ARGV[7]), ARGV[8]
+local first, losses, waiting = tonumber(ARGV[7]), ARGV[8], ARGV[9]
 local function guarded(work)
   local ok, reply = pcall(work)
   if ok then return reply end
@@ -236,6 +242,20 @@ for offset = 0, 2 do
   end
 end
 local more = budget.more or wait == 0 or retry_wait == 0
+-- Whether entries that nobody leases are left, for members that watch the group.
+local function are_left()
+  for _, key in ipairs({KEYS[1], KEYS[3]}) do
+    local parked = redis.pcall('XPENDING', key, group, '-', '+', 1, 'anybus:returned')
+    if failed(parked) or parked[1] then return true end
+  end
+  local pending, length = redis.pcall('XPENDING', KEYS[3], group), redis.pcall('XLEN', KEYS[3])
+  return failed(pending) or failed(length) or length > pending[1]
+end
+if more or room <= 0 then
+  if are_left() then note_waiting(waiting) end
+elseif #redis.pcall('ZRANGE', waiting, 0, 0) > 0 and not are_left() then
+  redis.pcall('ZREM', waiting, 'anybus:returned')
+end
 return {results[1], results[2], results[3], more and 1 or 0, failure or false, retry_failure or false}
 """,
     partly=True,
