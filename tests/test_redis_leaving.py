@@ -33,9 +33,10 @@ async def open_reader(backend: RedisBackend, topic: str) -> Link:
     await backend.create_group(topic, "g", "0")
     while True:
         await backend.read_new(topic, "g", "c", count=1, timeout=0.005)
-        [reader] = backend._taking._readers.values()
-        if reader._link is not None:
-            return reader._link
+        for pool in backend._taking._readers._pools.values():
+            link = pool.shared[0]._reader._link
+            if link is not None:
+                return link
 
 
 async def use(backend: RedisBackend, topic: str) -> None:

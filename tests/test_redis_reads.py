@@ -621,9 +621,9 @@ async def test_a_forgotten_consumer_leaves_no_name_and_no_connection(
         await backend.publish(topic, Message(topic))
         (entry,) = await backend.read_new(topic, "g", "c", count=1, timeout=SOON)
         await backend.read_new(topic, "g", "c", count=1, timeout=0.01)
-        reader = backend._taking._readers[topic, "g", "c"]
-        assert reader._link is not None
-        client_id = reader._link.client_id
+        [pool] = backend._taking._readers._pools.values()
+        client_id = pool.shared[0]._reader.client_id
+        assert client_id
         await backend.ack(topic, "g", entry.id)
         await backend.forget_consumer(topic, "g", "c")
         assert await harness.consumers(topic, "g") == []

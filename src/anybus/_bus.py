@@ -26,6 +26,7 @@ from ._options import PublishOptions, StreamBusOptions, SubscriptionConfig, dead
 from ._reporting import Notices, Reporter
 from ._runtime.assembly import make_context
 from ._runtime.context import Context, SuspectSlot
+from ._runtime.naming import ConsumerNames
 from ._runtime.pool import Handler
 from ._runtime.pull import DeliveryStream, PullTaker
 from ._runtime.subscription import ClosedWhileEnteredError, Subscription
@@ -59,6 +60,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         self._reporter = Reporter(self._options.observer)
         self._notices = Notices()
         self._suspects = SuspectSlot()
+        self._names = ConsumerNames()
         self._subscriptions: set[Subscription] = set()
         self._dead_letter_topics: set[str] = set()
         self._state = "not entered"
@@ -397,6 +399,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
             notices=self._notices,
             suspects=self._suspects,
             home=self._home,
+            names=self._names,
             pulled=pulled,
         )
 

@@ -114,7 +114,8 @@ class SubscriptionConfig:
 
     :param topic: the topic whose messages are handled.
     :param group: the consumer group whose members share the work.
-    :param consumer: a label for this member. Its name on the server is ``<label>-<unique>``, new each time.
+    :param consumer: a label for this member. Its name on the server is ``<label>-<unique>``. No other member
+        of the group ever has that name.
     :param guarantee: ``at-least-once`` (the default), or ``at-most-once``: messages are acknowledged when they are
         received, and never retried. None = what ``ack_mode`` implies.
     :param ack_mode: ``auto-on-handler-success`` (the default), ``manual``, or ``auto-on-receive`` (the only mode for

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from .._failure.copies import retry_stream
 from .._failure.policies import FailurePolicy, backoff_table, check_rules
 from .._failure.settlement import Policy
@@ -22,6 +20,7 @@ from ..abc import StreamBackend
 from .budget import Budget
 from .context import Context, LeaseTerm, SuspectSlot
 from .ledger import Ledger
+from .naming import ConsumerNames
 from .statistics import Counters
 
 
@@ -33,13 +32,14 @@ def make_context(
     notices: Notices,
     suspects: SuspectSlot,
     home: Home,
+    names: ConsumerNames,
     pulled: bool,
 ) -> Context:
     """Resolve the defaults, and create what belongs to one subscription: its name, its ledger, its counters.
 
     :param pulled: true for ``deliveries()``, where messages are settled by hand.
     """
-    consumer = f"{config.consumer}-{os.urandom(8).hex()}"
+    consumer = names.new(config.topic, config.group, config.consumer)
     policy = Policy(
         ack_mode="manual" if pulled else ack_mode_of(config),
         max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,

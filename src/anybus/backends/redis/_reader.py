@@ -1,4 +1,4 @@
-"""A blocking reader: one consumer's own connection for blocking reads, which never lose an entry."""
+"""A blocking reader: a connection for blocking reads, which never lose an entry."""
 
 from __future__ import annotations
 
@@ -21,21 +21,27 @@ def _nothing() -> None:
 
 
 class BlockingReader:
-    """One consumer's connection, opened when it is needed. There is one request at a time.
+    """A connection for blocking reads, opened when it is needed. There is one request at a time.
 
     :param unblock: asks the server to end the blocking command of a client id. Returns true if there was one.
+    :param on_lost: called when the connection broke during a request: the server may have delivered entries whose reply
+        was lost.
     """
 
-    def __init__(self, settings: Settings, unblock: Callable[[int], Awaitable[bool]]) -> None:
+    def __init__(
+        self, settings: Settings, unblock: Callable[[int], Awaitable[bool]], on_lost: Callable[[], None]
+    ) -> None:
         self._settings = settings
         self._unblock = unblock
+        self._on_lost = on_lost
         self._link: Link | None = None
         self._protocol = Protocol()
         self._last_reply = 0.0
-        self.lost_track = False
-        """A connection broke during a read: the server may have delivered entries whose reply was lost."""
-        self.last_id = "0-0"
-        """The highest id that a read has returned. The ids of one consumer's reads only grow."""
+
+    @property
+    def client_id(self) -> int:
+        """The server's number for the connection; 0 if there is none."""
+        return 0 if self._link is None else self._link.client_id
 
     async def aclose(self) -> None:
         link, self._link = self._link, None
@@ -69,7 +75,7 @@ class BlockingReader:
                 await self._end_blocking(link, replies)
                 await hand_back(replies.replies)
             if scope.cancelled_caught:
-                self.lost_track = True
+                self._on_lost()
             if not replies.complete:
                 await self.abandon()  # noqa: ASYNC102 - shielded inside
             raise
@@ -120,13 +126,10 @@ class BlockingReader:
             try:
                 await self._receive(link, replies)
             except BROKEN:
-                self.lost_track = True
+                self._on_lost()
             tasks.cancel_scope.cancel()
-
-    def lose_track(self) -> None:
-        self.lost_track = True
 
     async def abandon(self) -> None:
         """Close this connection, which cannot be used any more. The next request opens a new one."""
-        self.lost_track = True
+        self._on_lost()
         await self.aclose()

@@ -17,7 +17,8 @@ from ._decoding import EntryDecoder
 from ._errors import UNEXPECTED, has_code, leads_elsewhere, translate, unexpected_reply
 from ._keys import delayed, losses, waiting
 from ._protocol import Command, ServerError
-from ._reader import BlockingReader
+from ._readers import Readers
+from ._shared_reader import Track, Wait
 from ._taking_calls import Taken, TakingCalls
 from ._upkeep import Upkeep
 from ._watch import Watch
@@ -43,7 +44,7 @@ class Taking:
     ) -> None:
         self._client = client
         self._decoder = decoder
-        self._readers: dict[Member, BlockingReader] = {}
+        self._tracks: dict[Member, Track] = {}
         self._cursors: dict[Member, str] = {}
         self._upkeep = Upkeep(client)
         self._passes = 0
@@ -55,6 +56,9 @@ class Taking:
         self._passed: dict[Member, tuple[float, float]] = {}
         """When the last pass over a topic was made, and how long after the one before."""
         self.watch = Watch(client, self._upkeep, together)
+        self._readers = Readers(
+            client.settings, unblock=self._unblock, together=together, release=self._release_unclaimed
+        )
         self.release = self._calls.release
 
     def start(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
@@ -63,12 +67,12 @@ class Taking:
         :param alarm: called with an error that must end the bus.
         """
         self._calls.start(tasks)
+        self._readers.start(tasks)
         self.watch.start(tasks, alarm)
 
     async def aclose(self) -> None:
         self.watch.close()
-        for reader in list(self._readers.values()):
-            await reader.aclose()
+        await self._readers.aclose()
         await self._calls.aclose()
 
     async def forget(self, stream: str, group: str, consumer: str) -> None:
@@ -78,39 +82,34 @@ class Taking:
         self._passed.pop(member, None)
         self._upkeep.forget(stream, group)
         self.watch.forget(member)
-        reader = self._readers.pop(member, None)
-        if reader is not None:
-            await reader.aclose()
+        self._tracks.pop(member, None)
+        await self._readers.forget(member)
 
     async def read_new(
         self, stream: str, group: str, consumer: str, count: int, timeout: float, longest_block: float = math.inf
     ) -> list[FetchedEntry]:
         count = self._calls.appetite.of(count)
-        read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
-        move: Command = evalsha(taking.MOVE_DUE, (stream, delayed(stream)), ())
         member = (stream, group, consumer)
-        reader = self._readers.setdefault(member, BlockingReader(self._client.settings, self._unblock))
-        while reader.lost_track:
-            unseen = await self._find_unseen(reader, stream, group, consumer, count)
-            if unseen:
-                return unseen
-        if timeout <= 0:
-            return await self._look(reader, stream, group, consumer, move, read)
+        track = self._tracks.get(member)
+        if track is None:
+            track = self._tracks[member] = Track()
         now = anyio.current_time()
         deadline = now + timeout
         while True:
+            while track.lost:
+                if unseen := await self._find_unseen(track, member, count):
+                    return unseen
+            if timeout <= 0:
+                return await self._look(track, member, count)
             looked_at, next_due = self._looked.pop(stream, (-math.inf, math.inf))
             if now - looked_at > _STALE and not self._is_passed_often(member, now):
-                entries = await self._look(reader, stream, group, consumer, move, read)
+                entries = await self._look(track, member, count)
                 now = anyio.current_time()
                 if entries or now >= deadline:
                     return entries
                 _, next_due = self._looked.pop(stream, (now, math.inf))
-            block = max(0.001, min(deadline, next_due) - now)
-            block = min(block, longest_block, self._longest_block)
-            blocking: Command = (*read[:6], "BLOCK", max(1, int(block * 1000)), *read[6:])
-            [reply] = await self._request(reader, [blocking], stream, group, consumer, block)
-            entries = await self._read(reader, reply, stream, group)
+            wait = Wait(stream, count, min(deadline, next_due), track)
+            entries = await self._wait(wait, member, min(longest_block, self._longest_block))
             now = anyio.current_time()
             if entries or now >= deadline:
                 return entries
@@ -121,10 +120,11 @@ class Taking:
         last, interval = self._passed.get(member, (-math.inf, math.inf))
         return max(now - last, interval) <= _PASSES
 
-    async def _look(
-        self, reader: BlockingReader, stream: str, group: str, consumer: str, move: Command, read: Command
-    ) -> list[FetchedEntry]:
+    async def _look(self, track: Track, member: Member, count: int) -> list[FetchedEntry]:
         """Append the entries that are due, then read without waiting: two commands in one write."""
+        stream, group, consumer = member
+        move = evalsha(taking.MOVE_DUE, (stream, delayed(stream)), ())
+        read: Command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", stream, ">")
         moved: list[Any] = []
 
         def parse(replies: list[Any]) -> Taken:
@@ -132,12 +132,12 @@ class Taking:
             return {stream: self._decoder.read(replies[-1])}
 
         try:
-            entries = (await self._calls.take([move, read], group, consumer, parse, lost=reader.lose_track))[stream]
+            entries = (await self._calls.take([move, read], group, consumer, parse, lost=track.lose))[stream]
         except GroupLostError:
-            reader.last_id = "0-0"  # the recreated group may deliver lower ids
+            track.last_id = "0-0"  # the recreated group may deliver lower ids
             raise
         if entries:
-            reader.last_id = entries[-1].id
+            track.came(entries[-1].id)
         else:
             next_due = await self._next_due(moved[0], stream)
             now = anyio.current_time()
@@ -153,42 +153,49 @@ class Taking:
             return True  # the blocking read is short, and ends by itself
         return bool(await self._client.call("CLIENT", "UNBLOCK", client_id))
 
-    async def _request(
-        self, reader: BlockingReader, commands: list[Command], stream: str, group: str, consumer: str, wait: float
-    ) -> list[Any]:
-        def parse(replies: list[Any]) -> Taken:
-            return {stream: self._decoder.read(replies[-1])}
-
-        async def hand_back(replies: list[Any]) -> None:
-            if len(replies) == len(commands):
-                await self._calls.hand_back_reply(replies, parse, group, consumer)
-
+    async def _wait(self, wait: Wait, member: Member, longest_block: float) -> list[FetchedEntry]:
+        stream, group, consumer = member
         try:
-            return await reader.request(commands, wait=wait, hand_back=hand_back)
+            reader = await self._readers.wait(member, wait, longest_block)
         except BackendError as error:
             if error.may_have_happened:
                 self._calls.appetite.broke(object())
             raise
-
-    async def _read(self, reader: BlockingReader, reply: Any, stream: str, group: str) -> list[FetchedEntry]:
+        except BaseException:
+            if wait.reply is not None:
+                await self._hand_back_reply(stream, group, consumer, wait.reply)  # noqa: ASYNC102 - shielded inside
+            raise
+        reply, track = wait.reply, wait.track
         if isinstance(reply, ServerError):
             if leads_elsewhere(reply):
-                # It was this connection's server. The shared connection may already be on the right one.
-                await reader.aclose()  # noqa: ASYNC120 - shielded inside
                 raise translate(reply)
-            error = await self._client.refused_in(stream, group, reply)
-            if isinstance(error, GroupLostError):
-                reader.last_id = "0-0"  # the recreated group may deliver lower ids
-            raise error
+            if not wait.alone:
+                return await self._look(track, member, wait.count)  # perhaps it concerns another stream
+            refused = await self._client.refused_in(stream, group, reply)
+            if isinstance(refused, GroupLostError):
+                track.last_id = "0-0"  # the recreated group may deliver lower ids
+            raise refused
         try:
             entries = self._decoder.read(reply)
         except UNEXPECTED as error:
             await reader.abandon()  # noqa: ASYNC120 - shielded inside
+            track.lose()
             raise unexpected_reply(self._client.settings.place, reply) from error
         if entries:
-            reader.last_id = entries[-1].id
+            track.came(entries[-1].id)
             self._calls.appetite.came(entries)
         return entries
+
+    async def _hand_back_reply(self, stream: str, group: str, consumer: str, reply: Any) -> None:
+        def parse(replies: list[Any]) -> Taken:
+            return {stream: self._decoder.read(replies[-1])}
+
+        await self._calls.within_a_second(lambda: self._calls.hand_back_reply([reply], parse, group, consumer))
+
+    def _release_unclaimed(self, group: str, consumer: str, reply: Any) -> None:
+        """Release what came for a member that was cancelled, and could not wait until it came."""
+        stream = reply[0][0].decode()
+        self._calls.start_soon(lambda: self._hand_back_reply(stream, group, consumer, reply))
 
     async def _next_due(self, moved: Any, stream: str) -> float:
         """Seconds until the next delayed entry of the stream is due."""
@@ -196,13 +203,12 @@ class Taking:
             moved = await self._client.run(taking.MOVE_DUE, stream, "", (stream, delayed(stream)), ())
         return moved / 1000 if isinstance(moved, int) and moved >= 0 else float("inf")
 
-    async def _find_unseen(
-        self, reader: BlockingReader, stream: str, group: str, consumer: str, count: int
-    ) -> list[FetchedEntry]:
+    async def _find_unseen(self, track: Track, member: Member, count: int) -> list[FetchedEntry]:
         """The entries that a read delivered to this consumer, but whose reply was lost: all above the last id seen.
 
         They may include entries that the consumer claimed from others. The bus knows that it holds those.
         """
+        stream, group, consumer = member
         last = ""
 
         def parse(replies: list[Any]) -> Taken:
@@ -210,12 +216,12 @@ class Taking:
             last = replies[-1][0].decode()
             return {stream: self._decoder.reclaimed(replies[-1][1])}
 
-        args = (group, consumer, reader.last_id, count)
+        args = (group, consumer, track.last_id, count)
         entries = (await self._calls.by_script(taking.UNSEEN, (stream,), args, group, consumer, parse))[stream]
         if last:
-            reader.last_id = last
+            track.last_id = last
         else:
-            reader.lost_track = False
+            track.lost = False
         return entries
 
     async def _find_lost(self, member: Member, count: int) -> list[FetchedEntry]:

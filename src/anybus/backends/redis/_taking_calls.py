@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -42,6 +42,11 @@ class TakingCalls:
     def start(self, tasks: TaskGroup) -> None:
         """Releases run in this task group from now on."""
         self._tasks = tasks
+
+    def start_soon(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a release in the background."""
+        assert self._tasks is not None
+        self._tasks.start_soon(work)
 
     async def aclose(self) -> None:
         while self._under_way:
