@@ -174,7 +174,8 @@ class SharedReader:
                 return
 
     async def _lead(self, longest_block: float) -> None:
-        read = self._read = _Read(dict(self._waits))
+        # Those that have got their answer may not have noticed yet.
+        read = self._read = _Read({name: wait for name, wait in self._waits.items() if not wait.done})
         waits = list(read.waits.values())
         now = anyio.current_time()
         block = max(0.001, min(longest_block, *(wait.until - now for wait in waits)))

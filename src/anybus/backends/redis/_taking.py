@@ -57,7 +57,11 @@ class Taking:
         """When the last pass over a topic was made, and how long after the one before."""
         self.watch = Watch(client, self._upkeep, together)
         self._readers = Readers(
-            client.settings, unblock=self._unblock, together=together, release=self._release_unclaimed
+            client.settings,
+            unblock=self._unblock,
+            # Without CLIENT UNBLOCK, nobody could join those who wait already.
+            together=lambda stream: together(stream) if client.server.can_unblock else stream,
+            release=self._release_unclaimed,
         )
         self.release = self._calls.release
 
