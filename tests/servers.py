@@ -121,6 +121,15 @@ class RunningServer:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> RunningServer:  # noqa: PYI034
+        for _ in range(4):
+            try:
+                self.start()
+            except RuntimeError as error:
+                if "Address already in use" not in str(error):
+                    raise
+                self.port = free_port()
+            else:
+                return self
         self.start()
         return self
 

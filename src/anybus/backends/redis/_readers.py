@@ -74,7 +74,7 @@ class Readers:
                 await reader.aclose()
 
     async def forget(self, member: Member) -> None:
-        stream, group, consumer = member
+        stream = member[0]
         pool = self._pool_of.pop(member, None)
         if pool is None:
             return
