@@ -273,7 +273,7 @@ OPERATOR = """
   +auth +select +client|id +client|setname +command|info +script|load +eval +evalsha +time
   +xadd +xlen +xreadgroup +xack +xdel +xclaim +xautoclaim +xpending
   +xgroup|create +xgroup|delconsumer +xinfo|groups +xinfo|consumers
-  +zadd +zrem +zrange +zrangebyscore +zscan +hget +hset
+  +zadd +zrem +zrange +zrangebyscore +zscan +hget +hset +exists
   +client|unblock +info +xrange +xrevrange
 """
 """What docs/redis.md says that a user needs."""

@@ -66,8 +66,8 @@ class StreamBusOptions:
     :param change_lease: if the running members use another ``claim_idle_timeout``, change it for all of them. They
         adopt the new value within seconds, and report it.
     :param claim_scan_batch_size: the maximum number of entries that one reclaim takes.
-    :param reclaim_interval: the pause between two passes over idle entries and due retries. (A backend may know that there
-        are none, and leave a pass out.)
+    :param reclaim_interval: the pause between two passes over idle entries and due retries. (A backend that
+        knows that there are none leaves a pass out.)
     :param group_start_id: where a group starts if it is created: ``"$"`` = only entries published later, ``"0"`` = from
         the first entry, an entry's id = after that entry.
     :param publish_timeout: the time limit of a publish, including the wait for a connection.

@@ -49,6 +49,7 @@ class Multiplexer:
         self._last_error: BackendError | None = None
         self._clock = anyio.current_time
         self._closed = False
+        self.closed = anyio.Event()
         self._owner_watch: anyio.CancelScope | None = None
         self.connections = 0
 
@@ -58,6 +59,7 @@ class Multiplexer:
 
     def close(self) -> None:
         self._closed = True
+        self.closed.set()
         self._wake_waiters()
         for scope in (self._scope, self._owner_watch):
             if scope is not None:
@@ -72,6 +74,7 @@ class Multiplexer:
         self._scope = anyio.CancelScope(shield=True)
         self._clock = loop_clock()
         self._closed = False
+        self.closed = anyio.Event()
         self._owner_watch = None
         return await self._connect(entering=True)
 

@@ -97,16 +97,17 @@ class Watch:
         self._upkeep = upkeep
         self._together = together
         self._posts: dict[Member, Post] = {}
-        self._manned = anyio.Event()
         self._scope: anyio.CancelScope | None = None
+        self._tasks: TaskGroup | None = None
+        self._alarm: Callable[[BaseException], None] = _ignore
 
     def start(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
         """
+        :param tasks: while there is a member, the watch runs in this task group.
         :param alarm: called with an error that must end the bus.
         """
-        self._manned = anyio.Event()
-        self._scope = anyio.CancelScope(shield=True)
-        tasks.start_soon(self._run, self._scope, alarm)
+        self._tasks = tasks
+        self._alarm = alarm
 
     def close(self) -> None:
         if self._scope is not None:
@@ -148,30 +149,35 @@ class Watch:
         post = self._posts.get(member)
         if post is None:
             post = self._posts[member] = Post(stream, group, consumer)
-            self._manned.set()
+        if self._scope is None:
+            assert self._tasks is not None
+            self._scope = anyio.CancelScope(shield=True)
+            self._tasks.start_soon(self._run, self._scope)
         return post
 
-    async def _run(self, scope: anyio.CancelScope, alarm: Callable[[BaseException], None]) -> None:
+    async def _run(self, scope: anyio.CancelScope) -> None:
         """Shielded: if everything is cancelled, members are still marked as running until they have ended."""
-        with scope:
-            while True:
-                try:
-                    await self._watch()
-                except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
-                    if not is_stray(error):
-                        if isinstance(error, anyio.get_cancelled_exc_class()):
-                            raise
-                        alarm(sole(error))
+        try:
+            with scope:
+                while self._posts and not self._client.mux.closed.is_set():
+                    try:
+                        await self._watch()
+                    except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
+                        if not is_stray(error):
+                            if isinstance(error, anyio.get_cancelled_exc_class()):
+                                raise
+                            self._alarm(sole(error))
+        finally:
+            self._scope = None
 
     async def _watch(self) -> None:
-        while True:
-            if not self._posts:
-                self._manned = anyio.Event()
-                await self._manned.wait()
+        closed = self._client.mux.closed
+        while self._posts:
             tick = min(_TICK, *(min(post.interval, post.pause) for post in self._posts.values()))
-            await anyio.sleep(tick)
-            if not self._posts:
-                continue
+            with anyio.move_on_after(tick):
+                await closed.wait()
+            if closed.is_set() or not self._posts:
+                return
             try:
                 await self._round(tick)
             except BackendError:
@@ -271,6 +277,10 @@ class Watch:
                 post.stream, post.retry_stream, post.group, post.consumer, post.min_idle, floors=floors
             )
             await self._client.mux.start(maintain)
+
+
+def _ignore(error: BaseException) -> None:
+    """Until the watch is started, nothing runs that could fail."""
 
 
 def running_for(lease: float) -> int:
