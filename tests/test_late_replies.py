@@ -20,7 +20,7 @@ from servers import RedisHarness, RunningServer
 
 from anybus import Delivery, JsonCodec, Message, StreamBus, SubscriptionConfig
 from anybus._failure.copies import retry_stream
-from anybus.abc import FetchedEntry, StreamBackend
+from anybus.abc import FetchedEntry, SharedWaiting, StreamBackend
 from anybus.backends.redis import RedisBackend
 
 LEASE = 0.6
@@ -169,15 +169,19 @@ async def test_what_comes_at_the_end_of_a_blocking_read_starts_however_long_that
     topic = new_topic()
     reads = 0
     backend = harness.make_backend()
-    read_new: Any = backend.read_new
 
-    async def counting(*args: Any, **kwargs: Any) -> list[FetchedEntry]:
-        nonlocal reads
-        entries: list[FetchedEntry] = await read_new(*args, **kwargs)
-        reads += 1
-        return entries
+    def counted(method: Any) -> Any:
+        async def counting(*args: Any, **kwargs: Any) -> list[FetchedEntry]:
+            nonlocal reads
+            entries: list[FetchedEntry] = await method(*args, **kwargs)
+            reads += 1
+            return entries
 
-    backend.read_new = counting  # type: ignore[method-assign]
+        return counting
+
+    backend.read_new = counted(backend.read_new)  # type: ignore[method-assign]
+    if isinstance(backend, SharedWaiting):
+        backend.read_when_new = counted(backend.read_when_new)  # type: ignore[method-assign]
     handled: list[str] = []
 
     async def handler(delivery: Delivery) -> None:
