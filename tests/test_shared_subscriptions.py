@@ -354,6 +354,37 @@ async def test_in_a_quiet_group_retries_that_a_peer_could_not_take_are_taken(ser
         await until(lambda: len(handled.times) == 2)
 
 
+@pytest.mark.parametrize("how", ["retried", "replayed", "published"])
+async def test_in_a_quiet_group_what_comes_to_the_retry_stream_at_once_is_handled_soon(
+    server: RunningServer, topic: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry without a backoff, a dead letter that goes back to its group, an entry that was appended by hand."""
+    handled: list[int] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(delivery.state.attempt)
+        if len(handled) == 1 and how == "retried":
+            await delivery.retry("again", delay=0)
+        elif len(handled) == 1 and how == "replayed":
+            await delivery.nack("bad")
+
+    async with StreamBus(RedisBackend(server.url), quick(claim_idle_timeout=HOUR)) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
+            await is_quiet(bus, topic)
+            watch = taking(bus).watch
+            monkeypatch.setattr(watch, "_take_turns", lambda now, tick: [])  # no check helps
+            if how == "published":
+                await bus.backend.publish(retry_stream(topic, "g"), Message(topic))
+                await until(lambda: len(handled) == 1)
+                return
+            await bus.publish(Message(topic))
+            if how == "replayed":
+                await until(lambda: subscription.statistics().dead_lettered == 1)
+                letters = bus.dead_letters(topic, group="g")
+                await letters.replay(to="group")
+            await until(lambda: len(handled) == 2)
+
+
 async def test_a_look_finds_the_groups_for_which_a_pass_would_find_something(server: RunningServer) -> None:
     topics = names(37)
     due, later, left = topics[0], topics[17], topics[36]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any
 
@@ -169,6 +169,9 @@ class RedisBackend(
             raise self._client.refused(reply)
         if isinstance(reply, BackendError):
             raise reply
+        if stream.startswith(RESERVED):
+            with suppress(BackendError):  # it is appended
+                await self._client.note_waiting((stream,))
         return self._client.text(reply)
 
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
@@ -17,7 +17,7 @@ from ._alone import Loner
 from ._decoding import predecessor
 from ._durability import QUESTIONS, SAVE_POINTS, evicts, fields, keeps_no_log, keeps_nothing
 from ._errors import UNEXPECTED, has_code, leads_elsewhere, may_be_partly_done, translate, unexpected_reply
-from ._keys import meta
+from ._keys import RESERVED, RETURNED, meta, waiting_beside
 from ._limits import LARGE, ROOM, Limit, ask_limit
 from ._link import Link, ask, tolerate
 from ._multiplexer import Multiplexer
@@ -157,6 +157,12 @@ class Client:
         if not self.server.can_load:
             return  # the EVAL that follows sends the script that is needed
         await self.mux.start([("SCRIPT", "LOAD", script.source) for script in _ALL])
+
+    async def note_waiting(self, streams: Iterable[str]) -> None:
+        """For retry streams to which something was appended: tell those who watch their groups. Not awaited."""
+        marks = {waiting_beside(stream) for stream in streams if stream.startswith(RESERVED)}
+        if marks:
+            await self.mux.start([("ZADD", mark, 0, RETURNED) for mark in marks])
 
     def unwatched(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Command:
         """A call of a script whose reply is ignored. So a forgotten script would not be noticed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from ..._ground.checks import is_entry_id
@@ -112,6 +113,8 @@ class RedisDeadLetters(DeadLetterStore):
                 results[index] = result
             done += len(moved)
             waiting = waiting[len(moved) :]
+        with suppress(BackendError):  # they are noticed some seconds later
+            await self._client.note_waiting(move.stream for move in moves)
         return results
 
     async def _move_alone(self, stream: str, one: tuple[int, Move, tuple[Argument, ...]]) -> str | BackendError | None:

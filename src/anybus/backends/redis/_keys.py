@@ -61,3 +61,9 @@ def waiting(stream: str, group: str) -> str:
     """The set that exists while entries of a topic's group, or of its retry stream, wait for a pass."""
     base, _ = _split(stream)
     return f"{base}:waiting:{group}"
+
+
+def waiting_beside(retry_stream: str) -> str:
+    """The same, for the group of a retry stream."""
+    base, group = _split(retry_stream)
+    return f"{base}:waiting{group}"

@@ -13,7 +13,7 @@ from ...abc import Output, TransferItem
 from . import _scripts as scripts
 from ._client import Client
 from ._errors import is_out_of_reach
-from ._keys import delayed
+from ._keys import RESERVED, delayed
 from ._parts import fitting, size
 from ._protocol import Argument, ServerError
 
@@ -96,7 +96,8 @@ class Transfers:
                 fields: list[Argument] = ["message", encode(output.message)]
                 for name, value in (output.raw or {}).items():
                     fields += (f"raw:{name}", value)
-                if output.delay > 0:
+                # A retry that is due at once goes there, too: those who watch the group look there.
+                if output.delay > 0 or (output.stream.startswith(RESERVED) and len(fields) <= _MOST_FIELDS):
                     prepared.append((delayed(output.stream), round(output.delay * 1000), fields))
                 else:
                     prepared.append((output.stream, -1, fields))
@@ -160,6 +161,7 @@ class Transfers:
             if not pending:
                 return None
             appended = self._client.text(await self._client.call("XADD", key, "*", *fields))
+            await self._client.note_waiting((key,))
         except BackendError as error:
             return error
         try:

@@ -100,6 +100,8 @@ class Watch:
         self._scope: anyio.CancelScope | None = None
         self._tasks: TaskGroup | None = None
         self._alarm: Callable[[BaseException], None] = _ignore
+        self._tick = _TICK
+        self._nap: anyio.CancelScope | None = None
 
     def start(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
         """
@@ -131,6 +133,7 @@ class Watch:
         post.interval = interval
         post.since = anyio.current_time()
         due = post.due = anyio.Event()
+        self._keep_up_with(post)
         try:
             await due.wait()
         finally:
@@ -142,7 +145,12 @@ class Watch:
         post = self._man(stream, group, consumer)
         post.lease = lease
         post.differs = anyio.Event()
+        self._keep_up_with(post)
         await post.differs.wait()
+
+    def _keep_up_with(self, post: Post) -> None:
+        if self._nap is not None and min(post.interval, post.pause) < self._tick:
+            self._nap.cancel()
 
     def _man(self, stream: str, group: str, consumer: str) -> Post:
         member = (stream, group, consumer)
@@ -173,8 +181,8 @@ class Watch:
     async def _watch(self) -> None:
         closed = self._client.mux.closed
         while self._posts:
-            tick = min(_TICK, *(min(post.interval, post.pause) for post in self._posts.values()))
-            with anyio.move_on_after(tick):
+            tick = self._tick = min(_TICK, *(min(post.interval, post.pause) for post in self._posts.values()))
+            with anyio.move_on_after(tick) as self._nap:
                 await closed.wait()
             if closed.is_set() or not self._posts:
                 return
