@@ -132,6 +132,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def scale(session: nox.Session) -> None:
+    """What a thousand subscriptions in one process cost, and how fast each of them is. Takes about 3 minutes."""
+    install(session, "bench")
+    session.run("python", "benchmarks/scale.py", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """The main job on real input: two groups, failures, a cancelled consumer, and the accounting. Both event loops."""
     install(session, "demo")

@@ -57,6 +57,7 @@ end
 # KEYS: the stream, then the key of every output (a stream, or a sorted set of delayed entries).
 # ARGV: group, consumer, the number of items; for each item: id, number of outputs; for each output: the index of its
 # key, its delay in ms (-1 = append now), a token that makes a delayed member unique, the number of fields, the fields.
+# Instead of the token, what is appended to a retry stream has the key to note that it waits for a pass.
 # If an item fails, its outputs are undone ('error'). If one cannot be undone, the reply says so ('half').
 TRANSFER: Final = Script(
     "transfer",
@@ -105,6 +106,7 @@ for item = 1, tonumber(ARGV[3]) do
         reply = redis.pcall(unpack(command))
         ids[#ids + 1] = reply
         undo[#undo + 1] = {'XDEL', key, reply}
+        if token ~= '' then redis.pcall('ZADD', token, 0, 'anybus:returned') end
       end
       failure = failed(reply)
       if failure then undo[#undo] = nil end

@@ -13,7 +13,7 @@ from ...abc import Output, TransferItem
 from . import _scripts as scripts
 from ._client import Client
 from ._errors import is_out_of_reach
-from ._keys import RESERVED, delayed
+from ._keys import RESERVED, delayed, waiting_beside
 from ._parts import fitting, size
 from ._protocol import Argument, ServerError
 
@@ -96,8 +96,7 @@ class Transfers:
                 fields: list[Argument] = ["message", encode(output.message)]
                 for name, value in (output.raw or {}).items():
                     fields += (f"raw:{name}", value)
-                # A retry that is due at once goes there, too: those who watch the group look there.
-                if output.delay > 0 or (output.stream.startswith(RESERVED) and len(fields) <= _MOST_FIELDS):
+                if output.delay > 0:
                     prepared.append((delayed(output.stream), round(output.delay * 1000), fields))
                 else:
                     prepared.append((output.stream, -1, fields))
@@ -131,7 +130,8 @@ class Transfers:
             for key, delay, fields in item.outputs:
                 if key not in keys:
                     keys.append(key)
-                args += (keys.index(key) + 1, delay, secrets.token_hex(8), len(fields), *fields)
+                beside = secrets.token_hex(8) if delay >= 0 else waiting_beside(key) if key.startswith(RESERVED) else ""
+                args += (keys.index(key) + 1, delay, beside, len(fields), *fields)
         reply = await self._client.run(scripts.TRANSFER, stream, group, keys, args)
         results: list[list[str] | BackendError | None] = []
         with self._client.reading(reply):
