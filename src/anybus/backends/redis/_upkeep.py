@@ -13,6 +13,9 @@ from ._keys import meta
 from ._protocol import Command
 
 _FLOOR_INTERVAL: Final = 5.0
+_UNCHANGED_FLOOR_INTERVAL: Final = 60.0
+"""The floor may be gone from the server (after a failover, for example) although the group has not changed."""
+
 _REAP_AT_MOST_EVERY: Final = 1.0
 
 
@@ -36,7 +39,8 @@ class Upkeep:
         """
         now, key = anyio.current_time(), (stream, group)
         due: list[Command] = []
-        if floors and now - self._kept_at.get(key, -math.inf) >= _FLOOR_INTERVAL:
+        interval = _FLOOR_INTERVAL if floors else _UNCHANGED_FLOOR_INTERVAL
+        if now - self._kept_at.get(key, -math.inf) >= interval:
             self._kept_at[key] = now
             keys = (stream, meta(stream), retry_stream, meta(retry_stream))
             due.append(self._client.unwatched(scripts.FLOOR, keys, (group,)))
