@@ -66,14 +66,14 @@ _CLASSES: dict[str, type[redis.exceptions.RedisError]] = {
     "READONLY": redis.exceptions.ReadOnlyError,
 }
 
-_NOPERM_IN_SCRIPTS = ("The user executing the script can't", "ACL failure in script")
+NOPERM_IN_SCRIPTS = ("The user executing the script can't", "ACL failure in script")
 """The error in a script if the user lacks a permission, on Redis before 7.0 and from 7.0 on."""
 
 
 def has_code(error: Exception, code: str) -> bool:
     """Whether the error has this code. On Redis 6.2, an error in a script has its code in the middle of the text."""
     text = str(error)
-    if code == "NOPERM" and isinstance(error, ServerError) and any(words in text for words in _NOPERM_IN_SCRIPTS):
+    if code == "NOPERM" and isinstance(error, ServerError) and any(words in text for words in NOPERM_IN_SCRIPTS):
         return True
     return isinstance(error, ServerError) and (text.startswith(code) or f" {code} " in text or f" -{code} " in text)
 

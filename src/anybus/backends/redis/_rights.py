@@ -13,23 +13,34 @@ from typing import Any, Final
 import redis.exceptions
 
 from ..._ground.errors import BackendError
-from ._errors import has_code
+from ._errors import NOPERM_IN_SCRIPTS, has_code
 from ._keys import delayed, leases, meta, waiting
 from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
 
-# Tries all commands at once. ARGV: for each command, its number of words, and the words. Replies with the error of each
-# command, or ''. Their keys are not passed as KEYS, because a script is refused as a whole for one forbidden KEY.
+_UNKNOWN: Final = "unknown redis command"
+"""The error in a script for a command that the server does not have, or has under another name."""
+
+_WORDS: Final = ", ".join(f'"{words.lower()}"' for words in ("NOPERM", *NOPERM_IN_SCRIPTS, _UNKNOWN))
+
+# Tries all commands at once. ARGV: for each command, its number of words, and the words. Replies with pairs: the index
+# of a command, from 1, and its error. Only errors that may matter are sent: a process may start a thousand
+# subscriptions. The keys are not passed as KEYS, because a script is refused as a whole for one forbidden KEY.
 TRY: Final = Script(
     "try",
+    f"local texts = {{{_WORDS}}}"
     """
-local errors, at = {}, 1
+local errors, at, index = {}, 1, 0
 while at <= #ARGV do
+  index = index + 1
   local command = {}
   for i = 1, tonumber(ARGV[at]) do command[i] = ARGV[at + i] end
   at = at + #command + 1
   local reply = redis.pcall(unpack(command))
-  errors[#errors + 1] = type(reply) == 'table' and reply.err or ''
+  local err = type(reply) == 'table' and reply.err
+  local matters = false
+  for _, text in ipairs(texts) do matters = matters or (err and err:lower():find(text, 1, true)) end
+  if matters then errors[#errors + 1] = {index, err} end
 end
 return errors
 """,
@@ -37,57 +48,62 @@ return errors
 
 ALL: Final = (TRY,)
 
-_UNKNOWN: Final = "unknown redis command"
-"""The error in a script for a command that the server does not have, or has under another name."""
+_SUBCOMMANDS: Final = ("XGROUP", "XINFO")
 
 
-def probes(stream: str, retry_stream: str, group: str, dead_letter_topic: str | None) -> Iterator[tuple[str, Command]]:
-    """Pairs: the name of a command with its key, and the command that is tried."""
-
-    def probe(name: str, key: str, *arguments: Argument) -> tuple[str, Command]:
-        return f"{name} on {key!r}", (*name.split(), key, *arguments)
-
-    yield "TIME", ("TIME",)
+def probes(stream: str, retry_stream: str, group: str, dead_letter_topic: str | None) -> Iterator[Command]:
+    """The commands that are tried. Their key comes after the command's name (of XREADGROUP: after STREAMS)."""
+    yield ("TIME",)
     for read in (stream, retry_stream):
-        yield probe("XGROUP CREATE", read, group, "x")
-        yield probe("XGROUP DELCONSUMER", read, group, "")
-        yield f"XREADGROUP on {read!r}", ("XREADGROUP", "GROUP", group, "x", "COUNT", 1, "STREAMS", read, "x")
-        yield probe("XPENDING", read, group)
-        yield probe("XACK", read, group, "0-0")
-        yield probe("XCLAIM", read, group, "x", 0, "x")
-        yield probe("XAUTOCLAIM", read, group, "x", "x", "0-0")
-        yield probe("XINFO GROUPS", read)
-        yield probe("XINFO CONSUMERS", read, group)
-        yield probe("ZRANGE", delayed(read), 0, 0)
-        yield probe("HSET", meta(read), group, "x", "x")
-        yield probe("HGET", meta(read), group)
-    yield probe("XDEL", retry_stream, "0-0")
-    yield probe("ZADD", delayed(retry_stream), "x", "x")
-    yield probe("ZREM", delayed(retry_stream), "")
-    yield probe("ZADD", leases(stream, group), "x", "x")
-    yield probe("ZREM", leases(stream, group), "")
-    yield probe("ZADD", waiting(stream, group), "x", "x")
-    yield probe("ZREM", waiting(stream, group), "")
-    yield probe("ZRANGE", waiting(stream, group), 0, 0)
-    yield probe("EXISTS", waiting(stream, group))
-    yield probe("ZRANGEBYSCORE", leases(stream, group), "x", "x")
+        yield ("XGROUP", "CREATE", read, group, "x")
+        yield ("XGROUP", "DELCONSUMER", read, group, "")
+        yield ("XREADGROUP", "GROUP", group, "x", "COUNT", 1, "STREAMS", read, "x")
+        yield ("XPENDING", read, group)
+        yield ("XACK", read, group, "0-0")
+        yield ("XCLAIM", read, group, "x", 0, "x")
+        yield ("XAUTOCLAIM", read, group, "x", "x", "0-0")
+        yield ("XINFO", "GROUPS", read)
+        yield ("XINFO", "CONSUMERS", read, group)
+        yield ("ZRANGE", delayed(read), 0, 0)
+        yield ("HSET", meta(read), group, "x", "x")
+        yield ("HGET", meta(read), group)
+    yield ("XDEL", retry_stream, "0-0")
+    yield ("ZADD", delayed(retry_stream), "x", "x")
+    yield ("ZREM", delayed(retry_stream), "")
+    yield ("ZADD", leases(stream, group), "x", "x")
+    yield ("ZREM", leases(stream, group), "")
+    yield ("ZADD", waiting(stream, group), "x", "x")
+    yield ("ZREM", waiting(stream, group), "")
+    yield ("ZRANGE", waiting(stream, group), 0, 0)
+    yield ("EXISTS", waiting(stream, group))
+    yield ("ZRANGEBYSCORE", leases(stream, group), "x", "x")
     for appended in (retry_stream, dead_letter_topic):
         if appended is not None:
-            yield probe("XADD", appended, "0-0", "x", "x")
+            yield ("XADD", appended, "0-0", "x", "x")
 
 
-def arguments(asked: Sequence[tuple[str, Command]]) -> list[Argument]:
+def _name(command: Command) -> str:
+    """The name of a command with its key."""
+    words = 2 if command[0] in _SUBCOMMANDS else 1
+    name = " ".join(map(str, command[:words]))
+    if len(command) == 1:
+        return name
+    key = command[-2] if name == "XREADGROUP" else command[words]
+    return f"{name} on {key!r}"
+
+
+def arguments(asked: Sequence[Command]) -> list[Argument]:
     """The arguments of :data:`TRY`."""
-    return [word for _, command in asked for word in (len(command), *command)]
+    return [word for command in asked for word in (len(command), *command)]
 
 
-def missing_rights(asked: Sequence[tuple[str, Command]], reply: Any) -> BackendError | None:
+def missing_rights(asked: Sequence[Command], reply: Any) -> BackendError | None:
     """One error that names all missing permissions; None = none is missing."""
     missing: list[str] = []
-    for (name, _), text in zip(asked, reply, strict=True):
+    for index, text in reply:
         error = ServerError(text.decode(errors="replace"))
         if has_code(error, "NOPERM") or _UNKNOWN in str(error).lower():
-            missing.append(name)
+            missing.append(_name(asked[index - 1]))
     return _refusal(missing) if missing else None
 
 
