@@ -88,14 +88,17 @@ def sentinel_url(url: object, options: AbstractSet[str], tls_options: AbstractSe
     user, at, hosts = netloc.rpartition("@")
     addresses = tuple(_sentinel_address(SplitResult("", host, path, query, "")) for host in hosts.split(","))
     given = _options(SplitResult("", "", path, query, ""), _known(scheme, options, tls_options) | _SENTINEL_OPTIONS)
+    if "@" in path:  # what precedes it is a password, perhaps, and a service's name is shown
+        _refuse("no '@' after the sentinels: write it as %40 in a user, password or path")
     parts = path.removesuffix("/").split("/")[1:]
-    if not parts or not parts[0].strip():
+    service = _unquoted("service", parts[0]) if parts else ""
+    if not service.strip():
         _refuse(f"the name of the service after its sentinels: {_SENTINEL_FORM}")
     if len(parts) > 2:
         _refuse(f"at most two parts in its path, the service and the database: {_SENTINEL_FORM}/0")
     username, password = (given.pop(name, None) for name in ("sentinel_username", "sentinel_password"))
     server = f"{scheme}://{user}{at}server{'/'.join(('', *parts[1:]))}?{urlencode(given)}"
-    return SentinelUrl(server, _unquoted("service", parts[0]), addresses, username, password)
+    return SentinelUrl(server, service, addresses, username, password)
 
 
 def _sentinel_address(parts: SplitResult) -> tuple[str, int]:
