@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -27,31 +28,40 @@ class Member(RunningServer):
         super().__init__(name, "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1", *options)
         self.follows: int | None = None
 
+    def client(self) -> redis.Redis:
+        given = dict(zip(self._options, self._options[1:], strict=False))
+        return redis.Redis(port=self.port, socket_timeout=10, password=given.get("--requirepass"))
+
     def command(self) -> list[str]:
         more = [] if self.follows is None else ["--replicaof", "127.0.0.1", str(self.follows)]
         return [*super().command(), *more]
 
     @property
     def role(self) -> str:
-        with self.client() as client:
-            role: Any = client.execute_command("ROLE")
-            return str(role[0].decode())
+        return str(self._told_role()[0].decode())
 
     @property
     def is_in_step(self) -> bool:
         """Whether it is a replica that is connected to its primary."""
+        role = self._told_role()
+        return bool(role[0] == b"slave" and role[3] == b"connected")
+
+    def _told_role(self) -> Any:
         with self.client() as client:
-            role: Any = client.execute_command("ROLE")
-            return bool(role[0] == b"slave" and role[3] == b"connected")
+            untyped: Any = client
+            return untyped.execute_command("ROLE")
 
 
 class RunningSentinel(RunningServer):
     """A sentinel of the service.
 
     :param password: what it asks of its clients.
+    :param servers_password: what the servers ask of it.
     """
 
-    def __init__(self, name: str, primary: int, *, down_after: float, password: str | None = None) -> None:
+    def __init__(
+        self, name: str, primary: int, *, down_after: float, password: str | None, servers_password: str | None
+    ) -> None:
         super().__init__(name)
         self.password = password
         lines = [
@@ -64,6 +74,8 @@ class RunningSentinel(RunningServer):
         ]
         if password is not None:
             lines += [f"requirepass {password}", f"sentinel sentinel-pass {password}"]
+        if servers_password is not None:
+            lines.append(f"sentinel auth-pass {SERVICE} {servers_password}")
         self._file = self.folder / "sentinel.conf"
         self._file.write_text("\n".join(lines) + "\n")
 
@@ -79,34 +91,41 @@ class RunningSentinel(RunningServer):
 
     def ask(self, *words: str) -> Any:
         with self.client() as client:
-            # Not by redis-py's own method: its parser of the reply differs from version to version.
-            return redis.Redis.execute_command(client, "SENTINEL", *words)
+            untyped: Any = client
+            # In two words, for which redis-py has no parser of its own: they differ from version to version.
+            return untyped.execute_command("SENTINEL", *words)
 
     def state(self) -> dict[str, str]:
         """What it knows of the service."""
-        with self.client() as client:
-            client.response_callbacks.clear()
-            flat: Any = client.execute_command("SENTINEL MASTER", SERVICE)
-        if isinstance(flat, dict):
-            return {name.decode(): value.decode() for name, value in flat.items()}
-        return {flat[at].decode(): flat[at + 1].decode() for at in range(0, len(flat), 2)}
+        flat = self.ask("MASTER", SERVICE)
+        if not isinstance(flat, dict):  # RESP2
+            flat = dict(zip(flat[::2], flat[1::2], strict=True))
+        return {name.decode(): value.decode() for name, value in flat.items()}
 
 
 class SentinelSet:
     """A primary, two replicas and three sentinels.
 
-    :param down_after: after so many seconds of silence a server counts as down.
+    :param down_after: after so many seconds of silence a server counts as down. Long enough for a busy machine, on which a
+        server that is well takes its time.
+    :param password: of the sentinels.
+    :param servers_password: of the servers.
     """
 
     def __init__(
-        self, name: str, *options: str, down_after: float = 0.5, sentinels: int = 3, password: str | None = None
+        self, name: str, *, down_after: float = 1.5, password: str | None = None, servers_password: str | None = None
     ) -> None:
+        options = (
+            () if servers_password is None else ("--requirepass", servers_password, "--masterauth", servers_password)
+        )
         self.members = [Member(name, *options) for _ in range(3)]
         for replica in self.members[1:]:
             replica.follows = self.members[0].port
         self.sentinels = [
-            RunningSentinel(name, self.members[0].port, down_after=down_after, password=password)
-            for _ in range(sentinels)
+            RunningSentinel(
+                name, self.members[0].port, down_after=down_after, password=password, servers_password=servers_password
+            )
+            for _ in range(3)
         ]
 
     @property
@@ -170,6 +189,23 @@ class SentinelSet:
         old.kill(signal.SIGKILL)
         wait_until(lambda: self.primary_by(self.sentinels[0]) != old.port, "a failover", every=0.02)
         return old, self.primary, time.monotonic() - began
+
+    def freeze_primary(self) -> Member:
+        old = self.primary
+        os.kill(old.pid, signal.SIGSTOP)
+        return old
+
+    def wake(self, member: Member) -> None:
+        os.kill(member.pid, signal.SIGCONT)
+
+    def reunite(self) -> None:
+        """Let every server follow the primary of now, as the sentinels will do some seconds later."""
+        primary = self.primary
+        for member in self.members:
+            if member is not primary and member.role == "master":
+                with member.client() as client:
+                    client.replicaof("127.0.0.1", primary.port)
+        wait_until(lambda: self.is_complete, "all to follow the primary", every=0.05)
 
     def bring_back(self, member: Member) -> None:
         """Start a killed one. It follows the primary of now."""

@@ -74,6 +74,10 @@ class PlayedSentinel:
     def times_opened(self) -> int:
         return self.server.connections
 
+    def fails_over_to(self, port: int) -> None:
+        self.primary = port
+        self.epoch += 1
+
     def greet(self, command: Command) -> bytes | None:
         return self.refusal or greeting(command)
 
@@ -288,7 +292,7 @@ async def test_every_connection_leaves_a_server_that_the_sentinels_have_replaced
                 tasks.start_soon(read)
                 await waits_at_old.wait()
                 # A partition: the old one goes on answering, and says that it is a primary. One sentinel knows better.
-                sentinels[2].primary, sentinels[2].epoch = new.port, 2
+                sentinels[2].fails_over_to(new.port)
                 await waits_at_new.wait()
                 so_far = len(old.seen)
                 assert await backend.publish(topic, Message(topic))
@@ -383,7 +387,7 @@ async def test_a_connection_that_is_opened_while_the_primary_changes_is_not_used
 
                 tasks.start_soon(fails)
                 await held.held.wait()
-                other.primary, other.epoch = new.port, 2
+                other.fails_over_to(new.port)
                 await until(lambda: not backend._client.mux.is_connected, "the news to arrive")
                 held.let_go.set()
             link = await locator_of(backend).open(entering=False)
@@ -523,5 +527,5 @@ async def test_tls_goes_to_the_sentinels_and_to_the_server(server: RunningServer
         async with RedisBackend(url) as backend:
             assert await backend.publish(topic, Message(topic))
             # A connection within TLS too is given up.
-            sentinel.epoch, sentinel.primary = 2, free_port()
+            sentinel.fails_over_to(free_port())
             await until(lambda: not backend._client.mux.is_connected, "the server to be left")
