@@ -106,6 +106,7 @@ class RunningSentinel(RunningServer):
 class SentinelSet:
     """A primary, two replicas and three sentinels.
 
+    :param options: of each server.
     :param down_after: after so many seconds of silence a server counts as down. Long enough for a busy machine, on which a
         server that is well takes its time.
     :param password: of the sentinels.
@@ -113,11 +114,16 @@ class SentinelSet:
     """
 
     def __init__(
-        self, name: str, *, down_after: float = 1.5, password: str | None = None, servers_password: str | None = None
+        self,
+        name: str,
+        *,
+        options: tuple[str, ...] = (),
+        down_after: float = 1.5,
+        password: str | None = None,
+        servers_password: str | None = None,
     ) -> None:
-        options = (
-            () if servers_password is None else ("--requirepass", servers_password, "--masterauth", servers_password)
-        )
+        if servers_password is not None:
+            options = (*options, "--requirepass", servers_password, "--masterauth", servers_password)
         self.members = [Member(name, *options) for _ in range(3)]
         for replica in self.members[1:]:
             replica.follows = self.members[0].port

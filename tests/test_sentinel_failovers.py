@@ -28,7 +28,7 @@ from anyio import to_thread
 from conftest import SERVER
 from harness import Recorder, new_topic, quick, until
 from processes import wait_until
-from sentinels import SentinelSet
+from sentinels import SERVICE, SentinelSet
 from test_redis_crashes import Child
 
 from anybus import BackendError, Delivery, JsonCodec, Message, StreamBus, SubscriptionConfig
@@ -263,5 +263,42 @@ def test_ten_primaries_that_are_killed_under_load(work: Work, record_property: C
         **{f"seconds until {name}, worst": max(one[name] for one in figures) for name in figures[0]},
         **{f"seconds until {name}, mean": sum(one[name] for one in figures) / FAILOVERS for name in figures[0]},
     }
+    record_property("figures", json.dumps(told))
+    print(json.dumps(told))
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("replicas", ["0", "1"])
+def test_what_a_switch_loses_while_the_old_primary_lives(
+    tmp_path: Path, replicas: str, record_property: Callable[[str, object], None]
+) -> None:
+    """``SENTINEL FAILOVER`` does not stop the old primary: it takes writes until a sentinel tells it to follow.
+
+    With ``min-replicas-to-write 1``, it refuses them as soon as it has had no replica for a second.
+    """
+    with SentinelSet(SERVER, options=("--min-replicas-to-write", replicas, "--min-replicas-max-lag", "1")) as service:
+        work = Work(service, tmp_path, "asyncio")
+        try:
+            for consumer in work.consumers:
+                consumer.wait_until_ready()
+            work.publish("--pause", "0.01")
+            for _ in range(FAILOVERS // 2):
+                so_far = len(work.confirmed())
+                wait_until(lambda so_far=so_far: len(work.confirmed()) > so_far + 300, "the publishers", every=0.1)  # type: ignore[misc]
+                old = service.primary
+                service.sentinels[0].ask("FAILOVER", SERVICE)
+                wait_until(lambda old=old: service.primary is not old, "the switch", every=0.02)  # type: ignore[misc]
+                wait_until(lambda: service.is_complete, "all to follow", every=0.05)
+            for publisher in work.publishers:
+                publisher.end()
+            stored = work.stored()
+            wait_until(lambda: stored <= work.handled().keys(), "all of it to be handled", every=0.2)
+            confirmed = work.confirmed()
+            for consumer in work.consumers:
+                consumer.end()
+        finally:
+            work.end()
+    told = {"min-replicas-to-write": replicas, "confirmed": len(confirmed), "lost": len(confirmed - stored)}
     record_property("figures", json.dumps(told))
     print(json.dumps(told))
