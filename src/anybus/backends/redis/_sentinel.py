@@ -9,7 +9,6 @@ number is newer. So a sentinel that was cut off together with the old primary is
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -78,7 +77,7 @@ class SentinelLocator(Locator):
         """The one whose last answer led to a primary comes first."""
         self._asking = anyio.Lock()
         self._rounds = 0
-        self._found: tuple[Settings, Answer] | Sequence[NotNamedError] = ()
+        self._found: tuple[Settings, Answer] | list[NotNamedError] = []
         self._newest: Answer | None = None
         self._links: WeakKeyDictionary[Link, Answer] = WeakKeyDictionary()
 
@@ -126,11 +125,11 @@ class SentinelLocator(Locator):
                 self._found = await self._ask_sentinels()
                 self._rounds += 1
             found = self._found
-        if isinstance(found, tuple) and found:
-            return found
-        raise self._not_found(found, entering=entering)
+        if isinstance(found, list):
+            raise self._not_found(found, entering=entering)
+        return found
 
-    async def _ask_sentinels(self) -> tuple[Settings, Answer] | Sequence[NotNamedError]:
+    async def _ask_sentinels(self) -> tuple[Settings, Answer] | list[NotNamedError]:
         found: list[tuple[Settings, Answer]] = []
         refusals: list[NotNamedError] = []
         async with anyio.create_task_group() as tasks:
@@ -166,7 +165,7 @@ class SentinelLocator(Locator):
         self._sentinels.remove(sentinel)
         self._sentinels.append(sentinel)
 
-    def _not_found(self, refusals: Sequence[NotNamedError], *, entering: bool) -> BackendError:
+    def _not_found(self, refusals: list[NotNamedError], *, entering: bool) -> BackendError:
         told = "; ".join(str(refusal) for refusal in refusals)
         return BackendError(
             f"no sentinel named a primary of service {self._service!r}: {told}",
