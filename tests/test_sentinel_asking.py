@@ -7,8 +7,8 @@ Specification:
 - Before anything is written on a connection, its server has said that it is a primary.
 - When a sentinel names another primary in a newer configuration, every connection to the old one is closed at once,
   also one on which a read waits. Nothing is sent to the old one any more.
-- A sentinel with an older configuration is not believed, unless no other one answers. Two names of one server, in the
-  same configuration, do not matter.
+- A sentinel with an older configuration is not believed, unless a majority has one: then they were set up anew. Two
+  names of one server, in the same configuration, do not matter.
 - Each failure is told in words: which sentinels were asked, and why each of them did not help. When the bus is entered,
   what cannot pass by itself is permanent.
 """
@@ -84,6 +84,8 @@ class PlayedSentinel:
     def answer(self, command: Command) -> bytes | None:
         if self.is_silent:
             return b""
+        if command[0] == b"ECHO":  # it has refused something before
+            return bulk(command[1])
         assert command[0] == b"SENTINEL"
         if command[1] == b"MASTERS":
             return array(*(array(bulk(b"name"), bulk(name.encode())) for name in self.services))
@@ -332,6 +334,27 @@ async def test_a_sentinel_with_an_older_configuration_is_not_believed(server: Ru
             assert new.seen.count("XADD") == 2
 
 
+async def test_an_older_configuration_alone_does_not_lead_back_to_a_replaced_server(
+    server: RunningServer, topic: str
+) -> None:
+    """The bus is cut off from all but the old primary and one sentinel that was cut off with it."""
+    async with two_addresses(server) as (old, new):
+        stale, good = PlayedSentinel(old.port), PlayedSentinel(new.port, epoch=2)
+        async with playing(stale, good) as url, RedisBackend(url, connect_timeout=0.5) as backend:
+            await until(lambda: min(stale.questions, good.questions) > 3, "both to be asked")
+            await backend.publish(topic, Message(topic))
+            good.is_silent = True
+            opened = old.connections
+            await lose_connection(new, backend)
+            with pytest.raises(BackendError, match="its configuration is older than one that was known") as caught:
+                await locator_of(backend).open(entering=False)
+            assert caught.value.can_pass
+            assert old.connections == opened
+            good.is_silent = False
+            await backend.publish(topic, Message(topic))
+            assert new.seen.count("XADD") == 2
+
+
 async def test_sentinels_that_were_set_up_anew_are_believed(server: RunningServer, topic: str) -> None:
     async with two_addresses(server) as (old, new):
         sentinel = PlayedSentinel(old.port, epoch=7)
@@ -417,9 +440,9 @@ async def test_a_sentinel_that_is_gone_is_said_once_and_asked_again(
 # --- what goes wrong
 
 
-async def entering_fails(url: str) -> BackendError:
+async def entering_fails(url: str, connect_timeout: float = 5.0) -> BackendError:
     with anyio.fail_after(SOON), pytest.raises(BackendError) as caught:
-        async with RedisBackend(url, connect_timeout=2.0):
+        async with RedisBackend(url, connect_timeout=connect_timeout):
             pass
     assert not caught.value.may_have_happened
     return caught.value
@@ -457,9 +480,9 @@ async def test_no_sentinel_that_answers_says_whom_it_asked_and_why_each_did_not_
     silent.is_silent = True
     dead = free_port()
     async with playing(silent) as url:
-        error = await entering_fails(url.replace("//", f"//127.0.0.1:{dead},"))
+        error = await entering_fails(url.replace("//", f"//127.0.0.1:{dead},"), connect_timeout=0.3)
     assert f"127.0.0.1:{dead}: connection refused" in str(error)
-    assert f"the connection to 127.0.0.1:{silent.port} broke: no answer for 2 s" in str(error)
+    assert f"the connection to 127.0.0.1:{silent.port} broke: no answer for 0.3 s" in str(error)
     assert error.can_pass
 
 

@@ -48,8 +48,12 @@ class Answer:
     def address(self) -> tuple[str, int]:
         return self.host, self.port
 
+    @property
+    def place(self) -> str:
+        return f"{self.host}:{self.port}"
+
     def is_older_than(self, other: Answer | None) -> bool:
-        return other is not None and self.epoch < other.epoch and self.address != other.address
+        return other is not None and self.epoch < other.epoch
 
 
 class NotNamedError(Exception):
@@ -92,7 +96,8 @@ class SentinelLocator(Locator):
         except BackendError:
             self._ask_last(sentinel)
             raise
-        if answer.is_older_than(self._newest):
+        newest = self._newest
+        if newest is not None and answer.is_older_than(newest) and answer.address != newest.address:
             await link.aclose()
             raise broken(f"{link.settings.place} is not the primary any more", may_have_happened=False)
         self._links[link] = answer
@@ -145,20 +150,26 @@ class SentinelLocator(Locator):
                         tasks.cancel_scope.cancel()
                 answered.set()
 
-            for sentinel in self._sentinels:
+            for sentinel in list(self._sentinels):
                 answered = anyio.Event()
                 tasks.start_soon(question, sentinel, answered)
                 with anyio.move_on_after(_PATIENCE):
                     await answered.wait()
         if not found:
             return refusals
-        # If all answers are older than what was known, the sentinels were set up anew, and begin to count again.
-        sentinel, answer = found[-1] if not found[-1][1].is_older_than(self._newest) else max(found, key=_epoch_of)
+        sentinel, answer = max(found, key=_epoch_of)
+        if answer.is_older_than(self._newest):
+            if 2 * len(found) <= len(self._settings.sentinels):
+                text = f"{sentinel.place} names {answer.place}, but its configuration is older than one that was known"
+                return [*refusals, NotNamedError(text, can_pass=True)]
+            # A failover has a majority. So these sentinels were not cut off from one: they were set up anew, and have
+            # begun to count again.
+            self._newest = None
+        outdated = self._learn(answer, None)
         self._sentinels.remove(sentinel)
         self._sentinels.insert(0, sentinel)
-        for link in self._outdated(answer, None):
+        for link in outdated:
             await link.revoke(_reason(answer))
-        self._newest = answer
         return sentinel, answer
 
     def _ask_last(self, sentinel: Settings) -> None:
@@ -189,7 +200,8 @@ class SentinelLocator(Locator):
                     while True:
                         answer = await _primary(link, self._service)
                         said = False
-                        await self._heard(answer, before)
+                        for outdated in self._learn(answer, before):
+                            await outdated.revoke(_reason(answer))
                         before = answer
                         await anyio.sleep(_EVERY)
                 finally:
@@ -201,15 +213,8 @@ class SentinelLocator(Locator):
                     say(logging.WARNING, text, self._service, str(refusal), hidden={"scope": "connection"})
             await anyio.sleep(_EVERY)
 
-    async def _heard(self, answer: Answer, before: Answer | None) -> None:
-        outdated = self._outdated(answer, before)
-        if self._newest is None or answer.epoch > self._newest.epoch:
-            self._newest = answer
-        for link in outdated:
-            await link.revoke(_reason(answer))
-
-    def _outdated(self, answer: Answer, before: Answer | None) -> list[Link]:
-        """The connections to a server that is not the primary any more, according to this answer.
+    def _learn(self, answer: Answer, before: Answer | None) -> list[Link]:
+        """Note an answer. Returns the connections to a server that is not the primary any more, which must be closed.
 
         With the same epoch, sentinels may have different names for one server (a host name and an address). Then only a
         sentinel that has changed its own mind is believed.
@@ -218,6 +223,8 @@ class SentinelLocator(Locator):
         """
         if answer.is_older_than(self._newest):
             return []
+        if self._newest is None or self._newest.is_older_than(answer):
+            self._newest = answer
         left = None if before is None else before.address
         return [
             link
@@ -231,7 +238,7 @@ def _epoch_of(found: tuple[Settings, Answer]) -> int:
 
 
 def _reason(answer: Answer) -> str:
-    return f"the sentinels name another primary, {answer.host}:{answer.port}"
+    return f"the sentinels name another primary, {answer.place}"
 
 
 async def _role(link: Link) -> str | None:
