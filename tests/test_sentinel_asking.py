@@ -34,6 +34,7 @@ from servers import RunningServer, free_port
 
 from anybus import BackendError, Message
 from anybus.backends.redis import RedisBackend
+from anybus.backends.redis import _multiplexer as multiplexer_module
 from anybus.backends.redis import _sentinel as sentinel_module
 from anybus.backends.redis._sentinel import SentinelLocator
 
@@ -316,6 +317,28 @@ def waiting_read(proxy: Proxy) -> anyio.Event:
 
     proxy.rule = rule
     return come
+
+
+async def test_the_new_primary_is_connected_to_as_soon_as_it_is_known(
+    server: RunningServer, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two_addresses(server) as (old, new):
+        sentinel = PlayedSentinel(old.port)
+        async with playing(sentinel) as url, RedisBackend(url) as backend:
+            refused = anyio.Event()
+
+            def delay(*_: object) -> float:
+                refused.set()
+                return 10 * SOON
+
+            monkeypatch.setattr(multiplexer_module, "recovery_delay", delay)
+            old.rule = saying(b"slave", b"replica")
+            await lose_connection(old, backend)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(partial(backend.publish_within, topic, Message(topic), timeout=SOON))
+                await refused.wait()
+                sentinel.fails_over_to(new.port)
+            assert new.seen.count("XADD") == 1
 
 
 async def test_a_sentinel_with_an_older_configuration_is_not_believed(server: RunningServer, topic: str) -> None:

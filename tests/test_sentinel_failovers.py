@@ -213,7 +213,7 @@ def test_ten_primaries_that_are_killed_under_load(work: Work, record_property: C
     service = work.service
     for consumer in work.consumers:
         consumer.wait_until_ready()
-    work.publish("--pause", "0.02")
+    work.publish("--pause", "0.005")
     figures: list[dict[str, float]] = []
     for _ in range(FAILOVERS):
         so_far = len(work.confirmed())

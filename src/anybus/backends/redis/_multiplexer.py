@@ -170,6 +170,8 @@ class Multiplexer:
         said = False
         while True:
             await self._demand.wait()
+            locator = self._settings.locator
+            news = None if locator is None else locator.news
             try:
                 link = await self._connect()
             except EventBusError as error:
@@ -186,7 +188,9 @@ class Multiplexer:
                     # Do not let callers wait for a connection that will not come. The next use tries again.
                     self._wake_waiters()
                     self._demand = anyio.Event()
-                await anyio.sleep(recovery_delay(failures, random.random()))
+                with anyio.move_on_after(recovery_delay(failures, random.random())):
+                    # Not until then, if the server turns up at another address.
+                    await (anyio.sleep_forever() if news is None else news.wait())
             else:
                 self._last_error = None
                 return link

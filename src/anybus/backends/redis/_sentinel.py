@@ -77,6 +77,7 @@ class SentinelLocator(Locator):
         assert settings.service is not None
         self._settings = settings
         self._service = settings.service
+        self.news = anyio.Event()
         self._sentinels = list(settings.sentinels)
         """The one whose last answer led to a primary comes first."""
         self._asking = anyio.Lock()
@@ -225,6 +226,8 @@ class SentinelLocator(Locator):
             return []
         if self._newest is None or self._newest.is_older_than(answer):
             self._newest = answer
+            self.news.set()
+            self.news = anyio.Event()
         left = None if before is None else before.address
         return [
             link

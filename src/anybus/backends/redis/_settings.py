@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import anyio
 import redis.connection
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 
@@ -57,7 +58,12 @@ _parse_url = cast("Callable[[str], dict[str, Any]]", redis.connection.parse_url)
 
 
 class Locator(ABC):
-    """Opens connections to a server whose address changes."""
+    """Opens connections to a server whose address changes.
+
+    :ivar news: set, and replaced by a new event, when another address becomes known.
+    """
+
+    news: anyio.Event
 
     @abstractmethod
     async def open(self, *, entering: bool) -> Link:
