@@ -196,6 +196,13 @@ class SentinelSet:
         wait_until(lambda: self.primary_by(self.sentinels[0]) != old.port, "a failover", every=0.02)
         return old, self.primary, time.monotonic() - began
 
+    def switch(self) -> None:
+        """Let another one be the primary, and the old one live. Returns when it follows."""
+        old = self.primary
+        self.sentinels[0].ask("FAILOVER", SERVICE)
+        wait_until(lambda: self.primary is not old, "the switch", every=0.02)
+        wait_until(lambda: self.is_complete, "all to follow", every=0.05)
+
     def freeze_primary(self) -> Member:
         old = self.primary
         os.kill(old.pid, signal.SIGSTOP)

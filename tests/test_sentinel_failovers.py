@@ -28,7 +28,7 @@ from anyio import to_thread
 from conftest import SERVER
 from harness import Recorder, new_topic, quick, until
 from processes import wait_until
-from sentinels import SERVICE, SentinelSet
+from sentinels import SentinelSet
 from test_redis_crashes import Child
 
 from anybus import BackendError, Delivery, JsonCodec, Message, StreamBus, SubscriptionConfig, retry_stream
@@ -181,6 +181,16 @@ class Work:
     def attempted(self) -> set[str]:
         return self._published("attempted")
 
+    def wait_for_publishers(self, count: int, before: set[str] | None = None) -> set[str]:
+        """Wait until they have published so many more. Returns those."""
+        known = self.confirmed() if before is None else before
+        wait_until(lambda: len(self.confirmed() - known) > count, "the publishers to go on", every=0.02)
+        return self.confirmed() - known
+
+    def wait_for_consumers(self, count: int, uids: set[str]) -> None:
+        """Wait until they have handled so many of these."""
+        wait_until(lambda: len(uids & self.handled().keys()) > count, "the consumers to go on", every=0.02)
+
     def handled(self) -> Counter[str]:
         return Counter(uid for child in self.consumers for [uid] in child.lines("handled.g"))
 
@@ -242,17 +252,13 @@ def test_ten_primaries_that_are_killed_under_load(work: Work, record_property: C
     work.publish("--pause", "0.005")
     figures: list[dict[str, float]] = []
     for _ in range(FAILOVERS):
-        so_far = len(work.confirmed())
-        wait_until(
-            lambda so_far=so_far: len(work.confirmed()) > so_far + 300, "the publishers to be at work", every=0.1
-        )  # type: ignore[misc]
+        work.wait_for_publishers(300)
         before = work.confirmed()
         began = time.monotonic()
         old, _, promoted = service.kill_primary()
-        wait_until(lambda before=before: len(work.confirmed() - before) > 50, "the publishers to go on", every=0.02)  # type: ignore[misc]
+        later = work.wait_for_publishers(50, before)
         publishing = time.monotonic() - began
-        later = work.confirmed() - before
-        wait_until(lambda later=later: len(later & work.handled().keys()) > 10, "the consumers to go on", every=0.02)  # type: ignore[misc]
+        work.wait_for_consumers(10, later)
         figures.append({"promoted": promoted, "publishing": publishing, "handling": time.monotonic() - began})
         service.bring_back(old)
     for publisher in work.publishers:
@@ -313,12 +319,8 @@ def test_what_a_switch_loses_while_the_old_primary_lives(
                 consumer.wait_until_ready()
             work.publish("--pause", "0.01")
             for _ in range(FAILOVERS // 2):
-                so_far = len(work.confirmed())
-                wait_until(lambda so_far=so_far: len(work.confirmed()) > so_far + 300, "the publishers", every=0.1)  # type: ignore[misc]
-                old = service.primary
-                service.sentinels[0].ask("FAILOVER", SERVICE)
-                wait_until(lambda old=old: service.primary is not old, "the switch", every=0.02)  # type: ignore[misc]
-                wait_until(lambda: service.is_complete, "all to follow", every=0.05)
+                work.wait_for_publishers(300)
+                service.switch()
             for publisher in work.publishers:
                 publisher.end()
             wait_until(work.is_settled, "all of it to be settled", every=0.2)

@@ -118,7 +118,7 @@ class Multiplexer:
         try:
             with self._location_watch:
                 await persist(locator.watch)
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
             if isinstance(error, anyio.get_cancelled_exc_class()):
                 raise
             alarm(sole(error))
