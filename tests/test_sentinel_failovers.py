@@ -144,6 +144,12 @@ async def test_sentinels_and_servers_have_passwords_of_their_own(topic: str) -> 
 # --- real processes
 
 
+def read(publisher: Child, kind: str) -> list[str]:
+    """The uids that it has noted."""
+    path = publisher.folder / kind
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
 class Work:
     """Two publishers and four consumers on a service behind sentinels."""
 
@@ -160,19 +166,20 @@ class Work:
         self.publishers: list[Child] = []
 
     def publish(self, *options: str) -> None:
-        for number in range(2):
+        """Start two publishers. Returns when both are at work: who enters in the middle of a failover is refused."""
+        started: list[Child] = []
+        for _ in range(2):
             folder = self.folder / f"publisher-{len(self.publishers)}"
             folder.mkdir()
             child = Child(folder, "publisher.py", "publisher", *self._common, *options)
             self.publishers.append(child)
-            assert number < 2
+            started.append(child)
+        wait_until(lambda: all(read(child, "acknowledged") for child in started), "both to publish")
 
     def _published(self, kind: str) -> set[str]:
         uids: set[str] = set()
         for publisher in self.publishers:
-            path = publisher.folder / kind
-            if path.exists():
-                uids.update(path.read_text().split("\n")[:-1])
+            uids.update(read(publisher, kind))
         return uids
 
     def confirmed(self) -> set[str]:
