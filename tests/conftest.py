@@ -51,6 +51,7 @@ REAL_SERVER_MODULES = {
     "test_redis_entering.py",
     "test_redis_log.py",
     "test_redis_reads.py",
+    "test_sentinel_failovers.py",
 }
 
 

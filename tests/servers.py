@@ -81,15 +81,18 @@ class RunningServer:
     def client(self) -> redis.Redis:
         return redis.Redis(port=self.port, socket_timeout=10)
 
-    def start(self) -> None:
+    def command(self) -> list[str]:
         command = [server_binary(self.name), "--port", str(self.port), "--dir", str(self.folder), *self._options]
         if "--appendonly" not in self._options:
             command += ["--appendonly", "no"]
             if "--save" not in self._options:
                 # Snapshots that never come: a server without any is warned of, in every test.
                 command += ["--save", str(365 * 24 * 3600), "1000000000"]
+        return command
+
+    def start(self) -> None:
         log = (self.folder / "log").open("ab")
-        self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        self._process = subprocess.Popen(self.command(), stdout=log, stderr=log)
         log.close()
         deadline = time.monotonic() + 20
         while True:

@@ -33,7 +33,6 @@ from conftest import SERVER
 from fake_server import GONE, Answer, FakeServer, bulk, fake_server, greeting, listening
 from harness import SOON, new_topic, until
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
-from redis.sentinel import Sentinel
 from servers import RunningServer, free_port
 from sweeps import sampled
 
@@ -612,8 +611,8 @@ def announcing(info: bytes, known: bytes = b"*1\r\n*1\r\n$10\r\nxautoclaim\r\n")
         (announcing(bulk(b"redis_version:6.0.16\r\nredis_mode:standalone"), b"*1\r\n*-1\r\n"), ("6.0.16", "6.2")),
         (announcing(b"-NOPERM no\r\n", b"*1\r\n$-1\r\n"), ("6.2",)),
         (announcing(bulk(b"redis_version:8.2.0\r\nredis_mode:cluster")), ("cluster", "not supported")),
-        (announcing(bulk(b"redis_version:8.2.0\r\nredis_mode:sentinel")), ("sentinel", "not supported")),
-        (announcing(bulk(b"redis_version:7.2.4\r\nserver_mode:sentinel")), ("sentinel", "not supported")),
+        (announcing(bulk(b"redis_version:8.2.0\r\nredis_mode:sentinel")), ("is a sentinel", "redis+sentinel://")),
+        (announcing(bulk(b"redis_version:7.2.4\r\nserver_mode:sentinel")), ("is a sentinel", "redis+sentinel://")),
     ],
     ids=["too old", "too old, without INFO", "cluster", "sentinel", "Valkey's sentinel"],
 )
@@ -796,9 +795,6 @@ def test_what_is_no_redis_client_is_refused() -> None:
     for client in (None, "redis://localhost", object()):
         with pytest.raises(ValidationError, match="client"):
             RedisBackend.from_client_settings(client)
-    sentinel: Any = Sentinel([("localhost", 1)])  # type: ignore[no-untyped-call]
-    with pytest.raises(UnsupportedError, match="sentinel"):
-        RedisBackend.from_client_settings(sentinel.master_for("m"))
     with pytest.raises(UnsupportedError, match="OCSP"):
         RedisBackend.from_client_settings(redis.Redis(ssl=True, ssl_validate_ocsp=True))
 

@@ -12,8 +12,10 @@ from .abc import Codec, StreamBackend
 from .backends.memory.backend import MemoryBackend
 
 _ALLOWED = (
-    "'memory://', 'memory://<name>', 'redis://…', 'rediss://…' (TLS), 'valkey://…', 'valkeys://…' (TLS) or 'unix://…'"
+    "'memory://', 'memory://<name>', 'redis://…', 'rediss://…' (TLS), 'valkey://…', 'valkeys://…' (TLS), 'unix://…', "
+    "'redis+sentinel://…' or 'rediss+sentinel://…' (TLS)"
 )
+_REDIS = ("redis", "rediss", "valkey", "valkeys")
 
 
 def connect(url: str, options: StreamBusOptions | None = None, *, codec: Codec | None = None) -> StreamBus:
@@ -21,12 +23,13 @@ def connect(url: str, options: StreamBusOptions | None = None, *, codec: Codec |
 
     ``memory://`` is private to this bus. All buses with the same ``memory://name`` in one event loop share their
     streams. ``redis://``, ``rediss://`` (TLS) and ``unix://`` need the extra ``anybus[redis]``. ``valkey://`` means
-    ``redis://``, and ``valkeys://`` means ``rediss://``.
+    ``redis://``, and ``valkeys://`` means ``rediss://``. ``redis+sentinel://host,host/service`` asks sentinels for the
+    server.
 
     :param codec: how messages are encoded on a server; None = JSON. Not allowed for ``memory://``, where nothing is
         encoded.
-    :raises ValidationError: if the URL's scheme is unknown (cluster and sentinel URLs included), or another part of the
-        URL is invalid.
+    :raises ValidationError: if the URL's scheme is unknown (cluster URLs included), or another part of the URL is
+        invalid.
     :raises UnsupportedError: if the extra is not installed. (A server in cluster mode is refused when the bus is
         entered.)
     """
@@ -36,7 +39,7 @@ def connect(url: str, options: StreamBusOptions | None = None, *, codec: Codec |
         if codec is not None:
             refuse("codec", codec, "unset for memory://, where nothing is encoded")
         return StreamBus(_memory(url), options)
-    if not separator or scheme not in ("redis", "rediss", "unix", "valkey", "valkeys"):
+    if not separator or (scheme.removesuffix("+sentinel") not in _REDIS and scheme != "unix"):
         if not separator:
             raise ValidationError(f"url must be {_ALLOWED}, not a text without '://'")
         # A URL may hold a password, so only the scheme is shown.

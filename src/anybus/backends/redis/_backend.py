@@ -67,6 +67,7 @@ class RedisBackend(
 
     :param url: ``redis://``, ``rediss://`` (TLS, verified) or ``unix://``, with user, password, database and redis-py's
         ``ssl_…`` options in its query. ``valkey://`` means ``redis://``, ``valkeys://`` means ``rediss://``.
+        ``redis+sentinel://host,host/service`` means the primary that these sentinels name.
     :param codec: how messages are encoded; None = JSON, compatible with the existing Rust and Go buses.
     :param connect_timeout: the time limit in seconds for TCP and TLS to connect. After that, while a connection is set
         up: how many seconds the server may be silent.
@@ -94,11 +95,13 @@ class RedisBackend(
     ) -> RedisBackend:
         """Create a backend with the host, TLS settings, credentials and database of a configured redis-py client.
 
+        For a client behind sentinels (``Sentinel.master_for``), the sentinels are asked instead.
+
         The backend opens its own connections. It does not use the client, its pool or its timeouts.
 
         :raises ValidationError: if it is not a redis-py client.
-        :raises UnsupportedError: if it is a client for a cluster or behind a sentinel, or if it checks certificates by
-            OCSP.
+        :raises UnsupportedError: if it is a client for a cluster or for replicas, if it checks certificates by OCSP, or
+            if its sentinels have ``min_other_sentinels`` or ``force_master_ip``.
         """
         backend = cls.__new__(cls)
         settings = from_client(client, connect_timeout=connect_timeout, command_timeout=command_timeout)

@@ -23,6 +23,7 @@ from ._link import Link, ask, tolerate
 from ._multiplexer import Multiplexer
 from ._protocol import Argument, Command, ServerError
 from ._scripts import Script
+from ._sentinel import SentinelLocator
 from ._server import Server, look_at
 from ._session import Call
 from ._settings import Settings
@@ -42,6 +43,8 @@ class Client:
     """One server, over the multiplexed connection."""
 
     def __init__(self, settings: Settings) -> None:
+        if settings.sentinels:
+            settings = replace(settings, locator=SentinelLocator(settings))
         self.settings = settings
         self.server = Server()
         self.limit: Limit | None = None

@@ -62,6 +62,7 @@ class Link:
         self._in_order = True
         self._sent = 0
         self._left = 0
+        self._revoked: str | None = None
         if self._raw is not None:
             _keep_alive(self._raw)
 
@@ -121,7 +122,12 @@ class Link:
         return self._sent - int(waiting)
 
     async def receive(self) -> bytes:
-        return await self._stream.receive(MAX_RECEIVE)
+        try:
+            return await self._stream.receive(MAX_RECEIVE)
+        except BROKEN as error:
+            if self._revoked is not None:
+                raise anyio.BrokenResourceError(self._revoked) from error
+            raise
 
     async def receive_within(self, silence: float) -> bytes:
         """
@@ -157,6 +163,12 @@ class Link:
         with anyio.CancelScope(shield=True):
             await anyio.aclose_forcefully(self._stream)
 
+    async def revoke(self, reason: str) -> None:
+        """Close while it is in use: nothing more is sent. Whoever uses it is told the reason."""
+        self._revoked = reason
+        self._direct = False
+        await self.aclose()
+
 
 def _keep_alive(raw: Any) -> None:
     """Let the kernel probe a silent connection, so that firewalls and NATs on the way do not drop it."""
@@ -172,11 +184,13 @@ def _keep_alive(raw: Any) -> None:
 
 
 async def open_link(settings: Settings, *, entering: bool = False) -> Link:
-    """Connect, authenticate, select the database, set the connection's name.
+    """Connect to where the server is now, authenticate, select the database, set the connection's name.
 
     :param entering: whether the bus is just being entered. If so, wrong credentials are a permanent error.
     :raises BackendError: if any of these fails. ``can_pass`` tells whether trying again may help.
     """
+    if settings.locator is not None:
+        return await settings.locator.open(entering=entering)
     stage: Stage = "connecting"
     try:
         with anyio.fail_after(settings.connect_timeout):

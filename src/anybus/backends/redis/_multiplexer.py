@@ -20,7 +20,7 @@ from ._errors import UNEXPECTED, broken, duplicate, is_about_credentials, transl
 from ._link import BROKEN, Link, open_link
 from ._protocol import Command, ServerError
 from ._session import POSTPONED, Call, Session, Unsent, fail_all
-from ._settings import Settings
+from ._settings import Locator, Settings
 
 _SCOPE = {"scope": "connection"}
 
@@ -51,6 +51,7 @@ class Multiplexer:
         self._closed = False
         self.closed = anyio.Event()
         self._owner_watch: anyio.CancelScope | None = None
+        self._location_watch: anyio.CancelScope | None = None
         self.connections = 0
 
     @property
@@ -61,7 +62,7 @@ class Multiplexer:
         self._closed = True
         self.closed.set()
         self._wake_waiters()
-        for scope in (self._scope, self._owner_watch):
+        for scope in (self._scope, self._owner_watch, self._location_watch):
             if scope is not None:
                 scope.cancel()
 
@@ -76,6 +77,7 @@ class Multiplexer:
         self._closed = False
         self.closed = anyio.Event()
         self._owner_watch = None
+        self._location_watch = anyio.CancelScope(shield=True)
         return await self._connect(entering=True)
 
     async def run(self, link: Link, alarm: Callable[[BaseException], None], tasks: TaskGroup) -> None:
@@ -88,6 +90,8 @@ class Multiplexer:
         """
         assert self._scope is not None
         connected: Link | None = link
+        if self._settings.locator is not None:
+            tasks.start_soon(self._watch_location, self._settings.locator, alarm)
         try:
             with self._scope:
                 while True:
@@ -110,6 +114,17 @@ class Multiplexer:
         finally:
             self._closed = True
             self._fail_postponed(self._closed_error())
+
+    async def _watch_location(self, locator: Locator, alarm: Callable[[BaseException], None]) -> None:
+        """Shielded like :meth:`run`: subscriptions must not release entries to a server that has been replaced."""
+        assert self._location_watch is not None
+        try:
+            with self._location_watch:
+                await persist(locator.watch)
+        except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
+            if isinstance(error, anyio.get_cancelled_exc_class()):
+                raise
+            alarm(sole(error))
 
     async def _watch_owner(self, scope: anyio.CancelScope) -> None:
         """Close when the task that entered the bus has ended without leaving it.
@@ -158,6 +173,8 @@ class Multiplexer:
         said = False
         while True:
             await self._demand.wait()
+            locator = self._settings.locator
+            news = None if locator is None else locator.news
             try:
                 link = await self._connect()
             except EventBusError as error:
@@ -174,7 +191,9 @@ class Multiplexer:
                     # Do not let callers wait for a connection that will not come. The next use tries again.
                     self._wake_waiters()
                     self._demand = anyio.Event()
-                await anyio.sleep(recovery_delay(failures, random.random()))
+                with anyio.move_on_after(recovery_delay(failures, random.random())):
+                    # Not until then, if the server turns up at another address.
+                    await (anyio.sleep_forever() if news is None else news.wait())
             else:
                 self._last_error = None
                 return link
@@ -184,13 +203,13 @@ class Multiplexer:
         self._ready = anyio.Event()
 
     async def _serve(self, link: Link) -> None:
-        session = self._session = Session(link, self._settings, self._clock, self._postponed)
+        session = self._session = Session(link, link.settings, self._clock, self._postponed)
         self._postponed = []
         self._demand = anyio.Event()
         self.connections += 1
         self._wake_waiters()
         connected = "reconnected" if self.connections > 1 else "connected"
-        say(logging.INFO, f"{connected} to %s", self._settings.place, hidden=_SCOPE)
+        say(logging.INFO, f"{connected} to %s", link.settings.place, hidden=_SCOPE)
         try:
             await session.run()
         finally:

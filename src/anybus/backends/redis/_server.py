@@ -43,6 +43,10 @@ async def look_at(link: Link, settings: Settings) -> Server:
     mode = info.get("redis_mode") or info.get("server_mode")  # the second is Valkey's name, from 9 on
     if mode is None:
         mode = "cluster" if await _is_cluster(link) else "standalone"
+    if mode == "sentinel":
+        raise UnsupportedError(
+            f"{settings.place} is a sentinel: redis+sentinel://host:port/service asks it for the server"
+        )
     if mode != "standalone":
         raise UnsupportedError(f"{settings.place} is a server in {mode} mode, which is not supported yet")
     version = info.get("redis_version", "unknown")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import inspect
 import ssl
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
 
+import anyio
 import redis.connection
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 
 from ..._ground.checks import check_delay, check_text, refuse
 from ..._ground.errors import UnsupportedError, ValidationError
-from ._url import MAX_DATABASE, checked_url
+from ._url import MAX_DATABASE, checked_url, sentinel_url
+
+if TYPE_CHECKING:
+    from ._link import Link
 
 _TLS_OPTIONS = frozenset(
     {
@@ -52,9 +57,31 @@ _REQUIREMENTS = {
 _parse_url = cast("Callable[[str], dict[str, Any]]", redis.connection.parse_url)  # pyright: ignore[reportUnknownMemberType]
 
 
+class Locator(ABC):
+    """Opens connections to a server whose address changes.
+
+    :ivar news: set, and replaced by a new event, when another address becomes known.
+    """
+
+    news: anyio.Event
+
+    @abstractmethod
+    async def open(self, *, entering: bool) -> Link:
+        """Like ``open_link``."""
+
+    @abstractmethod
+    async def watch(self) -> None:
+        """Close the connections to a server that has been replaced, as soon as this is known. Runs until cancelled."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How to open a connection. Durations are seconds."""
+    """How to open a connection. Durations are seconds.
+
+    :ivar service: the name under which sentinels know the server; None = the server has a fixed address.
+    :ivar sentinels: how to connect to each sentinel. None if this is a connection to a known address.
+    :ivar locator: opens the connection instead, to where the server is at that time.
+    """
 
     host: str = "localhost"
     port: int = 6379
@@ -66,6 +93,9 @@ class Settings:
     tls_hostname: str | None = None
     connect_timeout: float = 5.0
     command_timeout: float = 5.0
+    service: str | None = None
+    sentinels: tuple[Settings, ...] = ()
+    locator: Locator | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("connect_timeout", "command_timeout"):
@@ -74,15 +104,35 @@ class Settings:
     @property
     def place(self) -> str:
         """The server's address, for texts: without credentials."""
+        if self.sentinels:
+            return f"service {self.service!r}"
         if self.path is not None:
             return self.path
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        address = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return address if self.service is None else f"{address} (service {self.service!r})"
+
+    def at(self, host: str, port: int) -> Settings:
+        """The settings of a connection to this address, where the sentinels have found the server."""
+        return replace(self, host=host, port=port, tls_hostname=host, sentinels=(), locator=None)
 
 
 def from_url(url: str, **more: Any) -> Settings:
     """
     :raises ValidationError: if the URL is invalid, or has unknown options.
     """
+    parts = sentinel_url(url, _URL_OPTIONS, _TLS_OPTIONS)
+    if parts is None:
+        return _from_server_url(url, **more)
+    settings = _from_server_url(parts.server, **more)
+    own: dict[str, Any] = {"username": parts.username, "password": parts.password}
+    sentinels = tuple(
+        replace(settings, host=host, port=port, tls_hostname=host, db=0, credentials=_credentials(own))
+        for host, port in parts.addresses
+    )
+    return replace(settings, service=parts.service, sentinels=sentinels)
+
+
+def _from_server_url(url: str, **more: Any) -> Settings:
     text = checked_url(url, _URL_OPTIONS, _TLS_OPTIONS)
     try:
         given = dict(_parse_url(text))
@@ -97,7 +147,8 @@ def from_url(url: str, **more: Any) -> Settings:
 
 def from_client(client: Any, **more: Any) -> Settings:
     """
-    :raises UnsupportedError: if the client is for a cluster, is behind a sentinel, or checks certificates by OCSP.
+    :raises UnsupportedError: if the client is for a cluster, or checks certificates by OCSP, or if it is behind
+        sentinels and is for replicas, or has options for the sentinels' answers.
     :raises ValidationError: if it is not a redis-py client.
     """
     pool = getattr(client, "connection_pool", None)
@@ -105,26 +156,45 @@ def from_client(client: Any, **more: Any) -> Settings:
         if type(client).__name__.endswith("Cluster"):
             raise UnsupportedError("clients of a cluster are not supported yet")
         refuse("client", client, "a redis.Redis or redis.asyncio.Redis")
-    if "Sentinel" in type(pool).__name__:
-        raise UnsupportedError("clients behind a sentinel are not supported yet")
     given = {name: value for name, value in pool.connection_kwargs.items() if name in _CLIENT_OPTIONS}
     if any(pool.connection_kwargs.get(name) for name in _OCSP):
         raise UnsupportedError("OCSP is not supported: the certificate check that this client demands would be skipped")
     names = [base.__name__ for base in inspect.getmro(pool.connection_class)]
-    return _settings(given, secure="SSLConnection" in names, **more)
+    settings = _settings(given, secure="SSLConnection" in names, **more)
+    manager = getattr(pool, "sentinel_manager", None)
+    return settings if manager is None else _behind_sentinels(settings, pool, manager, **more)
+
+
+def _behind_sentinels(settings: Settings, pool: Any, manager: Any, **more: Any) -> Settings:
+    """
+    :param manager: redis-py's ``Sentinel``, which has a client for each sentinel.
+    """
+    if not pool.is_master:
+        raise UnsupportedError("a client for replicas is not supported: the bus writes (use master_for)")
+    if manager.min_other_sentinels or getattr(manager, "_force_master_ip", None) is not None:
+        raise UnsupportedError("min_other_sentinels and force_master_ip are not supported: they would be ignored")
+    service = pool.service_name.decode() if isinstance(pool.service_name, bytes) else str(pool.service_name)
+    sentinels = tuple(from_client(sentinel, **more) for sentinel in manager.sentinels)
+    if not sentinels:
+        raise ValidationError("client must have at least one sentinel")
+    return replace(settings, service=service, sentinels=sentinels)
+
+
+def _credentials(given: dict[str, Any]) -> CredentialProvider | None:
+    provider: CredentialProvider | None = given.get("credential_provider")
+    if provider is None and (given.get("password") is not None or given.get("username") is not None):
+        return UsernamePasswordCredentialProvider(given.get("username"), given.get("password"))
+    return provider
 
 
 def _settings(given: dict[str, Any], *, secure: bool, **more: Any) -> Settings:
-    credentials = given.get("credential_provider")
-    if credentials is None and (given.get("password") is not None or given.get("username") is not None):
-        credentials = UsernamePasswordCredentialProvider(given.get("username"), given.get("password"))
     context = _tls_context(given) if secure else None
     return Settings(
         host=_text("host", given) or "localhost",
         port=_number("port", given, 6379, least=1, most=65535),
         path=_text("path", given),
         db=_number("db", given, 0, least=0, most=MAX_DATABASE),
-        credentials=credentials,
+        credentials=_credentials(given),
         client_name=_text("client_name", given),
         tls=context,
         tls_hostname=_text("host", given) or "localhost",

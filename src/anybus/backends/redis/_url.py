@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import Final, NoReturn
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from ..._ground.checks import check_url
 from ..._ground.errors import ValidationError
@@ -18,7 +19,12 @@ from ..._ground.errors import ValidationError
 SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey": "redis", "valkeys": "rediss"}
 """What each scheme means to redis-py."""
 
-_ALLOWED: Final = "redis://, rediss://, valkey://, valkeys:// or unix://"
+_SENTINEL_SCHEMES: Final = {f"{scheme}+sentinel": scheme for scheme in SCHEMES if scheme != "unix"}
+_SENTINEL_PORT: Final = 26379
+_SENTINEL_OPTIONS: Final = {"sentinel_username", "sentinel_password"}
+_SENTINEL_FORM: Final = "redis+sentinel://host:26379,host:26379/service"
+
+_ALLOWED: Final = "redis://, rediss://, valkey://, valkeys://, unix:// or redis+sentinel://"
 _LONGEST_SHOWN: Final = {"port": 5, "database": 20}
 MAX_DATABASE: Final = 2**31 - 1
 
@@ -39,7 +45,7 @@ def checked_url(url: object, options: AbstractSet[str], tls_options: AbstractSet
         _refuse("an IPv6 address in closed brackets, if the host is one: redis://[::1]:6379")
     if parts.fragment or text.endswith("#"):
         _refuse("no '#': write it as %23 in a user, password or path")
-    given = _options(parts, options if scheme in ("rediss", "valkeys") else options - tls_options)
+    given = _options(parts, _known(scheme, options, tls_options))
     if parts.scheme == "unix":
         _check_socket(parts)
     else:
@@ -48,6 +54,62 @@ def checked_url(url: object, options: AbstractSet[str], tls_options: AbstractSet
     _check_database("db", given.get("db"), parts)
     _check_credentials(parts, given)
     return text
+
+
+@dataclass(frozen=True)
+class SentinelUrl:
+    """The parts of a URL that names sentinels.
+
+    :ivar server: a URL with all that is known of the server itself: user, password, database and options. Its host
+        means nothing.
+    """
+
+    server: str = field(repr=False)
+    service: str
+    addresses: tuple[tuple[str, int], ...]
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+
+def sentinel_url(url: object, options: AbstractSet[str], tls_options: AbstractSet[str]) -> SentinelUrl | None:
+    """Split a URL that names sentinels. Returns None if this URL names a server.
+
+    :raises ValidationError: if a part is invalid. (The parts of ``server`` are checked by :func:`checked_url`.)
+    """
+    scheme, _, rest = check_url(url, _ALLOWED).partition("://")
+    if scheme not in _SENTINEL_SCHEMES:
+        return None
+    scheme = _SENTINEL_SCHEMES[scheme]
+    if "#" in rest:
+        _refuse("no '#': write it as %23 in a user, password or path")
+    # Not by urlsplit, which knows only one host.
+    netloc = re.split("[/?]", rest, maxsplit=1)[0]
+    path, _, query = rest[len(netloc) :].partition("?")
+    user, at, hosts = netloc.rpartition("@")
+    addresses = tuple(_sentinel_address(SplitResult("", host, path, query, "")) for host in hosts.split(","))
+    given = _options(SplitResult("", "", path, query, ""), _known(scheme, options, tls_options) | _SENTINEL_OPTIONS)
+    if "@" in path:  # what precedes it is a password, perhaps, and a service's name is shown
+        _refuse("no '@' after the sentinels: write it as %40 in a user, password or path")
+    parts = path.removesuffix("/").split("/")[1:]
+    service = _unquoted("service", parts[0]) if parts else ""
+    if not service.strip():
+        _refuse(f"the name of the service after its sentinels: {_SENTINEL_FORM}")
+    if len(parts) > 2:
+        _refuse(f"at most two parts in its path, the service and the database: {_SENTINEL_FORM}/0")
+    username, password = (given.pop(name, None) for name in ("sentinel_username", "sentinel_password"))
+    server = f"{scheme}://{user}{at}server{'/'.join(('', *parts[1:]))}?{urlencode(given)}"
+    return SentinelUrl(server, service, addresses, username, password)
+
+
+def _sentinel_address(parts: SplitResult) -> tuple[str, int]:
+    _check_host(parts)
+    if not parts.hostname:
+        _refuse(f"a host for each sentinel: {_SENTINEL_FORM}")
+    return unquote(parts.hostname), parts.port or _SENTINEL_PORT
+
+
+def _known(scheme: str, options: AbstractSet[str], tls_options: AbstractSet[str]) -> AbstractSet[str]:
+    return options if scheme in ("rediss", "valkeys") else options - tls_options
 
 
 def _refuse(allowed: str) -> NoReturn:
