@@ -155,7 +155,7 @@ def moment(time: datetime = MOMENT) -> Moment:
 
 
 def plain(value: object) -> bool:
-    return type(value) in (str, int, float, bool, bytes, datetime, type(None))
+    return type(value) in (str, int, float, bool, bytes, datetime, type(None)) or value == ()
 
 
 def made_with(**given: Any) -> Message:

@@ -409,7 +409,7 @@ def test_as_many_entries_are_remembered_of_each_stream() -> None:
     """Both groups are lost at once: those of the retry stream do not push out those of the topic."""
     ledger = Ledger(("t", "retries"), Budget(16, 32))
     for stream in ("t", "retries"):
-        ledger.note_settled(stream, [f"{number}-0" for number in range(5000)])
+        ledger.note_settled(stream, [f"{number}-0" for number in range(5000)], [""] * 5000)
     for stream in ("t", "retries"):
         ledger.group_was_lost(stream)
     for stream in ("t", "retries"):

@@ -17,7 +17,7 @@ from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
 from ..abc._observer import ErrorScope
 from .context import Context
 from .entry import Held, Stage
-from .fate import tell_let_go, tell_suspect
+from .fate import tell_let_go, tell_lost, tell_suspect
 from .ledger import Taking
 from .settler import Settler
 
@@ -64,7 +64,7 @@ class Admission:
             ledger.group_was_lost(stream)
         settled = taking.settled.get(stream)
         if settled:  # settled after this reply was sent, unless it comes from a recreated group (then acked again)
-            entries = [entry for entry in entries if entry.id not in settled or ledger.was_handled(stream, entry.id)]
+            entries = [entry for entry in entries if entry.id not in settled or ledger.comes_again(stream, entry)]
         if not entries:
             return [], None
         table = ledger.tables[stream]
@@ -90,7 +90,7 @@ class Admission:
         refused: list[tuple[Held, MalformedEntry | MissingEntry]] = []
         for entry in entries:
             known = table.get(entry.id)
-            if known is not None and self._goes_on(known, until, searched=searched):
+            if known is not None and self._stays(known, entry, until, by_reclaim=by_reclaim, searched=searched):
                 continue
             message = self._message_of(entry)
             attempt = 1 + failed_attempts(message.headers) if is_retry else ledger.recall_attempt(stream, entry.id)
@@ -101,7 +101,7 @@ class Admission:
             held = Held(stream, entry.id, message, attempt, deliveries, published_at, at, lease, by_reclaim)
             ledger.add(held)
             taken.append(held)
-            settled_by = ledger.recall_handled(stream, entry.id)
+            settled_by = ledger.recall_handled(stream, entry)
             if settled_by is not None:
                 self._settler.ack(held, settled_by)
             elif not isinstance(entry, ClaimedMessage):
@@ -118,8 +118,11 @@ class Admission:
         self._tell(taken, refused)
         return startable, suspect
 
-    def _goes_on(self, known: Held, until: float, *, searched: bool) -> bool:
+    def _stays(self, known: Held, entry: FetchedEntry, until: float, *, by_reclaim: bool, searched: bool) -> bool:
         """Whether an entry that is already held stays as it is, although it was delivered to us again."""
+        if isinstance(entry, ClaimedMessage) and entry.message.uid != known.message.uid:
+            self._give_way(known, by_reclaim=by_reclaim)
+            return False
         now = self._context.clock()
         if known.stage is not Stage.RETURNED:
             # The server has just said that it is ours: its handling continues.
@@ -133,6 +136,23 @@ class Admission:
         tell_let_go(self._context, known)
         self._ledger.remove(known)
         return False
+
+    def _give_way(self, known: Held, *, by_reclaim: bool) -> None:
+        """The id of a held entry belongs to another message now: its server was replaced, and it is lost there.
+
+        Its handling goes on, but settles nothing: it would settle the other message.
+        """
+        context = self._context
+        if known.stage is Stage.SETTLING:
+            self._ledger.replace(known)
+            return
+        known.lost = True
+        context.counters.leases_lost += 1
+        scope: ErrorScope = "reclaim" if by_reclaim else "read"
+        tell_lost(context, known, scope, "the server has given its id to another message (after a failover)")
+        self._ledger.remove(known)
+        if known.scope is not None and context.on_lease_lost == "cancel":
+            known.scope.cancel()
 
     def _message_of(self, entry: FetchedEntry) -> Message:
         if isinstance(entry, ClaimedMessage):

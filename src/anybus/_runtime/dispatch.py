@@ -247,7 +247,7 @@ class Dispatch:
         elif intent in (DEAD_LETTERED, DROPPED):
             counters.dead_lettered += 1
         if sure and not handed_back:
-            context.ledger.note_settled(held.stream, (held.id,))
+            context.ledger.note_settled(held.stream, (held.id,), (held.message.uid,))
         elif not sure:
             context.ledger.note_doubt(held.stream, (held.id,))
         ending = self._remove(held)

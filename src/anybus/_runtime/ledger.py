@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import anyio
 
-from ..abc import FetchedEntry
+from ..abc import ClaimedMessage, FetchedEntry
 from .budget import Budget
 from .entry import SETTLED_BEFORE, Held, Stage
 
@@ -75,8 +75,11 @@ class Ledger:
         self.vanished: dict[str, float] = {}
         """Streams where an entry ceased to be ours within its lease, and when that lease was to end."""
         self._topic = streams[0]
-        self._handled: dict[str, OrderedDict[str, str]] = {stream: OrderedDict() for stream in streams}
+        self._handled: dict[str, OrderedDict[str, tuple[str, str]]] = {stream: OrderedDict() for stream in streams}
+        # Ids, and the uids of their messages: after a failover, an id may belong to another message than before.
         self._settled: dict[str, deque[str]] = {stream: deque(maxlen=_REMEMBERED) for stream in streams}
+        self._settled_uids: dict[str, deque[str]] = {stream: deque(maxlen=_REMEMBERED) for stream in streams}
+        self._replaced = 0
         self._crossing: set[tuple[str, str]] = set()
         self._attempts: OrderedDict[tuple[str, str], int] = OrderedDict()
         self._some_wait = False
@@ -111,7 +114,11 @@ class Ledger:
             held.settlement.result = None
         if held.attempt > 1 and held.stream == self._topic:
             _remember(self._attempts, (held.stream, held.id), held.attempt)
-        del self.tables[held.stream][held.id]
+        table = self.tables[held.stream]
+        if table.get(held.id) is held:
+            del table[held.id]
+        else:
+            self._replaced -= 1
         if self._crossing:
             self._crossing.discard((held.stream, held.id))
         self.budget.use(-1, by_reclaim=held.by_reclaim)
@@ -121,12 +128,17 @@ class Ledger:
         if self.budget.trial is not None:
             self.budget.trial.look_again()
 
+    def replace(self, held: Held) -> None:
+        """Make room for another message with the same id. This entry's settlement is under way, and ends by itself."""
+        del self.tables[held.stream][held.id]
+        self._replaced += 1
+
     def remove_acked(self, stream: str, entries: Sequence[Held], ids: Sequence[str]) -> Sequence[Held]:
         """``note_settled`` and ``remove`` for plainly acked entries of one stream. Tasks that wait are woken once.
 
         :return: the entries that are not plain. They are still held.
         """
-        if self._crossing:
+        if self._crossing or self._replaced:
             return entries
         table = self.tables[stream]
         unusual: list[Held] = []
@@ -148,7 +160,12 @@ class Ledger:
                     by_read += 1
             else:
                 unusual.append(held)
-        self.note_settled(stream, [held.id for held in entries if held.stage is _GONE] if unusual else ids)
+        if unusual:
+            ids = [held.id for held in entries if held.stage is _GONE]
+            uids = [held.message.uid for held in entries if held.stage is _GONE]
+        else:
+            uids = [held.message.uid for held in entries]
+        self.note_settled(stream, ids, uids)
         self.budget.use(-by_reclaim, by_reclaim=True)
         self.budget.use(-by_read, by_reclaim=False)
         self.changed()
@@ -166,15 +183,33 @@ class Ledger:
         for taking in self.under_way:
             taking.settled.setdefault(held.stream, set()).add(held.id)
 
-    def note_settled(self, stream: str, ids: Sequence[str]) -> None:
-        """The server has accepted settlements after which these are no longer pending."""
+    def note_settled(self, stream: str, ids: Sequence[str], uids: Sequence[str]) -> None:
+        """The server has accepted settlements after which these are no longer pending.
+
+        :param uids: of their messages.
+        """
         for taking in self.under_way:
             taking.settled.setdefault(stream, set()).update(ids)
         self._settled[stream] += ids
+        self._settled_uids[stream] += uids
         if self._crossing:
-            for entry_id in ids:
+            for entry_id, uid in zip(ids, uids, strict=True):
                 if (stream, entry_id) in self._crossing:
-                    _remember(self._handled[stream], entry_id, SETTLED_BEFORE)
+                    _remember(self._handled[stream], entry_id, (SETTLED_BEFORE, uid))
+
+    def comes_again(self, stream: str, entry: FetchedEntry) -> bool:
+        """Whether an entry that was settled while a call was under way may be what the call brought.
+
+        Either its group was recreated, or its server was replaced and the id belongs to another message now.
+        """
+        if entry.id in self._handled[stream]:
+            return True
+        if isinstance(entry, ClaimedMessage):
+            settled = zip(reversed(self._settled[stream]), reversed(self._settled_uids[stream]), strict=True)
+            for entry_id, uid in settled:
+                if entry_id == entry.id:
+                    return uid != entry.message.uid
+        return False
 
     def group_was_lost(self, stream: str) -> None:
         """A recreated group may redeliver entries that were settled here lately: they are only acked then.
@@ -183,8 +218,8 @@ class Ledger:
         a loss it does not hold: if an operator moves a group back on purpose, its messages are handled again.
         """
         self.vanished.pop(stream, None)
-        for entry_id in self._settled[stream]:
-            _remember(self._handled[stream], entry_id, SETTLED_BEFORE)
+        for entry_id, uid in zip(self._settled[stream], self._settled_uids[stream], strict=True):
+            _remember(self._handled[stream], entry_id, (SETTLED_BEFORE, uid))
         self._crossing |= {(stream, held.id) for held in self.tables[stream].values() if held.stage is Stage.SETTLING}
 
     def note_vanished(self, held: Held, now: float) -> None:
@@ -213,14 +248,18 @@ class Ledger:
 
     def remember_handled(self, held: Held, intent: str) -> None:
         """This entry was handled here, but its ack was not confirmed. If it is redelivered, it is only acked."""
-        _remember(self._handled[held.stream], held.id, intent)
+        _remember(self._handled[held.stream], held.id, (intent, held.message.uid))
 
     def was_handled(self, stream: str, entry_id: str) -> bool:
         return entry_id in self._handled[stream]
 
-    def recall_handled(self, stream: str, entry_id: str) -> str | None:
-        """The intent with which to ack such an entry, or None. This forgets the entry, since it is acked now."""
-        return self._handled[stream].pop(entry_id, None)
+    def recall_handled(self, stream: str, entry: FetchedEntry) -> str | None:
+        """The intent with which to ack such an entry, or None. This forgets the entry, since it is acked now.
+
+        It is None if another message had this id.
+        """
+        intent, uid = self._handled[stream].pop(entry.id, (None, None))
+        return None if isinstance(entry, ClaimedMessage) and entry.message.uid != uid else intent
 
     def some_wait(self) -> None:
         """Entries were sent to the handlers, so a small read is not worthwhile."""
