@@ -222,17 +222,6 @@ class Work:
                     return False
             return not client.exists(delayed(retry_stream(self.topic, "g")))
 
-    def settled_twice(self) -> set[str]:
-        """The ids of entries that one consumer has settled more than once."""
-        return {
-            entry_id
-            for child in self.consumers
-            for entry_id, times in Counter(
-                entry_id for what, entry_id, *_ in child.lines("events.g") if what == "settled"
-            ).items()
-            if times > 1
-        }
-
     def end(self) -> None:
         for child in (*self.publishers, *self.consumers):
             if child.process.poll() is None:
@@ -343,6 +332,5 @@ def test_what_a_switch_loses_while_the_old_primary_lives(
         "lost": len(confirmed - stored.keys()),
     }
     told["lost in one switch"] = round(len(confirmed - stored.keys()) / (FAILOVERS // 2))
-    told["stored, and never handled"] = len(unhandled)
     record_property("figures", json.dumps(told))
     print(json.dumps(told))

@@ -100,7 +100,8 @@ def arguments(asked: Sequence[Command]) -> list[Argument]:
 def missing_rights(asked: Sequence[Command], reply: Any) -> BackendError | None:
     """One error that names all missing permissions; None = none is missing."""
     missing: list[str] = []
-    for index, text in reply:
+    found: list[tuple[int, bytes]] = reply
+    for index, text in found:
         error = ServerError(text.decode(errors="replace"))
         if has_code(error, "NOPERM") or _UNKNOWN in str(error).lower():
             missing.append(_name(asked[index - 1]))

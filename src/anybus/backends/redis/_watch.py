@@ -256,7 +256,8 @@ class Watch:
                 _wake(part)
             else:
                 with self._client.reading(reply):
-                    _wake(part[index - 1] for index in reply)
+                    found: list[int] = reply
+                    _wake(part[index - 1] for index in found)
         for part, reply in zip(checked, replies[len(looked_at) :], strict=True):
             if isinstance(reply, ServerError):
                 self._client.refused(reply)
