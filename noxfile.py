@@ -132,6 +132,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def scale(session: nox.Session) -> None:
+    """What a thousand subscriptions in one process cost, beside the targets. Arguments go to the script."""
+    install(session, "bench")
+    session.run("python", "benchmarks/scale.py", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """The main job on real input: two groups, failures, a cancelled consumer, and the accounting. Both event loops."""
     install(session, "demo")
