@@ -17,6 +17,7 @@ from anybus import BackendError, Delivery, ExponentialBackoff, Message, Retry, S
 from anybus._failure.copies import retry_stream
 from anybus.abc import ClaimedMessage, Move, Output
 from anybus.backends.redis import RedisBackend
+from anybus.backends.redis import _scripts as scripts
 from anybus.backends.redis._keys import delayed
 
 LARGE = 600 * 1024
@@ -193,3 +194,25 @@ async def test_a_delayed_message_is_found_among_many_to_be_cancelled(
         assert not await backend.cancel_later(topic, schedule)
         assert not await backend.cancel_later(topic, "*")
         assert await to_thread.run_sync(client.zcard, delayed(topic)) == 5000
+
+
+async def test_dead_consumers_are_removed_in_parts(server: RunningServer, client: Any, topic: str) -> None:
+    async with groups(server, topic) as (backend, _):
+
+        def fill() -> None:
+            pipeline = client.pipeline(transaction=False)
+            for number in range(2500):
+                pipeline.execute_command("XGROUP", "CREATECONSUMER", topic, "g", f"dead-{number}")
+            pipeline.execute()
+
+        await to_thread.run_sync(fill)
+        await backend.publish(topic, Message(topic))
+        await backend.read_new(topic, "g", "dead-7", count=1, timeout=0)
+        await anyio.sleep(0.02)
+
+        def reap() -> int:
+            return int(client.eval(scripts.REAP.source, 1, topic, "g", "myself", 5))
+
+        removed = [await to_thread.run_sync(reap) for _ in range(4)]
+        assert removed == [1000, 1000, 499, 0]
+        assert await backend.consumer_names(topic, "g") == ["dead-7"]
