@@ -133,7 +133,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def scale(session: nox.Session) -> None:
-    """What a thousand subscriptions in one process cost, and how fast each of them is. Takes about 3 minutes."""
+    """What a thousand subscriptions in one process cost, beside the targets. Arguments go to the script."""
     install(session, "bench")
     session.run("python", "benchmarks/scale.py", *session.posargs)
 

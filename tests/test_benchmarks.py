@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import chart
 import page
 import pytest
+import scale
 from _costs import Stopwatch
 from _pinning import can_pin, one_core, usable_cores
 from _record import Record
@@ -178,3 +179,27 @@ if sys.platform == "linux":
             assert affinities(threaded) == [{core}, {core}]
         assert os.sched_getaffinity(0) == before
         assert affinities(threaded) == [before, before]
+
+
+def test_a_quick_run_measures_what_many_subscriptions_cost(tmp_path: Path) -> None:
+    record = tmp_path / "scale.json"
+    sizes = ("--subscriptions", 6, "--groups", 2, "--seconds", 0.5, "--messages", 5)
+    printed = run("scale.py", *sizes, "--loop", "trio", "--json", record)
+    assert "6 subscriptions of 2 group(s)" in printed
+    found = json.loads(record.read_text())
+    figures: dict[str, float] = found["figures"]["trio"]
+    assert set(figures) == set(scale.UNITS)
+    assert all(value > 0 for value in figures.values())
+    assert figures["quiet_p50_ms"] <= figures["quiet_p99_ms"]
+    assert figures["calls_per_s"] >= figures["commands_per_s"]
+    assert found["targets"] == {}, "the targets are those of another size"
+
+
+def test_one_subscription_and_a_thousand_have_targets() -> None:
+    def targets(subscriptions: int, groups: int = 1) -> set[str]:
+        return set(scale.Plan(0, subscriptions, groups, 1, 1).targets())
+
+    assert targets(1) == {"client_percent", "commands_per_s"}
+    assert {"connections", "entered_s", "calls_per_s"} < targets(1000)
+    assert not targets(1000, 10)
+    assert targets(1000) | targets(1) < set(scale.UNITS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,10 +13,11 @@ from harness import SOON, quick, until
 from proxy import CutAfter, proxied
 from servers import RunningServer
 
-from anybus import BackendError, Delivery, ExponentialBackoff, Message, Retry, StreamBus, SubscriptionConfig
+from anybus import BackendError, Delivery, ExponentialBackoff, JsonCodec, Message, Retry, StreamBus, SubscriptionConfig
 from anybus._failure.copies import retry_stream
-from anybus.abc import ClaimedMessage, Move, Output
+from anybus.abc import ClaimedMessage, FetchedEntry, Move, Output
 from anybus.backends.redis import RedisBackend
+from anybus.backends.redis import _scripts as scripts
 from anybus.backends.redis._keys import delayed
 
 LARGE = 600 * 1024
@@ -30,6 +31,10 @@ async def groups(server: RunningServer, topic: str) -> AsyncGenerator[tuple[Redi
         await backend.create_group(topic, "g", "0")
         await backend.create_group(retries, "g", "0")
         yield backend, retries
+
+
+def claimed(entries: Sequence[FetchedEntry]) -> list[ClaimedMessage]:
+    return [entry for entry in entries if isinstance(entry, ClaimedMessage)]
 
 
 def large(topic: str, number: int) -> Message:
@@ -103,8 +108,8 @@ async def test_a_scan_over_many_entries_of_a_live_consumer_is_cut_and_goes_on(
                 pipeline.xadd(topic, {"message": "{}"})
             ids = pipeline.execute()
             client.xreadgroup("g", "live", {topic: ">"}, count=10_001)
-            # Released long ago: the last one that a scan comes to.
-            client.xclaim(topic, "g", "anybus:returned", 0, [ids[-1]], time=0, justid=True)
+            # Its lease ended long ago: the last one that a scan comes to.
+            client.xclaim(topic, "g", "dead", 0, [ids[-1]], time=0, justid=True)
 
         await to_thread.run_sync(fill)
         calls = 0
@@ -115,6 +120,52 @@ async def test_a_scan_over_many_entries_of_a_live_consumer_is_cut_and_goes_on(
                 break
             assert not taken.more  # it goes on in the next pass, without haste
         assert 5 <= calls <= 8
+
+
+async def test_what_was_handed_back_is_taken_at_once_beside_many_pending_entries(
+    server: RunningServer, client: Any, topic: str
+) -> None:
+    async with groups(server, topic) as (backend, retries):
+
+        def fill() -> list[str]:
+            pipeline = client.pipeline(transaction=False)
+            for _ in range(10_002):
+                pipeline.xadd(topic, {"message": JsonCodec().encode(Message(topic))})
+            ids = [entry_id.decode() for entry_id in pipeline.execute()]
+            client.xreadgroup("g", "live", {topic: ">"}, count=10_002)
+            return ids
+
+        ids = await to_thread.run_sync(fill)
+        await backend.release(topic, "g", "live", [ids[-1]])
+        taken = await backend.redeliver(topic, retries, "g", "c", min_idle=600, count=64)
+        assert [(entry.id, entry.deliveries) for entry in claimed(taken.reclaimed)] == [(ids[-1], 1)]
+        assert not taken.more
+        assert "anybus:returned" not in await backend.consumer_names(topic, "g")
+        await backend.release(topic, "g", "live", [ids[-2]])
+        entries = await backend.reclaim_idle(topic, "g", "c", min_idle=600, count=2)
+        assert [(entry.id, entry.deliveries) for entry in claimed(entries)] == [(ids[-2], 1)]
+        await backend.release(topic, "g", "live", [ids[0]])
+        found = [entry.id for entry in await backend.reclaim_idle(topic, "g", "c", min_idle=0, count=8)]
+        assert len(found) == len(set(found)) == 8, "each of them once"
+        assert found[0] == ids[0]
+
+
+async def test_what_is_handed_back_again_and_again_leaves_room_for_the_entries_of_dead_consumers(
+    server: RunningServer, topic: str
+) -> None:
+    async with groups(server, topic) as (backend, retries):
+        ids = [await backend.publish(topic, Message(topic)) for _ in range(30)]
+        await backend.read_new(topic, "g", "dead", count=10, timeout=0)
+        await backend.read_new(topic, "g", "c", count=20, timeout=0)
+        await backend.release(topic, "g", "c", ids[10:])
+        await anyio.sleep(0.02)
+        dead: list[str] = []
+        for _ in range(10):
+            taken = await backend.redeliver(topic, retries, "g", "c", min_idle=0.01, count=4)
+            found = {entry.id for entry in taken.reclaimed}
+            await backend.release(topic, "g", "c", sorted(found - set(ids[:10])))
+            dead += sorted(found & set(ids[:10]))
+        assert dead == ids[:10]
 
 
 async def test_transfers_go_in_parts_of_bounded_size(server: RunningServer, topic: str) -> None:
@@ -193,3 +244,25 @@ async def test_a_delayed_message_is_found_among_many_to_be_cancelled(
         assert not await backend.cancel_later(topic, schedule)
         assert not await backend.cancel_later(topic, "*")
         assert await to_thread.run_sync(client.zcard, delayed(topic)) == 5000
+
+
+async def test_dead_consumers_are_removed_in_parts(server: RunningServer, client: Any, topic: str) -> None:
+    async with groups(server, topic) as (backend, _):
+
+        def fill() -> None:
+            pipeline = client.pipeline(transaction=False)
+            for number in range(2500):
+                pipeline.execute_command("XGROUP", "CREATECONSUMER", topic, "g", f"dead-{number}")
+            pipeline.execute()
+
+        await to_thread.run_sync(fill)
+        await backend.publish(topic, Message(topic))
+        await backend.read_new(topic, "g", "dead-7", count=1, timeout=0)
+        await anyio.sleep(0.02)
+
+        def reap() -> int:
+            return int(client.eval(scripts.REAP.source, 1, topic, "g", "myself", 5))
+
+        removed = [await to_thread.run_sync(reap) for _ in range(4)]
+        assert removed == [1000, 1000, 499, 0]
+        assert await backend.consumer_names(topic, "g") == ["dead-7"]

@@ -19,6 +19,9 @@ from typing import Final
 MOST_VALUES: Final = 7000
 """How many values a script passes to one command at most. Lua's ``unpack`` allows 7,999."""
 
+MOST_REAPED: Final = 1000
+"""How many dead consumers one call removes at most."""
+
 
 @dataclass(frozen=True)
 class Script:
@@ -212,12 +215,14 @@ return 1
 )
 
 # Removes consumers that have no pending entries, and were silent for ARGV[3] ms. A live consumer is recreated by its
-# next read, so this does no harm.
+# next read, so this does no harm. The list of consumers cannot be read in parts: it takes about 1 us for each.
 REAP: Final = Script(
     "reap",
+    f"local most = {MOST_REAPED}"
     """
 local removed = 0
 for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  if removed >= most then break end
   local info = {}
   for i = 1, #consumer, 2 do info[consumer[i]] = consumer[i + 1] end
   if info['pending'] == 0 and info['idle'] > tonumber(ARGV[3]) and info['name'] ~= ARGV[2] then

@@ -108,14 +108,34 @@ return {{last, found}}
 # uncounted, and the next scan starts there. `budget` is what is left for this call: bytes, looks, and whether anything
 # was taken. `budget.more` is set if entries were left.
 # Losses are noted (see `_fence_scripts`), unless the entries belonged to the parking consumer.
+# Entries of the parking consumer come first, for up to half of the room: a scan over many pending entries may need many
+# calls until it reaches them. The other half is for the scan, however often entries are released again.
 _RECLAIM: Final = """
 local function reclaim(key, group, consumer, min_idle, count, cursor, budget, losses)
   local parking = 'anybus:returned'
-  local taken, wrapped, more = {}, cursor == '0-0', false
+  local taken, got, wrapped, more = {}, {}, cursor == '0-0', false
   -- These fail, if anything fails, before an entry is taken.
-  redis.call('XPENDING', key, group, '0-0', '0-0', 1)
+  local waiting = redis.call('XPENDING', key, group, '-', '+', math.max(1, math.floor(count / 2)), parking)
   redis.call('XCLAIM', key, group, consumer, 0, '0-0', 'JUSTID')
-  repeat
+  local function take(id)
+    local pending = redis.call('XPENDING', key, group, id, id, 1)
+    local deliveries = pending[1] and pending[1][4] + 1 or 1
+    local body = redis.call('XCLAIM', key, group, consumer, 0, id, 'RETRYCOUNT', deliveries)
+    local fields = body[1] and body[1][2] or false
+    if fields then budget.bytes = budget.bytes - size_of(fields) end
+    taken[#taken + 1] = {id, fields, deliveries}
+    got[id] = true
+    budget.any = true
+  end
+  -- With room for one entry only, those of dead consumers would never be reached.
+  for i = 1, count > 1 and #waiting or 0 do
+    if budget.bytes <= 0 and budget.any then
+      more = true
+      break
+    end
+    take(waiting[i][1])
+  end
+  while not more and #taken < count do
     local scan = math.min(count - #taken, math.max(1, math.floor(budget.looks / 10)))
     budget.looks = budget.looks - 10 * scan
     local parked = {}
@@ -130,20 +150,17 @@ local function reclaim(key, group, consumer, min_idle, count, cursor, budget, lo
       end
     end
     for _, id in ipairs(page[2]) do
-      local pending = redis.call('XPENDING', key, group, id, id, 1)
-      if budget.bytes <= 0 and budget.any then
+      if got[id] then
+        -- With a minimum idle time of zero, a scan meets what was taken before.
+      elseif budget.bytes <= 0 and budget.any then
+        local pending = redis.call('XPENDING', key, group, id, id, 1)
         local before = pending[1] and pending[1][4] or 0
         redis.call('XCLAIM', key, group, parking, 0, id, 'TIME', 0, 'RETRYCOUNT', before, 'JUSTID')
         note_loss(losses, consumer, id, id)
         if not more then cursor = id end
         more = true
       else
-        local deliveries = pending[1] and pending[1][4] + 1 or 1
-        local body = redis.call('XCLAIM', key, group, consumer, 0, id, 'RETRYCOUNT', deliveries)
-        local fields = body[1] and body[1][2] or false
-        if fields then budget.bytes = budget.bytes - size_of(fields) end
-        taken[#taken + 1] = {id, fields, deliveries}
-        budget.any = true
+        take(id)
       end
     end
     for _, id in ipairs(page[3] or {}) do taken[#taken + 1] = {id, false, 0} end
@@ -151,7 +168,8 @@ local function reclaim(key, group, consumer, min_idle, count, cursor, budget, lo
       if wrapped then break end
       wrapped = true
     end
-  until more or #taken >= count or budget.looks < 10
+    if budget.looks < 10 then break end
+  end
   budget.more = budget.more or more
   if #taken > 0 and #redis.call('XPENDING', key, group, '-', '+', 1, parking) == 0 then
     redis.pcall('XGROUP', 'DELCONSUMER', key, group, parking)
