@@ -139,6 +139,13 @@ def scale(session: nox.Session) -> None:
 
 
 @nox.session
+def backlog(session: nox.Session) -> None:
+    """What a message costs with large backlogs and long pending lists. Arguments go to the script."""
+    install(session, "bench")
+    session.run("python", "benchmarks/backlog.py", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """The main job on real input: two groups, failures, a cancelled consumer, and the accounting. Both event loops."""
     install(session, "demo")

@@ -203,3 +203,14 @@ def test_one_subscription_and_a_thousand_have_targets() -> None:
     assert {"connections", "entered_s", "calls_per_s"} < targets(1000)
     assert not targets(1000, 10)
     assert targets(1000) | targets(1) < set(scale.UNITS)
+
+
+def test_a_quick_run_measures_large_backlogs(tmp_path: Path) -> None:
+    record = tmp_path / "backlog.json"
+    printed = run("backlog.py", "--python-quick", "--loop", "asyncio", "--json", record)
+    figures: dict[str, Any] = json.loads(record.read_text())["figures"]["asyncio"]
+    assert [name.split()[0] for name in figures] == ["drain"] * 4 + ["beside", "reclaim"] * 3 + ["retries", "letters"]
+    for name, measured in figures.items():
+        assert name in printed
+        assert all(value > 0 for measure in ("rate", "client_us", "server_us") for value in measured[measure])
+        assert all(value >= 0 for value in measured["longest_ms"])
