@@ -297,7 +297,7 @@ async def test_after_close_timeout_handlers_are_cancelled_and_what_they_had_is_r
             ids = await publish(bus, topic, 3)
             await handler.has_begun(3)
             begun = anyio.current_time()
-        assert anyio.current_time() - begun >= close_timeout
+        assert anyio.current_time() - begun > close_timeout - 0.002  # uvloop counts in milliseconds
         assert sorted(handler.cancelled) == sorted(ids)
         assert await released(harness, topic, ids)
         assert subscription.statistics().released == 3
