@@ -71,13 +71,16 @@ class BlockingReader:
             raise broken(text, may_have_happened=True) from error
         except BaseException:
             # Cancelled: entries may be under way. Make the server answer now, and release them.
-            with anyio.move_on_after(_SHIELDED, shield=True) as scope:
-                await self._end_blocking(link, replies)
-                await hand_back(replies.replies)
-            if scope.cancelled_caught:
-                self._on_lost()
-            if not replies.complete:
-                await self.abandon()  # noqa: ASYNC102 - shielded inside
+            try:
+                with anyio.move_on_after(_SHIELDED, shield=True) as scope:
+                    await self._end_blocking(link, replies)
+                    await hand_back(replies.replies)
+                if scope.cancelled_caught:
+                    self._on_lost()
+            finally:
+                # Also if a native asyncio cancellation has pierced the shield: the reply may bring others' entries.
+                if not replies.complete:
+                    await self.abandon()  # noqa: ASYNC102 - shielded inside
             raise
         return replies.replies
 

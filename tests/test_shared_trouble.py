@@ -1,0 +1,133 @@
+"""What goes wrong for one of many members that wait together costs the others nothing that they were promised."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+from anyio import to_thread
+from conftest import SERVER
+from fake_server import Command
+from harness import HOUR, SOON, Recorder, new_topic, quick, until
+from proxy import Act, Answer, name_of, proxied
+from servers import RunningServer
+
+from anybus import BackendError, Delivery, Message, StreamBus, SubscriptionConfig
+from anybus._runtime.naming import ConsumerNames
+from anybus.abc import FetchedEntry
+from anybus.backends.redis import RedisBackend
+from anybus.backends.redis._keys import meta
+from anybus.backends.redis._readers import FEW
+from anybus.backends.redis._shared_reader import SharedReader
+from anybus.backends.redis._taking import Taking
+
+ASYNCIO_LOOPS = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+]
+
+
+@pytest.fixture
+def own_server() -> Any:
+    """Its connections are broken."""
+    with RunningServer(SERVER) as running:
+        yield running
+
+
+class Crowd:
+    """So many members of a backend that two of them share a connection, and wait on it.
+
+    :ivar came: what came for a stream.
+    :ivar torn: whose reads are cancelled by asyncio itself, which must not end the others.
+    """
+
+    def __init__(self, backend: RedisBackend, streams: list[str]) -> None:
+        self.backend = backend
+        self.streams = streams
+        self.tasks: dict[str, Any] = {}
+        self.came: dict[str, list[FetchedEntry]] = {}
+        self.errors: dict[str, BackendError] = {}
+        self.torn: set[str] = set()
+
+    async def read(self, stream: str, timeout: float = SOON) -> None:
+        self.tasks[stream] = native_task()
+        try:
+            self.came[stream] = await self.backend.read_new(stream, "g", "c", count=100, timeout=timeout)
+        except BackendError as error:
+            self.errors[stream] = error
+        except asyncio.CancelledError:
+            if stream not in self.torn:
+                raise
+
+    def readers(self) -> list[SharedReader]:
+        return [reader for pool in self.backend._taking._readers._pools.values() for reader in pool.shared]
+
+    @property
+    def shared(self) -> SharedReader:
+        [found] = [reader for reader in self.readers() if len(reader.members) == 2]
+        return found
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The leader's stream and the other one."""
+        read = self.shared._read
+        assert read is not None
+        leader, follower = (name.decode() for name in read.waits)
+        return leader, follower
+
+
+def native_task() -> Any:
+    """The current task; None on trio."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+@asynccontextmanager
+async def crowd(server: RunningServer, url: str | None = None, timeout: float = SOON) -> AsyncGenerator[Crowd]:
+    topic = new_topic()
+    async with RedisBackend(url or server.url) as backend, anyio.create_task_group() as tasks:
+        found = Crowd(backend, [f"{topic}.{number}" for number in range(FEW + 1)])
+        for stream in found.streams:
+            await backend.create_group(stream, "g", "0")
+            tasks.start_soon(found.read, stream, timeout)
+
+        def waiting() -> int:
+            return sum(len(reader._read.waits) for reader in found.readers() if reader._read is not None)
+
+        await until(lambda: waiting() == len(found.streams), "all wait")
+        yield found
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
+async def test_a_leader_that_is_torn_out_of_its_shield_takes_nothing_from_the_others(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio's own cancellation, twice: the second one pierces the shield in which the first waits for the reply."""
+    async with crowd(server) as members:
+        leader, follower = members.pair
+        shared = members.shared
+        shared._reader._last_reply = anyio.current_time()  # so the connection is used without a PING
+        asked = anyio.Event()
+        members.torn.add(leader)
+
+        async def ask_in_vain(client_id: int) -> bool:
+            asked.set()
+            await anyio.sleep_forever()
+            return True
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shared._reader, "_unblock", ask_in_vain)
+            members.tasks[leader].cancel()
+            await asked.wait()
+            members.tasks[leader].cancel()
+            await until(lambda: shared._read is not None and list(shared._read.waits) == [follower.encode()])
+        await members.backend.publish(follower, Message(follower))
+        await until(lambda: follower in members.came)
+        assert len(members.came[follower]) == 1
