@@ -131,3 +131,28 @@ async def test_a_leader_that_is_torn_out_of_its_shield_takes_nothing_from_the_ot
         await members.backend.publish(follower, Message(follower))
         await until(lambda: follower in members.came)
         assert len(members.came[follower]) == 1
+
+
+async def test_the_floor_of_a_group_that_became_quiet_is_kept_within_seconds(
+    server: RunningServer, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the change is noticed less than an interval after the floor was kept last."""
+    monkeypatch.setattr("anybus.backends.redis._upkeep._FLOOR_INTERVAL", 1.0)
+    handled: list[str] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(delivery.id)
+
+    options = quick(claim_idle_timeout=1.2, reclaim_interval=0.1)
+    async with StreamBus(RedisBackend(server.url), options) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
+            with server.client() as admin:
+
+                async def is_kept() -> bool:
+                    kept: Any = await to_thread.run_sync(lambda: admin.hget(meta(topic), "g"))
+                    return bool(kept == handled[-1].encode())
+
+                for number in range(1, 4):
+                    await bus.publish(Message(topic))
+                    await until(lambda: len(handled) == number)  # noqa: B023
+                    await until(is_kept, "the floor is kept")

@@ -26,22 +26,27 @@ class Upkeep:
         self._client = client
         self._kept_at: dict[tuple[str, str], float] = {}
         self._reaped_at: dict[tuple[str, str], float] = {}
+        self._changed: set[tuple[str, str]] = set()
 
     def forget(self, stream: str, group: str) -> None:
         self._kept_at.pop((stream, group), None)
         self._reaped_at.pop((stream, group), None)
+        self._changed.discard((stream, group))
 
     def commands(
         self, stream: str, retry_stream: str, group: str, consumer: str, min_idle: float, *, floors: bool = True
     ) -> list[Command]:
         """
-        :param floors: whether the floors may have changed.
+        :param floors: whether the floors may have changed since the last call.
         """
         now, key = anyio.current_time(), (stream, group)
         due: list[Command] = []
-        interval = _FLOOR_INTERVAL if floors else _UNCHANGED_FLOOR_INTERVAL
+        if floors:
+            self._changed.add(key)
+        interval = _FLOOR_INTERVAL if key in self._changed else _UNCHANGED_FLOOR_INTERVAL
         if now - self._kept_at.get(key, -math.inf) >= interval:
             self._kept_at[key] = now
+            self._changed.discard(key)
             keys = (stream, meta(stream), retry_stream, meta(retry_stream))
             due.append(self._client.unwatched(scripts.FLOOR, keys, (group,)))
         if now - self._reaped_at.setdefault(key, now) >= max(min_idle, _REAP_AT_MOST_EVERY):
