@@ -156,3 +156,9 @@ async def test_the_floor_of_a_group_that_became_quiet_is_kept_within_seconds(
                     await bus.publish(Message(topic))
                     await until(lambda: len(handled) == number)  # noqa: B023
                     await until(is_kept, "the floor is kept")
+
+
+async def test_names_do_not_pile_up_however_often_one_topic_is_subscribed_to() -> None:
+    names = ConsumerNames()
+    assert len({names.new("t", "g", "label") for _ in range(30_000)}) == 30_000
+    assert len(names._uniques) <= 10_000

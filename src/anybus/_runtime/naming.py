@@ -20,7 +20,7 @@ class ConsumerNames:
 
     def new(self, topic: str, group: str, label: str) -> str:
         """A name for a new subscription."""
-        if len(self._used) == _REMEMBERED:
+        if _REMEMBERED in (len(self._used), len(self._uniques)):
             self._used.clear()
             self._uniques.clear()
         member = (topic, group, label)
