@@ -162,3 +162,26 @@ async def test_names_do_not_pile_up_however_often_one_topic_is_subscribed_to() -
     names = ConsumerNames()
     assert len({names.new("t", "g", "label") for _ in range(30_000)}) == 30_000
     assert len(names._uniques) <= 10_000
+
+
+async def test_a_read_ends_now_and_then_however_long_the_lease_is(
+    server: RunningServer, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only when it ends is it known that reads work again."""
+    timeouts: list[float] = []
+    read_new = Taking.read_new
+
+    async def noted(
+        self: Taking, stream: str, group: str, consumer: str, count: int, timeout: float, *rest: Any
+    ) -> Any:
+        timeouts.append(timeout)
+        return await read_new(self, stream, group, consumer, count, timeout, *rest)
+
+    monkeypatch.setattr(Taking, "read_new", noted)
+
+    async def handler(delivery: Delivery) -> None: ...
+
+    async with StreamBus(RedisBackend(server.url), quick(claim_idle_timeout=HOUR)) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
+            await until(lambda: any(timeouts))
+    assert max(timeouts) <= 20

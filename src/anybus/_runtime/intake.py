@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -20,6 +21,9 @@ from .ledger import Taking
 from .postponed import Postponed
 from .recovery import Recovery
 from .settler import Settler
+
+_LONGEST_READ: Final = 20.0
+"""A read that brings nothing ends after at most so many seconds. Only then it is known that reads work (again)."""
 
 SUSPECT, PAUSED, CIRCUIT, ENDING = "suspect", "paused", "circuit", "ending"
 
@@ -165,7 +169,7 @@ class Intake:
     async def _read_when_new(self) -> bool:
         if self._shared is None:
             return await self._read(self._block, 1)
-        return await self._read(self._context.lease / 3, 1, repeat=self._shared)
+        return await self._read(min(self._context.lease / 3, _LONGEST_READ), 1, repeat=self._shared)
 
     async def _read(self, timeout: float, at_most: float = math.inf, repeat: SharedWaiting | None = None) -> bool:
         """Read once. True if anything came.
