@@ -105,6 +105,16 @@ async def crowd(server: RunningServer, url: str | None = None, timeout: float = 
         tasks.cancel_scope.cancel()
 
 
+async def test_one_break_of_a_shared_connection_counts_once(own_server: RunningServer) -> None:
+    """It is one break, and has other reasons than large replies, although it is met by several members."""
+    with own_server.client() as admin:
+        async with crowd(own_server) as members:
+            pair, broken = members.pair, members.shared._reader.client_id
+            await to_thread.run_sync(lambda: admin.client_kill_filter(_id=str(broken), skipme=True))
+            await until(lambda: set(members.errors) == set(pair))
+            assert members.backend._taking._calls.appetite.of(100) == 100
+
+
 @pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
 async def test_a_leader_that_is_torn_out_of_its_shield_takes_nothing_from_the_others(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +141,62 @@ async def test_a_leader_that_is_torn_out_of_its_shield_takes_nothing_from_the_ot
         await members.backend.publish(follower, Message(follower))
         await until(lambda: follower in members.came)
         assert len(members.came[follower]) == 1
+
+
+async def test_a_blocked_read_that_the_server_does_not_find_is_not_asked_for_without_a_pause(
+    server: RunningServer,
+) -> None:
+    """After a failover, for example: the blocking connection still leads to the old server."""
+    asked = 0
+
+    def nothing_blocked(command: Command) -> Act | None:
+        nonlocal asked
+        if command[:2] == [b"CLIENT", b"UNBLOCK"]:
+            asked += 1
+            return Answer(b":0\r\n")
+        return None
+
+    async with proxied(server.port) as proxy, crowd(server, proxy.url, timeout=1.0) as members:
+        proxy.rule = nothing_blocked
+        shared, read = members.shared, members.shared._read
+        assert read is not None
+        shared._end(read)
+        await read.ended.wait()
+        assert 1 <= asked <= 30
+
+
+async def test_who_may_not_read_several_streams_at_once_is_told_and_reads_all_the_same(
+    server: RunningServer,
+) -> None:
+    """A proxy before a cluster refuses commands that name several slots."""
+    refused = 0
+
+    def one_slot(command: Command) -> Act | None:
+        nonlocal refused
+        if name_of(command) == "XREADGROUP" and command[-2:] == [b">", b">"]:
+            refused += 1
+            return Answer(b"-CROSSSLOT Keys in request don't hash to the same slot\r\n")
+        return None
+
+    topic, handled, recorder = new_topic(), set[str](), Recorder()
+    topics = [f"{topic}.{number}" for number in range(FEW + 4)]
+
+    async def handler(delivery: Delivery) -> None:
+        handled.add(delivery.message.topic)
+
+    async with proxied(server.port) as proxy:
+        proxy.rule = one_slot
+        async with StreamBus(RedisBackend(proxy.url), quick(recorder)) as bus, anyio.create_task_group() as tasks:
+            for name in topics:
+                await tasks.start(bus.consume, SubscriptionConfig(name, "g"), handler)
+            await until(lambda: any("CROSSSLOT" in str(event.error) for event in recorder.of("on_error", "read")))
+            for name in topics:
+                await bus.publish(Message(name))
+            await until(lambda: handled == set(topics))
+            before = refused
+            await anyio.sleep(1)
+            assert refused - before < 100, "not at full speed"
+            tasks.cancel_scope.cancel()
 
 
 async def test_the_floor_of_a_group_that_became_quiet_is_kept_within_seconds(

@@ -23,6 +23,14 @@ _SHIELDED: Final = 1.0
 _GATHERED: Final = 0.002
 """For so many seconds, members that want to join are gathered before the read under way is ended for them."""
 
+_LONGEST_PAUSE: Final = 0.1
+"""While the server does not find the read that is to be ended, the pauses grow to so many seconds."""
+
+
+_MOST_REFUSALS: Final = 10
+_REMEMBERED: Final = 10.0
+"""After so many seconds, a refusal is forgotten. It is longer than the pauses between the tries of a subscription."""
+
 
 class Track:
     """What a member knows of its reads.
@@ -32,12 +40,14 @@ class Track:
     :ivar came_at: when a read has last returned an entry, on AnyIO's clock.
     """
 
-    __slots__ = ("came_at", "last_id", "lost")
+    __slots__ = ("came_at", "last_id", "lost", "refused", "refused_at")
 
     def __init__(self) -> None:
         self.lost = False
         self.last_id = "0-0"
         self.came_at = -math.inf
+        self.refused = 0
+        self.refused_at = -math.inf
 
     def lose(self) -> None:
         self.lost = True
@@ -46,6 +56,13 @@ class Track:
         self.last_id = last_id
         self.came_at = anyio.current_time()
 
+    def is_refused_too_often(self) -> bool:
+        """Count a refusal of a read of several streams. True = again and again, so it is not because of one of them."""
+        now = anyio.current_time()
+        self.refused = self.refused + 1 if now - self.refused_at < _REMEMBERED else 1
+        self.refused_at = now
+        return self.refused > _MOST_REFUSALS
+
 
 class Wait:
     """A member that waits for entries of its stream.
@@ -53,9 +70,10 @@ class Wait:
     :ivar until: when it gives up, on AnyIO's clock.
     :ivar reply: the server's reply, with the part for this stream only; None = nothing came.
     :ivar alone: whether the reply concerns no other member.
+    :ivar request: the same for all members that the last read named.
     """
 
-    __slots__ = ("alone", "count", "done", "error", "event", "name", "reply", "track", "until")
+    __slots__ = ("alone", "count", "done", "error", "event", "name", "reply", "request", "track", "until")
 
     def __init__(self, stream: str, count: int, until: float, track: Track) -> None:
         self.name = stream.encode()
@@ -67,6 +85,7 @@ class Wait:
         self.reply: Any = None
         self.error: BackendError | None = None
         self.event: anyio.Event | None = None
+        self.request = object()
 
     def finish(self, reply: Any, error: BackendError | None = None, *, alone: bool = True) -> None:
         self.reply = reply
@@ -177,6 +196,9 @@ class SharedReader:
         # Those that have got their answer may not have noticed yet.
         read = self._read = _Read({name: wait for name, wait in self._waits.items() if not wait.done})
         waits = list(read.waits.values())
+        request = object()
+        for wait in waits:
+            wait.request = request
         now = anyio.current_time()
         block = max(0.001, min(longest_block, *(wait.until - now for wait in waits)))
         count, wait_ms = min(wait.count for wait in waits), max(1, int(block * 1000))
@@ -247,12 +269,17 @@ class SharedReader:
 
     async def _unblock_until_ended(self, read: _Read) -> None:
         """Repeated, because the blocking command may not have reached the server yet."""
+        pause = _GATHERED
         with anyio.CancelScope(shield=True):
             while not read.ended.is_set():
-                await anyio.sleep(_GATHERED)
+                await anyio.sleep(pause)
                 client_id = self._reader.client_id
+                if not client_id or read.ended.is_set():
+                    continue
                 try:
-                    if client_id and not read.ended.is_set() and await self._unblock(client_id):
+                    if await self._unblock(client_id):
                         return
                 except Exception:
                     return  # the shared connection failed: the blocking command ends after its own time
+                # Perhaps this connection leads to another server than the shared one (after a failover).
+                pause = min(2 * pause, _LONGEST_PAUSE)

@@ -163,7 +163,7 @@ class Taking:
             reader = await self._readers.wait(member, wait, longest_block)
         except BackendError as error:
             if error.may_have_happened:
-                self._calls.appetite.broke(object())
+                self._calls.appetite.broke(wait.request)
             raise
         except BaseException:
             if wait.reply is not None:
@@ -174,7 +174,12 @@ class Taking:
             if leads_elsewhere(reply):
                 raise translate(reply)
             if not wait.alone:
-                return await self._look(track, member, wait.count)  # perhaps it concerns another stream
+                # Perhaps it concerns another stream.
+                entries = await self._look(track, member, wait.count)
+                if not entries and track.is_refused_too_often():
+                    text = f"several streams cannot be read together: {reply}"
+                    raise BackendError(text, may_have_happened=False, can_pass=True)
+                return entries
             refused = await self._client.refused_in(stream, group, reply)
             if isinstance(refused, GroupLostError):
                 track.last_id = "0-0"  # the recreated group may deliver lower ids
