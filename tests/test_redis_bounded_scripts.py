@@ -18,7 +18,7 @@ from anybus._failure.copies import retry_stream
 from anybus.abc import ClaimedMessage, FetchedEntry, Move, Output
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis import _scripts as scripts
-from anybus.backends.redis._keys import delayed
+from anybus.backends.redis._keys import delayed, waiting
 
 LARGE = 600 * 1024
 """Encoded, two of them are more than the 1 MiB of one call, and one is less."""
@@ -166,6 +166,43 @@ async def test_what_is_handed_back_again_and_again_leaves_room_for_the_entries_o
             await backend.release(topic, "g", "c", sorted(found - set(ids[:10])))
             dead += sorted(found & set(ids[:10]))
         assert dead == ids[:10]
+
+
+async def test_a_pass_that_leaves_entries_does_not_ask_for_all_owners(
+    server: RunningServer, client: Any, topic: str
+) -> None:
+    """XPENDING without a range names every owner: with 100,000 of them, it would block the server for tens of ms."""
+    mark = waiting(topic, "g")
+
+    def fill(retries: str) -> None:
+        pipeline = client.pipeline(transaction=False)
+        for number in range(100):
+            pipeline.xadd(retries, {"message": JsonCodec().encode(Message(topic))})
+            pipeline.xreadgroup("g", f"dead-{number}", {retries: ">"}, count=1)
+        pipeline.execute()
+
+    async with groups(server, topic) as (backend, retries):
+        await to_thread.run_sync(fill, retries)
+        for _ in range(2):
+            await backend.publish(retries, Message(topic))
+        marked: list[bool] = []
+        with client.monitor() as monitor:
+            for found in (1, 1, 0):  # there is room for one
+                taken = await backend.redeliver(topic, retries, "g", "c", min_idle=600, count=1)
+                assert len(taken.retries) == found
+                marked.append(await to_thread.run_sync(client.exists, mark) == 1)
+            await to_thread.run_sync(client.echo, "end")
+            asked: list[list[str]] = []
+            while True:
+                seen: Any = await to_thread.run_sync(monitor.next_command)
+                words = seen["command"].split()
+                if words == ["ECHO", "end"]:
+                    break
+                if words[0] == "XPENDING":
+                    asked.append(words)
+    assert marked == [True, True, False]
+    assert asked
+    assert [words for words in asked if len(words) == 3] == []
 
 
 async def test_transfers_go_in_parts_of_bounded_size(server: RunningServer, topic: str) -> None:

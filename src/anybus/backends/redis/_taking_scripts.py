@@ -266,8 +266,15 @@ local function are_left()
     local parked = redis.pcall('XPENDING', key, group, '-', '+', 1, 'anybus:returned')
     if failed(parked) or parked[1] then return true end
   end
-  local pending, length = redis.pcall('XPENDING', KEYS[3], group), redis.pcall('XLEN', KEYS[3])
-  return failed(pending) or failed(length) or length > pending[1]
+  -- XPENDING without a range would have the total too, but it names all owners.
+  local groups, length = redis.pcall('XINFO', 'GROUPS', KEYS[3]), redis.pcall('XLEN', KEYS[3])
+  if failed(groups) or failed(length) then return true end
+  for _, values in ipairs(groups) do
+    local info = {}
+    for i = 1, #values, 2 do info[values[i]] = values[i + 1] end
+    if info['name'] == group then return length > info['pending'] end
+  end
+  return true
 end
 if more or room <= 0 then
   if are_left() then note_waiting(waiting) end
