@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import stages
 from blockbuster import blockbuster_ctx
+from clusters import RunningCluster
 from harness import Harness, MemoryHarness, new_topic
 from hypothesis import HealthCheck, settings
 from servers import RedisHarness, RunningServer
@@ -28,9 +29,15 @@ LOOPS = [
 ]
 
 SERVER = os.environ.get("ANYBUS_SERVER", "valkey")
-"""The server that tests run on: valkey, redis62, redis70, redis82, or a path."""
+"""The server that tests run on: valkey, redis62, redis70, redis82, or a path. ``cluster`` is a cluster of valkey, and
+``cluster:redis70`` one of another server, for all tests that take a harness.
+"""
 
-NEEDS_SERVER = {"server", "own_server"}
+ON_CLUSTER = SERVER.startswith("cluster")
+if ON_CLUSTER:
+    SERVER = SERVER.partition(":")[2] or "valkey"
+
+NEEDS_SERVER = {"server", "own_server", "cluster"}
 """Fixtures that start one."""
 
 
@@ -81,11 +88,18 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[RunningCluster]:
+    """A real cluster, started for this run of the tests."""
+    with RunningCluster(SERVER) as running:
+        yield running
+
+
 @pytest.fixture(params=["memory", "server"])
 def harness(request: pytest.FixtureRequest) -> Harness:
     if request.param == "memory":
         return MemoryHarness()
-    return RedisHarness(request.getfixturevalue("server"))
+    return RedisHarness(request.getfixturevalue("cluster" if ON_CLUSTER else "server"))
 
 
 @pytest.fixture

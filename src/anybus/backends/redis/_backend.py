@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
@@ -35,10 +35,21 @@ from ...abc import (
 )
 from ._client import Client
 from ._node import Node
+from ._scatter import Scatter
+from ._server import ClusterModeError
 from ._settings import Settings, from_client, from_url
 from ._taking import Taking
+from ._topology import Topology
 
 T = TypeVar("T")
+
+
+class Cluster:
+    """What a backend has on a cluster, instead of one server."""
+
+    def __init__(self, settings: Settings, codec: Codec) -> None:
+        self.topology = Topology(settings, codec)
+        self.scatter = Scatter(self.topology, codec)
 
 
 class RedisBackend(
@@ -102,7 +113,14 @@ class RedisBackend(
         self._is_entered = False
         self._settings = settings
         self._codec = codec or JsonCodec()
-        self._node = Node(settings, self._codec)
+        self._single = None if settings.seeds else Node(settings, self._codec)
+        self._cluster = Cluster(settings, self._codec) if settings.seeds else None
+
+    @property
+    def _node(self) -> Node:
+        """The only server."""
+        assert self._single is not None
+        return self._single
 
     @property
     def _client(self) -> Client:
@@ -113,8 +131,8 @@ class RedisBackend(
         return self._node.taking
 
     def __repr__(self) -> str:
-        state = "connected" if self._client.mux.is_connected else "not connected"
-        return f"<RedisBackend {self._settings.place} {state}>"
+        place = self._client.mux if self._cluster is None else self._cluster.topology
+        return f"<RedisBackend {self._settings.place} {'connected' if place.is_connected else 'not connected'}>"
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
@@ -154,12 +172,25 @@ class RedisBackend(
             raise anyio.get_cancelled_exc_class()
 
     async def _open(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
-        self._node.start(tasks, alarm)
-        await self._node.connect(tasks, alarm)
-        self._call_directly(self._node)
+        if self._single is not None:
+            self._single.start(tasks, alarm)
+            try:
+                await self._single.connect(tasks, alarm)
+            except ClusterModeError:
+                await self._single.aclose()
+                self._settings = self._settings.as_cluster(self._settings)
+                self._cluster = Cluster(self._settings, self._codec)
+                self._single = None
+            else:
+                self._call_directly(self._single)
+        if self._cluster is not None:
+            await self._cluster.topology.open(tasks, alarm)
 
     async def _close(self) -> None:
-        await self._node.aclose()
+        if self._single is not None:
+            await self._single.aclose()
+        if self._cluster is not None:
+            await self._cluster.topology.aclose()
 
     def _call_directly(self, node: Node) -> None:
         """The only server's methods become this object's own, except where a subclass or a caller has others."""
@@ -169,11 +200,13 @@ class RedisBackend(
 
     async def _at(self, stream: str, do: Callable[[Node], Awaitable[T]]) -> T:
         """Do something on the server of a stream."""
-        return await do(self._node)
+        return await (do(self._node) if self._cluster is None else self._cluster.topology.at(stream, do))
 
     async def _reading(self, stream: str, group: str, consumer: str, do: Callable[[Node], Awaitable[T]]) -> T:
         """The same for a blocking read."""
-        return await do(self._node)
+        if self._cluster is None:
+            return await do(self._node)
+        return await self._cluster.topology.reading((stream, group, consumer), do)
 
     async def publish(self, stream: str, message: Message) -> str:
         return await self._at(stream, lambda node: node.publish(stream, message))
@@ -187,7 +220,7 @@ class RedisBackend(
         return await self._at(stream, publish)
 
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
-        return await self._node.publish_many(items)
+        return await (self._node if self._cluster is None else self._cluster.scatter).publish_many(items)
 
     async def publish_later(
         self,
@@ -268,7 +301,10 @@ class RedisBackend(
         await self._at(stream, lambda node: node.release(stream, group, consumer, message_ids))
 
     async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
-        await self._at(stream, lambda node: node.forget_consumer(stream, group, consumer))
+        with suppress(EventBusError):
+            await self._at(stream, lambda node: node.forget_consumer(stream, group, consumer))
+        if self._cluster is not None:
+            self._cluster.topology.forget((stream, group, consumer))
 
     async def transfer(
         self, stream: str, group: str, consumer: str, message_id: str, outputs: Sequence[Output]
@@ -281,7 +317,8 @@ class RedisBackend(
     async def transfer_many(
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
     ) -> list[list[str] | EventBusError | None]:
-        return await self._node.transfer_many(stream, group, consumer, items)
+        where = self._node if self._cluster is None else self._cluster.scatter
+        return await where.transfer_many(stream, group, consumer, items)
 
     async def count_entries(self, stream: str) -> int:
         return await self._at(stream, lambda node: node.count_entries(stream))
@@ -321,7 +358,7 @@ class RedisBackend(
         return await self._at(stream, lambda node: node.has_group(stream, group))
 
     async def move_entries(self, stream: str, moves: Sequence[Move]) -> list[str | EventBusError | None]:
-        return await self._node.move_entries(stream, moves)
+        return await (self._node if self._cluster is None else self._cluster.scatter).move_entries(stream, moves)
 
     async def remove_entries(self, stream: str, entry_ids: Sequence[str]) -> int:
         return await self._at(stream, lambda node: node.remove_entries(stream, entry_ids))

@@ -27,6 +27,7 @@ from ...abc import (
 )
 from . import _fence_scripts as fence
 from . import _scripts as scripts
+from ._additions import Addition, Additions
 from ._client import Client
 from ._crowds import Crowds
 from ._dead_letters import RedisDeadLetters
@@ -43,9 +44,11 @@ from ._taking import Memory, Taking
 from ._transfers import Transfers
 
 _SHIELDED = 1.0
+_PAUSE_WHILE_MOVED = 0.05
+"""Between two reads of a stream that is being moved to this server, in seconds."""
 
 
-class Node(RedisDeadLetters, RedisLeases):
+class Node(RedisDeadLetters, RedisLeases, Additions):
     """One server, with all that a backend does on it. Methods are those of the backend, for streams on this server.
 
     :param memory: what is remembered of the members that read here; None = nothing yet.
@@ -79,6 +82,17 @@ class Node(RedisDeadLetters, RedisLeases):
         link = await self._client.mux.connect()
         tasks.start_soon(self._client.mux.run, link, alarm, tasks)
         await self._client.warn()
+
+    def open(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
+        """The same without waiting: calls wait until there is a connection."""
+        mux = self._client.mux
+        mux.prepare()
+        tasks.start_soon(mux.run, None, alarm, tasks)
+        tasks.start_soon(self._client.warn)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._client.mux.closed.is_set()
 
     async def aclose(self) -> None:
         try:
@@ -223,6 +237,12 @@ class Node(RedisDeadLetters, RedisLeases):
     async def read_new(
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float
     ) -> list[FetchedEntry]:
+        if self._client.settings.asking:
+            # A blocking read has a connection of its own, on which nobody asks. And the slot will soon be moved.
+            entries = await self._taking.read_new(stream, group, consumer, count, 0.0)
+            if not entries:
+                await anyio.sleep(min(timeout, _PAUSE_WHILE_MOVED))
+            return entries
         return await self._taking.read_new(stream, group, consumer, count, timeout)
 
     async def reclaim_idle(
@@ -238,6 +258,8 @@ class Node(RedisDeadLetters, RedisLeases):
     async def read_when_new(
         self, stream: str, group: str, consumer: str, *, count: int, block: float, timeout: float
     ) -> list[FetchedEntry]:
+        if self._client.settings.asking:
+            return await self.read_new(stream, group, consumer, count=count, timeout=timeout)
         return await self._taking.read_new(stream, group, consumer, count, timeout, block)
 
     async def until_pass_is_due(
@@ -314,6 +336,9 @@ class Node(RedisDeadLetters, RedisLeases):
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
     ) -> list[list[str] | EventBusError | None]:
         return await self._transfers.transfer_many(stream, group, consumer, items)
+
+    def prepare(self, outputs: Sequence[Output]) -> list[Addition] | EventBusError:
+        return self._transfers.prepare(outputs)
 
     async def count_entries(self, stream: str) -> int:
         reply = await self._client.call("XLEN", stream)

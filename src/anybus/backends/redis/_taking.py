@@ -107,6 +107,14 @@ class Taking:
         self._tracks.pop(member, None)
         await self._readers.forget(member)
 
+    async def leave(self, member: Member) -> None:
+        """The member reads on another server from now on."""
+        stream, group, _ = member
+        self._passed.pop(member, None)
+        self._upkeep.forget(stream, group)
+        self.watch.dismiss(lambda other: other == member)
+        await self._readers.forget(member)
+
     async def read_new(
         self, stream: str, group: str, consumer: str, count: int, timeout: float, longest_block: float = math.inf
     ) -> list[FetchedEntry]:

@@ -1,0 +1,387 @@
+"""The nodes of a cluster: which one serves a slot now, and where a call goes on when its slot has moved.
+
+The map of the slots is asked of any node. It is asked again when a node redirects a call or cannot be reached, and now
+and then. A node is connected to when a slot of it is first used, and left when it has no slots any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Final, TypeVar
+
+import anyio
+import redis.exceptions
+from anyio.abc import TaskGroup
+
+from ..._ground.cancellation import persist, sole
+from ..._ground.errors import BackendError, EventBusError, UnsupportedError
+from ...abc import Codec
+from ._ask_cluster import ask_link, ask_node
+from ._errors import broken, duplicate
+from ._link import Link, open_link
+from ._node import Node
+from ._settings import Locator, Settings
+from ._slots import SLOTS, Address, SlotMap, redirection, slot_of
+from ._taking import Member, Memory
+
+_EVERY: Final = 60.0
+"""The interval at which the map is asked for while the bus is used, in seconds."""
+
+_AGAIN: Final = 0.3
+"""The interval while a node with slots cannot be reached."""
+
+_PATIENCE: Final = 0.3
+"""If a node has not answered after so many seconds, the next one is asked as well."""
+
+_TRIES: Final = 12
+_SHORTEST_WAIT: Final = 0.02
+_LONGEST_WAIT: Final = 0.25
+
+_GRACE: Final = 5.0
+"""A node without slots may answer for so many seconds what has been sent to it."""
+
+_UNUSED: Final = 10.0
+"""A connection on which a node is asked for slots that are being moved to it is kept for so many seconds."""
+
+T = TypeVar("T")
+
+
+class _NodeLocator(Locator):
+    """Opens the connections to a node. The topology learns if that fails."""
+
+    def __init__(self, settings: Settings, failed: Callable[[], None]) -> None:
+        self._settings = settings
+        self._failed = failed
+        self.news = anyio.Event()
+
+    async def open(self, *, entering: bool) -> Link:
+        try:
+            return await open_link(self._settings, entering=entering)
+        except BackendError:
+            self._failed()
+            raise
+
+    async def watch(self) -> None:
+        await anyio.sleep_forever()
+
+
+class Topology:
+    """
+    :param settings: of the cluster, with its seeds: the nodes that are asked first.
+    """
+
+    def __init__(self, settings: Settings, codec: Codec) -> None:
+        self._settings = settings
+        self._codec = codec
+        self._memory = Memory()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._owners: list[Address | None] = [None] * SLOTS
+        self._known: tuple[Address, ...] = ()
+        self._epoch = 0
+        self._nodes: dict[Address, Node] = {}
+        self._askers: dict[Address, Node] = {}
+        self._asked_at: dict[Address, float] = {}
+        self._addresses: dict[Node, Address] = {}
+        """The nodes that are in use, or are being left."""
+        self._placed: dict[Member, Node] = {}
+        """Where each member reads."""
+        self._unreachable: set[Address] = set()
+        self._is_used = False
+        self._tasks: TaskGroup | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        return any(node.client.mux.is_connected for node in self._nodes.values())
+
+    async def open(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
+        """Ask for the map, and connect to one primary.
+
+        :raises EventBusError: if no seed knows the cluster, or none of its primaries can be used.
+        """
+        self._clear()
+        self._tasks = tasks
+        self._alarm = alarm
+        self._wanted = anyio.Event()
+        self._asking = anyio.Lock()
+        self._rounds = 0
+        self._found: SlotMap | EventBusError | None = None
+        self._scope = anyio.CancelScope(shield=True)
+        await self._refresh(entering=True)
+        error: EventBusError | None = None
+        for address in dict.fromkeys(owner for owner in self._owners if owner is not None):
+            node = self._make(address)
+            try:
+                await node.connect(tasks, alarm)
+            except EventBusError as failure:
+                del self._addresses[node]
+                node.client.mux.close()
+                error = error or failure
+            else:
+                self._nodes[address] = node
+                break
+        else:
+            raise error or broken(f"no node of {self._settings.place} serves any slot", may_have_happened=False)
+        tasks.start_soon(self._keep_up)
+
+    async def aclose(self) -> None:
+        if self._tasks is None:
+            return
+        self._tasks = None
+        self._scope.cancel()
+        nodes = list(self._addresses)
+        try:
+            with anyio.move_on_after(1.0, shield=True):
+                async with anyio.create_task_group() as tasks:
+                    for node in nodes:
+                        tasks.start_soon(node.taking.aclose)
+        finally:
+            # Even if the lines above raise: otherwise the task group would wait forever, shielded.
+            for node in nodes:
+                node.client.mux.close()
+
+    # --- calls
+
+    async def at(self, stream: str, do: Callable[[Node], Awaitable[T]]) -> T:
+        """Do something on the node of a stream. If the node redirects it, and nothing was done, go on elsewhere.
+
+        :raises ValidationError: if the stream's keys cannot share a slot.
+        """
+        slot = slot_of(stream)
+        node = await self.node(slot)
+        tries = 0
+        while True:
+            try:
+                return await do(node)
+            except BackendError as error:
+                tries += 1
+                node = await self.follow(error, node, slot, tries)
+
+    async def reading(self, member: Member, do: Callable[[Node], Awaitable[T]]) -> T:
+        """The same for a blocking read of a member. It gives up its place where it has read before."""
+
+        async def there(node: Node) -> T:
+            before = self._placed.get(member)
+            if before is not node:
+                self._placed[member] = node
+                if before is not None:
+                    await before.taking.leave(member)
+            return await do(node)
+
+        return await self.at(member[0], there)
+
+    def forget(self, member: Member) -> None:
+        self._placed.pop(member, None)
+
+    async def node(self, slot: int) -> Node:
+        """The node of a slot.
+
+        :raises BackendError: if there is none.
+        """
+        self._is_used = True
+        address = self._owners[slot]
+        if address is None:
+            self._check_open()
+            await self._refresh()
+            address = self._owners[slot]
+            if address is None:
+                text = f"no node of {self._settings.place} serves slot {slot} now"
+                raise broken(text, may_have_happened=False)
+        return self._nodes.get(address) or self._enter(address)
+
+    async def follow(self, error: BackendError, node: Node, slot: int, tries: int) -> Node:
+        """Where a call goes on that failed at a node. This may wait for a moment.
+
+        :raises BackendError: the same error, if the call must not or cannot be repeated.
+        """
+        settings = node.client.settings
+        address = Address(settings.host, settings.port)
+        found = redirection(error, address)
+        if found is not None or not isinstance(error.__cause__, redis.exceptions.RedisError):
+            self._want()
+        if error.may_have_happened or tries > _TRIES or self._tasks is None:
+            raise error
+        if found is None:
+            if node.is_closed or self._owners[slot] != address:
+                return await self.node(slot)
+            raise error
+        if found.kind == "GONE":
+            await self._refresh()
+        elif found.kind == "TRYAGAIN" or (settings.asking and found.kind in ("MOVED", "ASK")):
+            # Some of the keys have been moved, others not. Or the node does not know yet that it is to get them.
+            await anyio.sleep(min(_SHORTEST_WAIT * 2**tries, _LONGEST_WAIT))
+        elif found.address is None:
+            raise error
+        elif found.kind == "ASK":
+            return self._asker(found.address)
+        else:
+            self._owners[slot] = found.address
+        return await self.node(slot)
+
+    # --- nodes
+
+    def _enter(self, address: Address) -> Node:
+        node = self._nodes[address] = self._make(address)
+        node.open(self._check_open(), self._alarm)
+        return node
+
+    def _asker(self, address: Address) -> Node:
+        """A node to which slots are being moved. It is asked to serve streams that it does not have as a whole."""
+        self._asked_at[address] = anyio.current_time()
+        node = self._askers.get(address)
+        if node is None:
+            node = self._askers[address] = self._make(address, asking=True)
+            node.open(self._check_open(), self._alarm)
+        return node
+
+    def _check_open(self) -> TaskGroup:
+        if self._tasks is None:
+            raise broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
+        return self._tasks
+
+    def _make(self, address: Address, *, asking: bool = False) -> Node:
+        tasks = self._check_open()
+        settings = replace(self._settings.at(*address), asking=asking)
+        locator = _NodeLocator(settings, partial(self._suspect, address))
+        node = Node(replace(settings, locator=locator), self._codec, memory=self._memory, together=slot_of)
+        node.start(tasks, self._alarm)
+        self._addresses[node] = address
+        return node
+
+    def _suspect(self, address: Address) -> None:
+        self._unreachable.add(address)
+        self._want()
+
+    def _tidy(self) -> None:
+        """Leave nodes that have no slots any more, and wake members whose slot has moved."""
+        if self._tasks is None:
+            return
+        primaries = {owner for owner in self._owners if owner is not None}
+        for address, node in list(self._nodes.items()):
+            if address not in primaries:
+                del self._nodes[address]
+                self._tasks.start_soon(self._leave, node)
+            else:
+                node.taking.watch.dismiss(partial(self._is_elsewhere, address))
+        now = anyio.current_time()
+        for address, node in list(self._askers.items()):
+            if now - self._asked_at[address] > _UNUSED:
+                del self._askers[address]
+                self._tasks.start_soon(self._leave, node)
+
+    def _is_elsewhere(self, address: Address, member: Member) -> bool:
+        return self._owners[slot_of(member[0])] != address
+
+    async def _leave(self, node: Node) -> None:
+        mux = node.client.mux
+        with anyio.CancelScope(shield=True):
+            node.taking.watch.dismiss()
+            if mux.is_connected:
+                with anyio.move_on_after(_GRACE):
+                    await mux.closed.wait()
+            else:
+                mux.close()  # at once: whoever waits for a connection goes on elsewhere
+            await node.aclose()
+            self._addresses.pop(node, None)
+
+    # --- the map
+
+    def _want(self) -> None:
+        self._wanted.set()
+
+    async def _keep_up(self) -> None:
+        try:
+            with self._scope:
+                await persist(self._refresh_again)
+        except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
+            if isinstance(error, anyio.get_cancelled_exc_class()):
+                raise
+            self._alarm(sole(error))
+
+    async def _refresh_again(self) -> None:
+        while True:
+            with anyio.move_on_after(_AGAIN if self._unreachable else _EVERY):
+                await self._wanted.wait()
+            if not (self._is_used or self._unreachable or self._wanted.is_set()):
+                continue
+            self._is_used = False
+            self._wanted = anyio.Event()
+            try:
+                await self._refresh()
+            except EventBusError:
+                self._want()  # calls meet the same error, and report it
+            self._unreachable = {
+                address
+                for address in self._unreachable
+                if (node := self._nodes.get(address)) is not None and not node.client.mux.is_connected
+            }
+            await anyio.sleep(_AGAIN)
+
+    async def _refresh(self, *, entering: bool = False) -> None:
+        """Ask for the map. Whoever wants it at the same time shares one answer."""
+        rounds = self._rounds
+        async with self._asking:
+            if rounds == self._rounds:
+                self._found = await self._ask_around(entering=entering)
+                self._rounds += 1
+                if isinstance(self._found, SlotMap):
+                    self._epoch = self._found.epoch
+                    self._owners = list(self._found.owners)
+                    self._known = self._found.addresses
+                    self._tidy()
+            found = self._found
+        if isinstance(found, BackendError):
+            raise duplicate(found)
+        if isinstance(found, EventBusError):
+            raise found
+
+    def _sources(self, *, entering: bool) -> Iterable[Callable[[], Awaitable[SlotMap]]]:
+        """Whom to ask: nodes with a connection first, then the others that are known."""
+        asked: set[Address] = set()
+        for address, node in sorted(self._nodes.items(), key=lambda item: item[0] in self._unreachable):
+            if node.client.mux.is_connected:
+                asked.add(address)
+                yield partial(ask_node, node.client, address)
+        addresses = {address: self._settings.at(*address) for address in self._known}
+        seeds = {Address(seed.host, seed.port): seed for seed in self._settings.seeds}
+        for address, settings in {**addresses, **seeds}.items():
+            if address not in asked:
+                yield partial(ask_link, settings, address, entering=entering)
+
+    async def _ask_around(self, *, entering: bool) -> SlotMap | EventBusError:
+        found: list[SlotMap] = []
+        refusals: list[EventBusError] = []
+        async with anyio.create_task_group() as tasks:
+
+            async def question(ask: Callable[[], Awaitable[SlotMap]], answered: anyio.Event) -> None:
+                try:
+                    answer = await ask()
+                except EventBusError as refusal:
+                    refusals.append(refusal)
+                else:
+                    found.append(answer)
+                    if answer.is_well and answer.epoch >= self._epoch:
+                        tasks.cancel_scope.cancel()
+                answered.set()
+
+            for ask in list(self._sources(entering=entering)):
+                answered = anyio.Event()
+                tasks.start_soon(question, ask, answered)
+                with anyio.move_on_after(_PATIENCE):
+                    await answered.wait()
+        if found:
+            best = max(found, key=lambda answer: (answer.is_well, answer.epoch))
+            if best.epoch >= self._epoch or len(found) > len(refusals):
+                return best
+            text = f"the nodes that answer have an older configuration of {self._settings.place} than is known"
+            return broken(text, may_have_happened=False)
+        for refusal in refusals:
+            if isinstance(refusal, UnsupportedError):
+                return refusal
+        told = "; ".join(dict.fromkeys(str(refusal) for refusal in refusals))
+        can_pass = not entering or any(isinstance(one, BackendError) and one.can_pass for one in refusals)
+        text = f"no node told the slots of {self._settings.place}: {told}"
+        return BackendError(text, may_have_happened=False, can_pass=can_pass)
