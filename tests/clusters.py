@@ -162,6 +162,9 @@ class RunningCluster:
         wait_until(agree, f"the nodes to agree on slot {slot}", every=0.02)
         return next(node for node in self.nodes if node.port in ports)
 
+    def owner_of(self, stream: str) -> ClusterNode:
+        return self.owner(slot_of(stream))
+
     def kill_owner(self, stream: str) -> tuple[ClusterNode, float]:
         """Kill the primary of a stream. Returns it, and after how many seconds another one had taken its place."""
         slot = slot_of(stream)

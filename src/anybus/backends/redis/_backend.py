@@ -198,9 +198,14 @@ class RedisBackend(
             if name not in vars(self) and getattr(type(self), name) is getattr(RedisBackend, name):
                 setattr(self, name, getattr(node, name))
 
-    async def _at(self, stream: str, do: Callable[[Node], Awaitable[T]]) -> T:
-        """Do something on the server of a stream."""
-        return await (do(self._node) if self._cluster is None else self._cluster.topology.at(stream, do))
+    async def _at(self, stream: str, do: Callable[[Node], Awaitable[T]], *, asks: bool = False) -> T:
+        """Do something on the server of a stream.
+
+        :param asks: as in ``Topology.at``.
+        """
+        if self._cluster is None:
+            return await do(self._node)
+        return await self._cluster.topology.at(stream, do, asks=asks)
 
     async def _reading(self, stream: str, group: str, consumer: str, do: Callable[[Node], Awaitable[T]]) -> T:
         """The same for a blocking read."""
@@ -209,7 +214,7 @@ class RedisBackend(
         return await self._cluster.topology.reading((stream, group, consumer), do)
 
     async def publish(self, stream: str, message: Message) -> str:
-        return await self._at(stream, lambda node: node.publish(stream, message))
+        return await self._at(stream, lambda node: node.publish(stream, message), asks=True)
 
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
         deadline = anyio.current_time() + timeout
@@ -217,7 +222,7 @@ class RedisBackend(
         async def publish(node: Node) -> str:
             return await node.publish_within(stream, message, timeout=max(0.0, deadline - anyio.current_time()))
 
-        return await self._at(stream, publish)
+        return await self._at(stream, publish, asks=True)
 
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
         return await (self._node if self._cluster is None else self._cluster.scatter).publish_many(items)

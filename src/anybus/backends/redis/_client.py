@@ -173,7 +173,8 @@ class Client:
     async def note_waiting(self, streams: Iterable[str]) -> None:
         """For retry streams to which something was appended: tell those who watch their groups. Not awaited."""
         marks = {waiting_beside(stream) for stream in streams if stream.startswith(RESERVED)}
-        if marks:
+        # A node that is asked would set a mark of its own, while the stream's may still be where it was.
+        if marks and not self.settings.asking:
             await self.mux.start([("ZADD", mark, 0, RETURNED) for mark in marks])
 
     def unwatched(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Command:

@@ -44,8 +44,6 @@ from ._taking import Memory, Taking
 from ._transfers import Transfers
 
 _SHIELDED = 1.0
-_PAUSE_WHILE_MOVED = 0.05
-"""Between two reads of a stream that is being moved to this server, in seconds."""
 
 
 class Node(RedisDeadLetters, RedisLeases, Additions):
@@ -237,12 +235,6 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
     async def read_new(
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float
     ) -> list[FetchedEntry]:
-        if self._client.settings.asking:
-            # A blocking read has a connection of its own, on which nobody asks. And the slot will soon be moved.
-            entries = await self._taking.read_new(stream, group, consumer, count, 0.0)
-            if not entries:
-                await anyio.sleep(min(timeout, _PAUSE_WHILE_MOVED))
-            return entries
         return await self._taking.read_new(stream, group, consumer, count, timeout)
 
     async def reclaim_idle(
@@ -258,8 +250,6 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
     async def read_when_new(
         self, stream: str, group: str, consumer: str, *, count: int, block: float, timeout: float
     ) -> list[FetchedEntry]:
-        if self._client.settings.asking:
-            return await self.read_new(stream, group, consumer, count=count, timeout=timeout)
         return await self._taking.read_new(stream, group, consumer, count, timeout, block)
 
     async def until_pass_is_due(

@@ -89,7 +89,7 @@ class Scatter:
                 continue
             if slot not in followed:
                 try:
-                    places[slot] = await self._topology.follow(result, places[slot], slot, tries)
+                    places[slot] = await self._topology.follow(result, places[slot], slot, tries, asks=True)
                     followed[slot] = True
                 except BackendError:
                     followed[slot] = False

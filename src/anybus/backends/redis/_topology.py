@@ -145,9 +145,10 @@ class Topology:
 
     # --- calls
 
-    async def at(self, stream: str, do: Callable[[Node], Awaitable[T]]) -> T:
+    async def at(self, stream: str, do: Callable[[Node], Awaitable[T]], *, asks: bool = False) -> T:
         """Do something on the node of a stream. If the node redirects it, and nothing was done, go on elsewhere.
 
+        :param asks: whether the work concerns one key only, so that it can be done where the slot is being moved to.
         :raises ValidationError: if the stream's keys cannot share a slot.
         """
         slot = slot_of(stream)
@@ -158,7 +159,7 @@ class Topology:
                 return await do(node)
             except BackendError as error:
                 tries += 1
-                node = await self.follow(error, node, slot, tries)
+                node = await self.follow(error, node, slot, tries, asks=asks)
 
     async def reading(self, member: Member, do: Callable[[Node], Awaitable[T]]) -> T:
         """The same for a blocking read of a member. It gives up its place where it has read before."""
@@ -192,9 +193,11 @@ class Topology:
                 raise broken(text, may_have_happened=False)
         return self._nodes.get(address) or self._enter(address)
 
-    async def follow(self, error: BackendError, node: Node, slot: int, tries: int) -> Node:
+    async def follow(self, error: BackendError, node: Node, slot: int, tries: int, *, asks: bool) -> Node:
         """Where a call goes on that failed at a node. This may wait for a moment.
 
+        :param asks: as in :meth:`at`. All keys of a stream are used together, but moved one after another. A node that
+            is asked would create what is still on the other one. So most work waits until the slot has been moved.
         :raises BackendError: the same error, if the call must not or cannot be repeated.
         """
         settings = node.client.settings
@@ -210,8 +213,11 @@ class Topology:
             raise error
         if found.kind == "GONE":
             await self._refresh()
-        elif found.kind == "TRYAGAIN" or (settings.asking and found.kind in ("MOVED", "ASK")):
-            # Some of the keys have been moved, others not. Or the node does not know yet that it is to get them.
+        elif (
+            found.kind == "TRYAGAIN"
+            or (found.kind == "ASK" and not asks)
+            or (settings.asking and found.kind in ("MOVED", "ASK"))  # it does not know yet that it is to get the slot
+        ):
             await anyio.sleep(min(_SHORTEST_WAIT * 2**tries, _LONGEST_WAIT))
         elif found.address is None:
             raise error
