@@ -114,9 +114,13 @@ class Scatter:
             else:
                 (near if here else far).append(index)
         for part in _parts(near, far):
-            transfer = self._transfer_near if part is near else self._transfer_far
+            some = [items[index] for index in part]
             try:
-                answers = await transfer(stream, group, consumer, [items[index] for index in part])
+                if part is near:
+                    answers = await self._transfer_near(stream, group, consumer, some)
+                else:
+                    transfer = partial(self._transfer_far, stream, group, consumer, some)
+                    answers = await self._topology.to_the_end(transfer)
             except BackendError as error:
                 if len(part) == len(items):
                     raise
@@ -217,9 +221,12 @@ class Scatter:
             except EventBusError as error:
                 results[index] = error
         for part in _parts(near, far):
-            move_part = self._move_near if part is near else self._move_far
+            some = [moves[index] for index in part]
             try:
-                answers = await move_part(stream, [moves[index] for index in part])
+                if part is near:
+                    answers = await self._move_near(stream, some)
+                else:
+                    answers = await self._topology.to_the_end(partial(self._move_far, stream, some))
             except BackendError as error:
                 if len(part) == len(moves):
                     raise

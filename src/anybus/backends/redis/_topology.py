@@ -16,9 +16,9 @@ import redis.exceptions
 from anyio.abc import TaskGroup
 
 from ..._ground.cancellation import persist, sole
-from ..._ground.errors import BackendError, EventBusError, UnsupportedError
+from ..._ground.errors import BackendError, EventBusError
 from ...abc import Codec
-from ._ask_cluster import ask_link, ask_node
+from ._ask_cluster import ask_around, ask_link, ask_node
 from ._errors import broken, duplicate
 from ._link import Link, open_link
 from ._node import Node
@@ -32,9 +32,6 @@ _EVERY: Final = 60.0
 _AGAIN: Final = 0.3
 """The interval while a node with slots cannot be reached."""
 
-_PATIENCE: Final = 0.3
-"""If a node has not answered after so many seconds, the next one is asked as well."""
-
 _TRIES: Final = 12
 _SHORTEST_WAIT: Final = 0.02
 _LONGEST_WAIT: Final = 0.25
@@ -44,6 +41,8 @@ _GRACE: Final = 5.0
 
 _UNUSED: Final = 10.0
 """A connection on which a node is asked for slots that are being moved to it is kept for so many seconds."""
+
+_SHIELDED: Final = 1.0
 
 T = TypeVar("T")
 
@@ -227,6 +226,32 @@ class Topology:
             self._owners[slot] = found.address
         return await self.node(slot)
 
+    async def to_the_end(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work of several steps. If the caller is cancelled, the work goes on, and the caller waits for a second."""
+        done = anyio.Event()
+        results: list[T] = []
+        errors: list[Exception] = []
+
+        async def run() -> None:
+            try:
+                with anyio.CancelScope(shield=True):  # the nodes' connections let nobody wait forever
+                    results.append(await work())
+            except Exception as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        self._check_open().start_soon(run)
+        try:
+            await done.wait()
+        except BaseException:
+            with anyio.move_on_after(_SHIELDED, shield=True):
+                await done.wait()
+            raise
+        if results:
+            return results[0]
+        raise errors[0] if errors else broken("interrupted", may_have_happened=True)
+
     # --- nodes
 
     def _enter(self, address: Address) -> Node:
@@ -331,7 +356,9 @@ class Topology:
         rounds = self._rounds
         async with self._asking:
             if rounds == self._rounds:
-                self._found = await self._ask_around(entering=entering)
+                self._found = await ask_around(
+                    list(self._sources(entering=entering)), self._epoch, self._settings.place, entering=entering
+                )
                 self._rounds += 1
                 if isinstance(self._found, SlotMap):
                     self._epoch = self._found.epoch
@@ -356,38 +383,3 @@ class Topology:
         for address, settings in {**addresses, **seeds}.items():
             if address not in asked:
                 yield partial(ask_link, settings, address, entering=entering)
-
-    async def _ask_around(self, *, entering: bool) -> SlotMap | EventBusError:
-        found: list[SlotMap] = []
-        refusals: list[EventBusError] = []
-        async with anyio.create_task_group() as tasks:
-
-            async def question(ask: Callable[[], Awaitable[SlotMap]], answered: anyio.Event) -> None:
-                try:
-                    answer = await ask()
-                except EventBusError as refusal:
-                    refusals.append(refusal)
-                else:
-                    found.append(answer)
-                    if answer.is_well and answer.epoch >= self._epoch:
-                        tasks.cancel_scope.cancel()
-                answered.set()
-
-            for ask in list(self._sources(entering=entering)):
-                answered = anyio.Event()
-                tasks.start_soon(question, ask, answered)
-                with anyio.move_on_after(_PATIENCE):
-                    await answered.wait()
-        if found:
-            best = max(found, key=lambda answer: (answer.is_well, answer.epoch))
-            if best.epoch >= self._epoch or len(found) > len(refusals):
-                return best
-            text = f"the nodes that answer have an older configuration of {self._settings.place} than is known"
-            return broken(text, may_have_happened=False)
-        for refusal in refusals:
-            if isinstance(refusal, UnsupportedError):
-                return refusal
-        told = "; ".join(dict.fromkeys(str(refusal) for refusal in refusals))
-        can_pass = not entering or any(isinstance(one, BackendError) and one.can_pass for one in refusals)
-        text = f"no node told the slots of {self._settings.place}: {told}"
-        return BackendError(text, may_have_happened=False, can_pass=can_pass)
