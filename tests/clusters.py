@@ -64,6 +64,11 @@ class ClusterNode(RunningServer):
         return bool(self.ask("ROLE")[0] == b"master")
 
     @property
+    def follows(self) -> int:
+        """The port of a replica's primary."""
+        return int(self.ask("ROLE")[2])
+
+    @property
     def is_in_step(self) -> bool:
         role = self.ask("ROLE")
         return bool(role[0] == b"slave" and role[3] == b"connected")
@@ -173,6 +178,15 @@ class RunningCluster:
         old.kill(signal.SIGKILL)
         wait_until(lambda: self.owner(slot) is not old, "a replica to take its place", every=0.02)
         return old, time.monotonic() - began
+
+    def switch(self, stream: str) -> None:
+        """Let the replica of a stream's primary take its place, while both live."""
+        slot = slot_of(stream)
+        old = self.owner(slot)
+        wait_until(lambda: self.is_well, "the replicas to be in step")
+        replica = next(node for node in self.alive if not node.is_primary and node.follows == old.port)
+        assert replica.ask("CLUSTER", "FAILOVER") == b"OK"
+        wait_until(lambda: self.owner(slot) is replica, "the switch", every=0.02)
 
     def bring_back(self, node: ClusterNode) -> None:
         node.start()

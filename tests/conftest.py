@@ -28,14 +28,12 @@ LOOPS = [
     pytest.param(("trio", NO_OPTIONS), id="trio"),
 ]
 
-SERVER = os.environ.get("ANYBUS_SERVER", "valkey")
+_CHOSEN = os.environ.get("ANYBUS_SERVER", "valkey")
+ON_CLUSTER = _CHOSEN.startswith("cluster")
+SERVER = (_CHOSEN.partition(":")[2] if ON_CLUSTER else _CHOSEN) or "valkey"
 """The server that tests run on: valkey, redis62, redis70, redis82, or a path. ``cluster`` is a cluster of valkey, and
 ``cluster:redis70`` one of another server, for all tests that take a harness.
 """
-
-ON_CLUSTER = SERVER.startswith("cluster")
-if ON_CLUSTER:
-    SERVER = SERVER.partition(":")[2] or "valkey"
 
 NEEDS_SERVER = {"server", "own_server", "cluster"}
 """Fixtures that start one."""
@@ -52,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 REAL_SERVER_MODULES = {
     "test_benchmarks.py",
+    "test_cluster.py",
+    "test_cluster_failovers.py",
     "test_crash_budget.py",
     "test_redis_connection.py",
     "test_redis_crashes.py",

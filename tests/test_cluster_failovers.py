@@ -4,6 +4,7 @@ The specification, on each event loop:
 
 - A primary is killed (kill -9). Its replica takes its place, and everything goes on by itself: what was published before
   and after it is handled. The ex-primary that comes back is not connected to.
+- The same if the primary lives and is replaced, and if it is frozen, replaced, and wakes up.
 - The slot of a topic is moved to another node and back while two processes publish and two consume, its keys one after
   another, with pauses in which some are here and some there. Nothing is lost, and nothing is handled twice, from the
   uids that the processes wrote to files.
@@ -14,8 +15,11 @@ The specification, on each event loop:
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +67,55 @@ async def test_a_failover_is_followed_by_everything(running: RunningCluster, top
             assert subscription.is_running
             names = await to_thread.run_sync(old.ask, "CLIENT", "LIST")
             assert b"name=work" not in names
+
+
+async def test_a_primary_that_lives_and_is_replaced_is_left(running: RunningCluster, topic: str) -> None:
+    """It ends the blocking reads, and leads everything to the new one."""
+    handled: list[str] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(delivery.message.uid)
+
+    async with StreamBus(RedisBackend(running.url), quick(Recorder(), block_timeout=30)) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), handler) as subscription:
+            before = Message(topic)
+            await bus.publish(before)
+            await until(lambda: before.uid in handled, "a message to be handled")
+            old = await to_thread.run_sync(running.owner_of, topic)
+            await to_thread.run_sync(running.switch, topic)
+            after = Message(topic)
+            await publish_patiently(bus, after)
+            await until(lambda: after.uid in handled, "a message to be handled after the switch")
+            await to_thread.run_sync(wait_until, lambda: running.is_well, "all to agree")
+            assert await to_thread.run_sync(running.owner_of, topic) is not old
+            assert subscription.is_running
+
+
+async def test_a_primary_that_is_frozen_and_replaced_is_left(running: RunningCluster, topic: str) -> None:
+    handled: list[str] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(delivery.message.uid)
+
+    backend = RedisBackend(running.url, connect_timeout=1, command_timeout=1)
+    async with StreamBus(backend, quick(Recorder(), block_timeout=30, publish_timeout=1)) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
+            before = Message(topic)
+            await bus.publish(before)
+            await until(lambda: before.uid in handled, "a message to be handled")
+            old = await to_thread.run_sync(running.owner_of, topic)
+            os.kill(old.pid, signal.SIGSTOP)
+            try:
+                after = Message(topic)
+                await publish_patiently(bus, after)
+                await until(lambda: after.uid in handled, "a message to be handled after the failover")
+            finally:
+                os.kill(old.pid, signal.SIGCONT)
+            for _ in range(20):
+                message = Message(topic)
+                await bus.publish(message)
+                await until(partial(handled.__contains__, message.uid), "a message to be handled")
+            await to_thread.run_sync(wait_until, lambda: running.is_well, "all to agree")
 
 
 class ClusterWork(Work):

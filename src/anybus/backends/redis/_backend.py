@@ -69,6 +69,7 @@ class RedisBackend(
     :param url: ``redis://``, ``rediss://`` (TLS, verified) or ``unix://``, with user, password, database and redis-py's
         ``ssl_…`` options in its query. ``valkey://`` means ``redis://``, ``valkeys://`` means ``rediss://``.
         ``redis+sentinel://host,host/service`` means the primary that these sentinels name.
+        ``redis+cluster://host,host`` means the cluster to which these nodes belong; so does a plain URL of one node.
     :param codec: how messages are encoded; None = JSON, compatible with the existing Rust and Go buses.
     :param connect_timeout: the time limit in seconds for TCP and TLS to connect. After that, while a connection is set
         up: how many seconds the server may be silent.
@@ -96,13 +97,14 @@ class RedisBackend(
     ) -> RedisBackend:
         """Create a backend with the host, TLS settings, credentials and database of a configured redis-py client.
 
-        For a client behind sentinels (``Sentinel.master_for``), the sentinels are asked instead.
+        For a client behind sentinels (``Sentinel.master_for``), the sentinels are asked instead. For a
+        ``RedisCluster``, its startup nodes are asked for the others.
 
         The backend opens its own connections. It does not use the client, its pool or its timeouts.
 
         :raises ValidationError: if it is not a redis-py client.
-        :raises UnsupportedError: if it is a client for a cluster or for replicas, if it checks certificates by OCSP, or
-            if its sentinels have ``min_other_sentinels`` or ``force_master_ip``.
+        :raises UnsupportedError: if it is a client for replicas, if it checks certificates by OCSP, if its sentinels
+            have ``min_other_sentinels`` or ``force_master_ip``, or if it is for a cluster and has ``address_remap``.
         """
         backend = cls.__new__(cls)
         settings = from_client(client, connect_timeout=connect_timeout, command_timeout=command_timeout)
@@ -369,7 +371,5 @@ class RedisBackend(
         return await self._at(stream, lambda node: node.remove_entries(stream, entry_ids))
 
 
-_METHODS: Final = tuple(
-    name for name, value in vars(RedisBackend).items() if not name.startswith("_") and hasattr(Node, name)
-)
+_METHODS: Final = tuple(name for name in vars(RedisBackend) if not name.startswith("_") and hasattr(Node, name))
 """What a server does by itself."""
