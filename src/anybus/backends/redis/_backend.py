@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, Final, TypeVar
@@ -184,9 +184,10 @@ class RedisBackend(
                 self._cluster = Cluster(self._settings, self._codec)
                 self._single = None
             else:
-                self._call_directly(self._single)
+                self._call_directly(self._single, _METHODS)
         if self._cluster is not None:
             await self._cluster.topology.open(tasks, alarm)
+            self._call_directly(self._cluster.topology, ("publish_within",))
 
     async def _close(self) -> None:
         if self._single is not None:
@@ -194,11 +195,11 @@ class RedisBackend(
         if self._cluster is not None:
             await self._cluster.topology.aclose()
 
-    def _call_directly(self, node: Node) -> None:
-        """The only server's methods become this object's own, except where a subclass or a caller has others."""
-        for name in _METHODS:
+    def _call_directly(self, part: object, names: Iterable[str]) -> None:
+        """Methods of a part become this object's own, except where a subclass or a caller has others."""
+        for name in names:
             if name not in vars(self) and getattr(type(self), name) is getattr(RedisBackend, name):
-                setattr(self, name, getattr(node, name))
+                setattr(self, name, getattr(part, name))
 
     async def _at(self, stream: str, do: Callable[[Node], Awaitable[T]], *, asks: bool = False) -> T:
         """Do something on the server of a stream.
@@ -219,12 +220,8 @@ class RedisBackend(
         return await self._at(stream, lambda node: node.publish(stream, message), asks=True)
 
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
-        deadline = anyio.current_time() + timeout
-
-        async def publish(node: Node) -> str:
-            return await node.publish_within(stream, message, timeout=max(0.0, deadline - anyio.current_time()))
-
-        return await self._at(stream, publish, asks=True)
+        where = self._node if self._cluster is None else self._cluster.topology
+        return await where.publish_within(stream, message, timeout=timeout)
 
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
         return await (self._node if self._cluster is None else self._cluster.scatter).publish_many(items)
