@@ -45,6 +45,7 @@ _UNUSED: Final = 10.0
 """A connection on which a node is asked for slots that are being moved to it is kept for so many seconds."""
 
 _SHIELDED: Final = 1.0
+_REMEMBERED: Final = 4096
 
 T = TypeVar("T")
 
@@ -90,6 +91,8 @@ class Topology:
         """The nodes that are in use, or are being left."""
         self._placed: dict[Member, Node] = {}
         """Where each member reads."""
+        self._direct: dict[str, Node] = {}
+        """The nodes of the streams to which something was published last, until the map is asked for again."""
         self._unreachable: set[Address] = set()
         self._is_used = False
         self._tasks: TaskGroup | None = None
@@ -166,16 +169,20 @@ class Topology:
 
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
         """What :meth:`at` would do. Most publishes come here, so this does not need a function for each."""
-        slot = slot_of(stream)
         began, left, tries = self._clock(), timeout, 0
-        self._is_used = True
-        node = self._nodes.get(self._owners[slot]) or await self.node(slot)  # type: ignore[arg-type]  # None is no key
+        node = self._direct.get(stream)
+        if node is None:
+            node = await self.node(slot_of(stream))
+            if len(self._direct) == _REMEMBERED:
+                self._direct.clear()
+            self._direct[stream] = node
         while True:
             try:
                 return await node.publish_within(stream, message, timeout=left)
             except BackendError as error:
                 tries += 1
-                node = await self.follow(error, node, slot, tries, asks=True)
+                self._direct.pop(stream, None)
+                node = await self.follow(error, node, slot_of(stream), tries, asks=True)
                 left = max(0.0, began + timeout - self._clock())
 
     async def reading(self, member: Member, do: Callable[[Node], Awaitable[T]]) -> T:
@@ -306,6 +313,7 @@ class Topology:
 
     def _tidy(self) -> None:
         """Leave nodes that have no slots any more, and wake members whose slot has moved."""
+        self._direct.clear()
         if self._tasks is None:
             return
         primaries = {owner for owner in self._owners if owner is not None}
@@ -357,6 +365,7 @@ class Topology:
             if not (self._is_used or self._unreachable or self._wanted.is_set()):
                 continue
             self._is_used = False
+            self._direct.clear()
             self._wanted = anyio.Event()
             try:
                 await self._refresh()
