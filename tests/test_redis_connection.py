@@ -631,7 +631,8 @@ async def test_a_server_that_is_not_supported_is_refused(
 
 @pytest.mark.parametrize("rights", ["+@all", "-info"])
 async def test_a_real_server_in_cluster_mode_is_recognized(rights: str) -> None:
-    with ClusterNode(SERVER) as node:
+    node = ClusterNode(SERVER)
+    with node:
         node.ask("ACL", "SETUSER", "default", rights)
         with pytest.raises(BackendError, match="serves any slot") as caught:
             async with RedisBackend(node.url):
