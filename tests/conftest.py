@@ -52,6 +52,7 @@ REAL_SERVER_MODULES = {
     "test_benchmarks.py",
     "test_cluster.py",
     "test_cluster_failovers.py",
+    "test_cluster_moves.py",
     "test_crash_budget.py",
     "test_redis_connection.py",
     "test_redis_crashes.py",
