@@ -51,6 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 REAL_SERVER_MODULES = {
     "test_benchmarks.py",
     "test_cluster.py",
+    "test_cluster_edges.py",
     "test_cluster_failovers.py",
     "test_cluster_moves.py",
     "test_crash_budget.py",

@@ -38,6 +38,7 @@ from ._node import Node
 from ._scatter import Scatter
 from ._server import ClusterModeError
 from ._settings import Settings, from_client, from_url
+from ._slots import slot_of
 from ._taking import Taking
 from ._topology import Topology
 
@@ -113,6 +114,7 @@ class RedisBackend(
 
     def _configure(self, settings: Settings, codec: Codec | None) -> None:
         self._is_entered = False
+        self._direct: set[str] = set()
         self._settings = settings
         self._codec = codec or JsonCodec()
         self._single = None if settings.seeds else Node(settings, self._codec)
@@ -180,6 +182,7 @@ class RedisBackend(
                 await self._single.connect(tasks, alarm)
             except ClusterModeError:
                 await self._single.aclose()
+                self._call_no_longer_directly()
                 self._settings = self._settings.as_cluster(self._settings)
                 self._cluster = Cluster(self._settings, self._codec)
                 self._single = None
@@ -200,6 +203,13 @@ class RedisBackend(
         for name in names:
             if name not in vars(self) and getattr(type(self), name) is getattr(RedisBackend, name):
                 setattr(self, name, getattr(part, name))
+                self._direct.add(name)
+
+    def _call_no_longer_directly(self) -> None:
+        """The server was a single one when this was entered before."""
+        for name in self._direct:
+            delattr(self, name)
+        self._direct.clear()
 
     async def _at(self, stream: str, do: Callable[[Node], Awaitable[T]], *, asks: bool = False) -> T:
         """Do something on the server of a stream.
@@ -241,6 +251,8 @@ class RedisBackend(
         return await self._at(stream, lambda node: node.cancel_later(stream, schedule_id))
 
     async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
+        if self._cluster is not None and dead_letter_topic is not None:
+            slot_of(dead_letter_topic)  # otherwise every dead letter would be refused
         await self._at(
             stream, lambda node: node.check_rights(stream, retry_stream, group, dead_letter_topic=dead_letter_topic)
         )
@@ -308,7 +320,7 @@ class RedisBackend(
         with suppress(EventBusError):
             await self._at(stream, lambda node: node.forget_consumer(stream, group, consumer))
         if self._cluster is not None:
-            self._cluster.topology.forget((stream, group, consumer))
+            await self._cluster.topology.forget((stream, group, consumer))
 
     async def transfer(
         self, stream: str, group: str, consumer: str, message_id: str, outputs: Sequence[Output]

@@ -45,6 +45,11 @@ class Memory:
         self.cursors: dict[Member, str] = {}
         self.lost_passes: dict[Member, tuple[float, str]] = {}
 
+    def forget(self, member: Member) -> None:
+        self.tracks.pop(member, None)
+        self.cursors.pop(member, None)
+        self.lost_passes.pop(member, None)
+
 
 class Taking:
     """The part of the backend that takes entries. For each consumer it keeps a connection and cursors.
@@ -62,7 +67,7 @@ class Taking:
     ) -> None:
         self._client = client
         self._decoder = decoder
-        memory = memory or Memory()
+        self._memory = memory = memory or Memory()
         self._tracks = memory.tracks
         self._cursors = memory.cursors
         self._lost_passes = memory.lost_passes
@@ -99,12 +104,10 @@ class Taking:
 
     async def forget(self, stream: str, group: str, consumer: str) -> None:
         member = (stream, group, consumer)
-        self._cursors.pop(member, None)
-        self._lost_passes.pop(member, None)
+        self._memory.forget(member)
         self._passed.pop(member, None)
         self._upkeep.forget(stream, group)
         self.watch.forget(member)
-        self._tracks.pop(member, None)
         await self._readers.forget(member)
 
     async def leave(self, member: Member) -> None:

@@ -198,8 +198,12 @@ class Topology:
 
         return await self.at(member[0], there)
 
-    def forget(self, member: Member) -> None:
-        self._placed.pop(member, None)
+    async def forget(self, member: Member) -> None:
+        """The member has ended. It may have read last on a node that does not have its slot any more."""
+        self._memory.forget(member)
+        node = self._placed.pop(member, None)
+        if node is not None:
+            await node.taking.leave(member)
 
     async def node(self, slot: int) -> Node:
         """The node of a slot.
