@@ -7,23 +7,33 @@ The specification:
 - A dead-letter topic whose keys cannot share a slot is refused when the subscription starts, not at the first dead
   letter. Another database than 0 is refused by name, whatever the form of the URL.
 - A consumer that is forgotten leaves no connection behind, also if its slot has moved since its last read.
+- The rights that the docs name are enough, on every node: for retries, a dead letter in another slot, and publishing.
 - A node that has lost its slots is left with all that belongs to it.
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from acl import SECRET
 from anyio import to_thread
 from clusters import RunningCluster
 from conftest import SERVER
-from harness import Recorder, new_topic, quick, until
-from servers import RunningServer
+from harness import QUICK, Recorder, new_topic, quick, until
+from servers import RedisHarness, RunningServer
+from test_redis_rights import DOCUMENTED
 
-from anybus import BackendError, Message, StreamBus, SubscriptionConfig, UnsupportedError, ValidationError
+from anybus import BackendError, Delivery, Message, StreamBus, SubscriptionConfig, UnsupportedError, ValidationError
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._slots import slot_of
+
+ON_A_CLUSTER = re.search(
+    r"In addition to \[these\]\(#rights\): `(.*?)`",
+    (Path(__file__).parent.parent / "docs" / "redis.md").read_text(),
+)
 
 
 def topology(backend: RedisBackend) -> Any:
@@ -100,11 +110,43 @@ async def test_a_consumer_that_is_forgotten_after_a_move_leaves_nothing_behind(
         assert not topology(backend)._memory.tracks
 
 
+async def test_the_documented_rights_are_enough_on_a_cluster(cluster: RunningCluster) -> None:
+    assert DOCUMENTED is not None
+    assert ON_A_CLUSTER is not None
+    topic = f"orders.{new_topic()}"
+    handled: list[str] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(delivery.message.uid)
+        raise ValueError("a retry, and then a dead letter")
+
+    rules = (*DOCUMENTED[1].split(), *ON_A_CLUSTER[1].split())
+    for node in cluster.nodes:  # each has users of its own
+        await to_thread.run_sync(node.ask, "ACL", "SETUSER", "worker", "on", f">{SECRET}", *rules)
+    try:
+        hosts = cluster.url.removeprefix("redis+cluster://")
+        url = f"redis+cluster://worker:{SECRET}@{hosts}"
+        async with StreamBus(RedisBackend(url), quick(Recorder())) as bus:
+            config = SubscriptionConfig(topic, "g", max_retry=1, retry_backoff=QUICK)
+            async with bus.subscribe(config, handler):
+                message = Message(topic)
+                await bus.publish(message)
+
+                async def is_dead() -> bool:
+                    return len(await RedisHarness(cluster).entries(f"{topic}.dead")) == 1
+
+                await until(is_dead, "the dead letter")
+        assert handled == [message.uid] * 2
+    finally:
+        for node in cluster.nodes:
+            await to_thread.run_sync(node.ask, "ACL", "DELUSER", "worker")
+
+
 async def test_a_node_without_slots_is_left_with_all_that_belongs_to_it() -> None:
     """It is a primary still, as long as its slots are elsewhere."""
 
     def start() -> RunningCluster:
-        return RunningCluster(SERVER, replicas=0).__enter__()
+        return RunningCluster(SERVER, "--cluster-require-full-coverage", "no", replicas=0).__enter__()
 
     cluster = await to_thread.run_sync(start)
     try:
@@ -115,12 +157,12 @@ async def test_a_node_without_slots_is_left_with_all_that_belongs_to_it() -> Non
         def empty() -> None:
             ranges = [(first, last) for first, last, port in cluster._ranges(source) if port == source.port]
             cluster.end_move(topic, cluster.begin_move(topic, target), target)
-            slots = [slot for first, last in ranges for slot in range(first, last + 1)]
-            for node in (target, source, *cluster.nodes):
-                with node.client() as client, client.pipeline(transaction=False) as pipe:
-                    for slot in slots:
-                        pipe.execute_command("CLUSTER SETSLOT", slot, "NODE", target.id)
-                    pipe.execute(raise_on_error=False)
+            rest = {slot for first, last in ranges for slot in range(first, last + 1)} - {slot_of(topic)}
+            for node in (source, *(node for node in cluster.nodes if node is not source)):
+                node.ask("CLUSTER", "DELSLOTS", *rest)
+            target.ask("CLUSTER", "ADDSLOTS", *rest)
+            target.ask("CLUSTER", "BUMPEPOCH")
+            cluster.owner(rest.pop())  # once all agree
 
         handled: list[str] = []
 
