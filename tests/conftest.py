@@ -53,6 +53,7 @@ REAL_SERVER_MODULES = {
     "test_cluster.py",
     "test_cluster_edges.py",
     "test_cluster_failovers.py",
+    "test_cluster_letters.py",
     "test_cluster_moves.py",
     "test_crash_budget.py",
     "test_redis_connection.py",
