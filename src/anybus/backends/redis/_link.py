@@ -57,7 +57,7 @@ class Link:
         self.settings = settings
         self.client_id = 0
         self.latency = 0.0
-        self._raw = stream.extra(SocketAttribute.raw_socket, None)
+        self._raw = _raw_socket(stream)
         self._direct = self._raw is not None and settings.tls is None and sys.platform != "win32"
         self._in_order = True
         self._sent = 0
@@ -183,6 +183,16 @@ def _keep_alive(raw: Any) -> None:
                 raw.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
+def _raw_socket(stream: ByteStream) -> Any:
+    """
+    :raises BrokenResourceError: if the connection has been reset: uvloop's transport has no socket then.
+    """
+    try:
+        return stream.extra(SocketAttribute.raw_socket, None)
+    except AttributeError as error:
+        raise anyio.BrokenResourceError from error
+
+
 async def open_link(settings: Settings, *, entering: bool = False) -> Link:
     """Connect to where the server is now, authenticate, select the database, set the connection's name.
 
@@ -199,7 +209,11 @@ async def open_link(settings: Settings, *, entering: bool = False) -> Link:
                 stage = "securing"
                 stream = await _secured(stream, settings)
         stage = "greeting"
-        link = Link(stream, settings)
+        try:
+            link = Link(stream, settings)
+        except BaseException:
+            await anyio.aclose_forcefully(stream)  # noqa: ASYNC102, ASYNC120 - closes without waiting
+            raise
         try:
             await _introduce(link, settings)
         except BaseException:
