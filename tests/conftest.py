@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import stages
 from blockbuster import blockbuster_ctx
+from clusters import RunningCluster
 from harness import Harness, MemoryHarness, new_topic
 from hypothesis import HealthCheck, settings
 from servers import RedisHarness, RunningServer
@@ -27,10 +28,14 @@ LOOPS = [
     pytest.param(("trio", NO_OPTIONS), id="trio"),
 ]
 
-SERVER = os.environ.get("ANYBUS_SERVER", "valkey")
-"""The server that tests run on: valkey, redis62, redis70, redis82, or a path."""
+_CHOSEN = os.environ.get("ANYBUS_SERVER", "valkey")
+ON_CLUSTER = _CHOSEN.startswith("cluster")
+SERVER = (_CHOSEN.partition(":")[2] if ON_CLUSTER else _CHOSEN) or "valkey"
+"""The server that tests run on: valkey, redis62, redis70, redis82, or a path. ``cluster`` is a cluster of valkey, and
+``cluster:redis70`` one of another server, for all tests that take a harness.
+"""
 
-NEEDS_SERVER = {"server", "own_server"}
+NEEDS_SERVER = {"server", "own_server", "cluster"}
 """Fixtures that start one."""
 
 
@@ -45,6 +50,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 REAL_SERVER_MODULES = {
     "test_benchmarks.py",
+    "test_cluster.py",
+    "test_cluster_edges.py",
+    "test_cluster_failovers.py",
+    "test_cluster_letters.py",
+    "test_cluster_moves.py",
     "test_crash_budget.py",
     "test_redis_connection.py",
     "test_redis_crashes.py",
@@ -81,11 +91,18 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[RunningCluster]:
+    """A real cluster, started for this run of the tests."""
+    with RunningCluster(SERVER) as running:
+        yield running
+
+
 @pytest.fixture(params=["memory", "server"])
 def harness(request: pytest.FixtureRequest) -> Harness:
     if request.param == "memory":
         return MemoryHarness()
-    return RedisHarness(request.getfixturevalue("server"))
+    return RedisHarness(request.getfixturevalue("cluster" if ON_CLUSTER else "server"))
 
 
 @pytest.fixture

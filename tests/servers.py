@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 import redis.exceptions
@@ -112,6 +112,10 @@ class RunningServer:
         info: Any = client.info("server")
         return bool(info["process_id"] == self.pid)
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def kill(self, how: int = signal.SIGKILL) -> None:
         assert self._process is not None
         self._process.send_signal(how)
@@ -140,10 +144,19 @@ class RunningServer:
         self.stop()
 
 
+class Reachable(Protocol):
+    """A server, or several that act as one."""
+
+    @property
+    def url(self) -> str: ...
+
+    def client(self) -> Any: ...
+
+
 class RedisHarness:
     """A real server, seen from behind the bus's back. Blocking calls, and so made in threads."""
 
-    def __init__(self, server: RunningServer) -> None:
+    def __init__(self, server: Reachable) -> None:
         self.server = server
         self._client: Any = server.client()
         self._decoder = EntryDecoder(JsonCodec())

@@ -362,7 +362,7 @@ def test_a_url_without_a_scheme_is_refused(url: str) -> None:
         connect(url)
 
 
-@pytest.mark.parametrize("scheme", ["http", "kafka", "", "MEMORY", "memory+tls", " memory", "redis+cluster"])
+@pytest.mark.parametrize("scheme", ["http", "kafka", "", "MEMORY", "memory+tls", " memory", "redis+other"])
 def test_a_url_of_an_unknown_scheme_is_refused(scheme: str) -> None:
     with refused("url", f"'{scheme}://", "'memory://<name>'"):
         connect(f"{scheme}://localhost")

@@ -232,7 +232,7 @@ async def test_a_large_message_that_left_before_it_was_noticed_may_have_happened
             backend = bus.backend
             assert isinstance(backend, RedisBackend)
             message = Message("t", LARGE)
-            size = len(pack([("XADD", "t", "*", "message", backend._encode(message))]))
+            size = len(pack([("XADD", "t", "*", "message", backend._node._encode(message))]))
             monkeypatch.setattr(Link, "send", send_and_hang)
             with pytest.raises(BackendError) as caught:
                 await bus.publish(message)

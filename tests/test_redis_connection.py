@@ -29,6 +29,7 @@ from anyio import to_thread
 from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSStream
+from clusters import ClusterNode
 from conftest import SERVER
 from fake_server import GONE, Answer, FakeServer, bulk, fake_server, greeting, listening
 from harness import SOON, new_topic, until
@@ -51,6 +52,7 @@ from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._client import Client
 from anybus.backends.redis._session import Call, Session
 from anybus.backends.redis._settings import Settings, from_client, from_url
+from anybus.backends.redis._slots import SLOTS
 
 PATIENCE = 0.3
 """The command_timeout of tests in which a server is silent."""
@@ -610,11 +612,10 @@ def announcing(info: bytes, known: bytes = b"*1\r\n*1\r\n$10\r\nxautoclaim\r\n")
     [
         (announcing(bulk(b"redis_version:6.0.16\r\nredis_mode:standalone"), b"*1\r\n*-1\r\n"), ("6.0.16", "6.2")),
         (announcing(b"-NOPERM no\r\n", b"*1\r\n$-1\r\n"), ("6.2",)),
-        (announcing(bulk(b"redis_version:8.2.0\r\nredis_mode:cluster")), ("cluster", "not supported")),
         (announcing(bulk(b"redis_version:8.2.0\r\nredis_mode:sentinel")), ("is a sentinel", "redis+sentinel://")),
         (announcing(bulk(b"redis_version:7.2.4\r\nserver_mode:sentinel")), ("is a sentinel", "redis+sentinel://")),
     ],
-    ids=["too old", "too old, without INFO", "cluster", "sentinel", "Valkey's sentinel"],
+    ids=["too old", "too old, without INFO", "sentinel", "Valkey's sentinel"],
 )
 async def test_a_server_that_is_not_supported_is_refused(
     announce: Callable[[FakeServer], None], words: tuple[str, ...]
@@ -629,16 +630,22 @@ async def test_a_server_that_is_not_supported_is_refused(
 
 
 @pytest.mark.parametrize("rights", ["+@all", "-info"])
-async def test_a_real_server_in_cluster_mode_is_refused(rights: str) -> None:
-    cluster = RunningServer(SERVER, "--cluster-enabled", "yes")
-    while cluster.port > 55535:  # its members talk on another port, 10,000 higher
-        cluster.port = free_port()
-    with cluster:
-        with cluster.client() as client:
-            client.execute_command("ACL", "SETUSER", "default", rights)
-        with pytest.raises(UnsupportedError, match="cluster mode"):
-            async with RedisBackend(cluster.url):
+async def test_a_real_server_in_cluster_mode_is_recognized(rights: str) -> None:
+    node = ClusterNode(SERVER)
+    with node:
+        node.ask("ACL", "SETUSER", "default", rights)
+        with pytest.raises(BackendError, match="serves any slot") as caught:
+            async with RedisBackend(node.url):
                 pass
+        assert caught.value.can_pass
+        node.ask("CLUSTER", "ADDSLOTS", *range(SLOTS))
+        await until(lambda: node.info()["cluster_state"] == "ok", "the cluster to work")
+        async with RedisBackend(node.url) as backend:
+            assert await backend.publish("t", MESSAGE)
+        with pytest.raises((BackendError, UnsupportedError)) as refused:
+            async with RedisBackend(f"{node.url}/1"):
+                pass
+        assert not isinstance(refused.value, BackendError) or not refused.value.can_pass
 
 
 async def test_without_the_right_to_info_the_server_is_taken_as_it_is() -> None:

@@ -231,7 +231,7 @@ async def test_an_error_in_a_later_part_says_that_earlier_ones_may_be_acknowledg
 ) -> None:
     async with limited(server) as (backend, user):
         ids = await taken(backend, topic, PER_SCRIPT + 50)
-        owned = backend._owned
+        owned = backend._node._owned
         parts = 0
 
         async def count(*args: Any) -> list[str]:
@@ -241,7 +241,7 @@ async def test_an_error_in_a_later_part_says_that_earlier_ones_may_be_acknowledg
                 await user.rules("-xack")
             return await owned(*args)
 
-        monkeypatch.setattr(backend, "_owned", count)
+        monkeypatch.setattr(backend._node, "_owned", count)
         with pytest.raises(BackendError) as caught:
             await backend.ack_many(topic, "g", ids, consumer="c")
         assert caught.value.may_have_happened

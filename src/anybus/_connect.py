@@ -13,7 +13,7 @@ from .backends.memory.backend import MemoryBackend
 
 _ALLOWED = (
     "'memory://', 'memory://<name>', 'redis://…', 'rediss://…' (TLS), 'valkey://…', 'valkeys://…' (TLS), 'unix://…', "
-    "'redis+sentinel://…' or 'rediss+sentinel://…' (TLS)"
+    "'redis+sentinel://…', 'rediss+sentinel://…' (TLS), 'redis+cluster://…' or 'rediss+cluster://…' (TLS)"
 )
 _REDIS = ("redis", "rediss", "valkey", "valkeys")
 
@@ -24,14 +24,12 @@ def connect(url: str, options: StreamBusOptions | None = None, *, codec: Codec |
     ``memory://`` is private to this bus. All buses with the same ``memory://name`` in one event loop share their
     streams. ``redis://``, ``rediss://`` (TLS) and ``unix://`` need the extra ``anybus[redis]``. ``valkey://`` means
     ``redis://``, and ``valkeys://`` means ``rediss://``. ``redis+sentinel://host,host/service`` asks sentinels for the
-    server.
+    server. ``redis+cluster://host,host`` asks nodes of a cluster for the others.
 
     :param codec: how messages are encoded on a server; None = JSON. Not allowed for ``memory://``, where nothing is
         encoded.
-    :raises ValidationError: if the URL's scheme is unknown (cluster URLs included), or another part of the URL is
-        invalid.
-    :raises UnsupportedError: if the extra is not installed. (A server in cluster mode is refused when the bus is
-        entered.)
+    :raises ValidationError: if the URL's scheme is unknown, or another part of the URL is invalid.
+    :raises UnsupportedError: if the extra is not installed.
     """
     url = check_url(url, _ALLOWED)
     scheme, separator, _ = url.partition("://")
@@ -39,7 +37,8 @@ def connect(url: str, options: StreamBusOptions | None = None, *, codec: Codec |
         if codec is not None:
             refuse("codec", codec, "unset for memory://, where nothing is encoded")
         return StreamBus(_memory(url), options)
-    if not separator or (scheme.removesuffix("+sentinel") not in _REDIS and scheme != "unix"):
+    server = scheme.removesuffix("+sentinel").removesuffix("+cluster")
+    if not separator or (server not in _REDIS and scheme != "unix"):
         if not separator:
             raise ValidationError(f"url must be {_ALLOWED}, not a text without '://'")
         # A URL may hold a password, so only the scheme is shown.

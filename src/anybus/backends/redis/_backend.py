@@ -1,24 +1,25 @@
-"""The backend on Redis Streams: publishing, settling, inspecting. (Taking entries is in ``_taking``.)"""
+"""The backend on Redis Streams: finds the server of a stream. (What is done there is in ``_node``.)"""
 
 from __future__ import annotations
 
-import re
-import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import anyio
+from anyio.abc import TaskGroup
 
 from ..._codec import JsonCodec
-from ..._ground.checks import check_delay, check_start_id, check_time, is_entry_id
-from ..._ground.errors import BackendError, EventBusError, UnsupportedError, ValidationError
+from ..._ground.errors import EventBusError
 from ..._messages.message import Message
 from ...abc import (
     Codec,
+    DeadLetterStore,
     Feature,
     FetchedEntry,
+    LeaseKeeper,
+    Move,
     Output,
     PendingEntry,
     PublishItem,
@@ -26,29 +27,30 @@ from ...abc import (
     Redelivered,
     RightsChecker,
     SharedWaiting,
+    StoredEntry,
     StreamBackend,
     StreamInspector,
     TimedPublisher,
     TransferItem,
 )
-from . import _fence_scripts as fence
-from . import _scripts as scripts
 from ._client import Client
-from ._crowds import Crowds
-from ._dead_letters import RedisDeadLetters
-from ._decoding import MAX_ENCODED, EntryDecoder, span
-from ._errors import has_code, is_out_of_reach
-from ._keys import RESERVED, delayed, leases, losses
-from ._leases import RedisLeases
-from ._limits import ROOM
-from ._parts import PER_SCRIPT
-from ._protocol import Command, ServerError
-from ._rights import TRY, arguments, may_not_run_scripts, missing_rights, probes
+from ._node import Node
+from ._scatter import Scatter
+from ._server import ClusterModeError
 from ._settings import Settings, from_client, from_url
+from ._slots import slot_of
 from ._taking import Taking
-from ._transfers import Transfers
+from ._topology import Topology
 
-_SHIELDED = 1.0
+T = TypeVar("T")
+
+
+class Cluster:
+    """What a backend has on a cluster, instead of one server."""
+
+    def __init__(self, settings: Settings, codec: Codec) -> None:
+        self.topology = Topology(settings, codec)
+        self.scatter = Scatter(self.topology, codec)
 
 
 class RedisBackend(
@@ -58,16 +60,17 @@ class RedisBackend(
     SharedWaiting,
     RightsChecker,
     TimedPublisher,
-    RedisDeadLetters,
-    RedisLeases,
+    DeadLetterStore,
+    LeaseKeeper,
 ):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
-    One multiplexed connection carries all commands that do not block. Each blocking read has a connection of its own.
+    One multiplexed connection carries all commands that do not block. Blocking reads have connections of their own.
 
     :param url: ``redis://``, ``rediss://`` (TLS, verified) or ``unix://``, with user, password, database and redis-py's
         ``ssl_…`` options in its query. ``valkey://`` means ``redis://``, ``valkeys://`` means ``rediss://``.
         ``redis+sentinel://host,host/service`` means the primary that these sentinels name.
+        ``redis+cluster://host,host`` means the cluster to which these nodes belong; so does a plain URL of one node.
     :param codec: how messages are encoded; None = JSON, compatible with the existing Rust and Go buses.
     :param connect_timeout: the time limit in seconds for TCP and TLS to connect. After that, while a connection is set
         up: how many seconds the server may be silent.
@@ -95,13 +98,14 @@ class RedisBackend(
     ) -> RedisBackend:
         """Create a backend with the host, TLS settings, credentials and database of a configured redis-py client.
 
-        For a client behind sentinels (``Sentinel.master_for``), the sentinels are asked instead.
+        For a client behind sentinels (``Sentinel.master_for``), the sentinels are asked instead. For a
+        ``RedisCluster``, its startup nodes are asked for the others.
 
         The backend opens its own connections. It does not use the client, its pool or its timeouts.
 
         :raises ValidationError: if it is not a redis-py client.
-        :raises UnsupportedError: if it is a client for a cluster or for replicas, if it checks certificates by OCSP, or
-            if its sentinels have ``min_other_sentinels`` or ``force_master_ip``.
+        :raises UnsupportedError: if it is a client for replicas, if it checks certificates by OCSP, if its sentinels
+            have ``min_other_sentinels`` or ``force_master_ip``, or if it is for a cluster and has ``address_remap``.
         """
         backend = cls.__new__(cls)
         settings = from_client(client, connect_timeout=connect_timeout, command_timeout=command_timeout)
@@ -110,16 +114,29 @@ class RedisBackend(
 
     def _configure(self, settings: Settings, codec: Codec | None) -> None:
         self._is_entered = False
+        self._direct: set[str] = set()
+        self._settings = settings
         self._codec = codec or JsonCodec()
-        self._client = Client(settings)
-        self._decoder = EntryDecoder(self._codec)
-        self._taking = Taking(self._client, self._decoder)
-        self._transfers = Transfers(self._client, self._encode, self._encode_copy)
-        self._crowds = Crowds()
+        self._single = None if settings.seeds else Node(settings, self._codec)
+        self._cluster = Cluster(settings, self._codec) if settings.seeds else None
+
+    @property
+    def _node(self) -> Node:
+        """The only server."""
+        assert self._single is not None
+        return self._single
+
+    @property
+    def _client(self) -> Client:
+        return self._node.client
+
+    @property
+    def _taking(self) -> Taking:
+        return self._node.taking
 
     def __repr__(self) -> str:
-        state = "connected" if self._client.mux.is_connected else "not connected"
-        return f"<RedisBackend {self._client.settings.place} {state}>"
+        place = self._client.mux if self._cluster is None else self._cluster.topology
+        return f"<RedisBackend {self._settings.place} {'connected' if place.is_connected else 'not connected'}>"
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[RedisBackend, None]:
@@ -137,11 +154,8 @@ class RedisBackend(
                     alarmed = alarmed or error
                     tasks.cancel_scope.cancel()
 
-                self._taking.start(tasks, alarm)
                 try:
-                    link = await self._client.mux.connect()
-                    tasks.start_soon(self._client.mux.run, link, alarm, tasks)
-                    await self._client.warn()
+                    await self._open(tasks, alarm)
                     yield self
                 except anyio.get_cancelled_exc_class():
                     cancelled = True
@@ -149,12 +163,7 @@ class RedisBackend(
                 except BaseException as error:
                     failure = error
                 finally:
-                    try:
-                        with anyio.move_on_after(_SHIELDED, shield=True):
-                            await self._taking.aclose()
-                    finally:
-                        # Even if the line above raises: otherwise the task group would wait forever, shielded.
-                        self._client.mux.close()
+                    await self._close()  # noqa: ASYNC102 - shielded inside
         finally:
             self._is_entered = False
             if alarmed is not None:
@@ -166,82 +175,66 @@ class RedisBackend(
             # group then takes it for its own, and swallows it. It must not get lost, so a new one is raised.
             raise anyio.get_cancelled_exc_class()
 
+    async def _open(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
+        if self._single is not None:
+            self._single.start(tasks, alarm)
+            try:
+                await self._single.connect(tasks, alarm)
+            except ClusterModeError:
+                await self._single.aclose()
+                self._call_no_longer_directly()
+                self._settings = self._settings.as_cluster(self._settings)
+                self._cluster = Cluster(self._settings, self._codec)
+                self._single = None
+            else:
+                self._call_directly(self._single, _METHODS)
+        if self._cluster is not None:
+            await self._cluster.topology.open(tasks, alarm)
+            self._call_directly(self._cluster.topology, ("publish_within",))
+
+    async def _close(self) -> None:
+        if self._single is not None:
+            await self._single.aclose()
+        if self._cluster is not None:
+            await self._cluster.topology.aclose()
+
+    def _call_directly(self, part: object, names: Iterable[str]) -> None:
+        """Methods of a part become this object's own, except where a subclass or a caller has others."""
+        for name in names:
+            if name not in vars(self) and getattr(type(self), name) is getattr(RedisBackend, name):
+                setattr(self, name, getattr(part, name))
+                self._direct.add(name)
+
+    def _call_no_longer_directly(self) -> None:
+        """The server was a single one when this was entered before."""
+        for name in self._direct:
+            delattr(self, name)
+        self._direct.clear()
+
+    async def _at(self, stream: str, do: Callable[[Node], Awaitable[T]], *, asks: bool = False) -> T:
+        """Do something on the server of a stream.
+
+        :param asks: as in ``Topology.at``.
+        """
+        if self._cluster is None:
+            return await do(self._node)
+        return await self._cluster.topology.at(stream, do, asks=asks)
+
+    async def _reading(self, stream: str, group: str, consumer: str, do: Callable[[Node], Awaitable[T]]) -> T:
+        """The same for a blocking read."""
+        if self._cluster is None:
+            return await do(self._node)
+        return await self._cluster.topology.reading((stream, group, consumer), do)
+
     async def publish(self, stream: str, message: Message) -> str:
-        [reply] = await self._client.publish((("XADD", stream, "*", "message", self._encode(message)),))
-        if isinstance(reply, ServerError):
-            raise self._client.refused(reply)
-        if isinstance(reply, BackendError):
-            raise reply
-        if stream.startswith(RESERVED):
-            with suppress(BackendError):  # it is appended
-                await self._client.note_waiting((stream,))
-        return self._client.text(reply)
+        return await self._at(stream, lambda node: node.publish(stream, message), asks=True)
 
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
-        client, data = self._client, self._encode(message)
-        command = ("XADD", stream, "*", "message", data)
-        if len(data) > client.careful_above:
-            reply = await client.alone(command, timeout)
-        else:
-            reply = await client.mux.single(command, timeout)
-        if isinstance(reply, ServerError):
-            raise self._client.refused(reply)
-        return reply.decode() if isinstance(reply, bytes) else self._client.text(reply)
+        where = self._node if self._cluster is None else self._cluster.topology
+        return await where.publish_within(stream, message, timeout=timeout)
 
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
-        results: list[str | EventBusError] = [""] * len(items)
-        commands: list[Command] = []
-        places: list[int] = []
-        for index, (stream, message, spec) in enumerate(items):
-            try:
-                if spec is not None:
-                    raise UnsupportedError(f"RedisBackend cannot publish with {spec}")
-                commands.append(("XADD", stream, "*", "message", self._encode(message)))
-                places.append(index)
-            except EventBusError as error:
-                results[index] = error
-        if not commands:
-            return results
-        replies: list[Any]
-        try:
-            replies = await self._client.publish(commands)
-        except BackendError as error:
-            replies = [error] * len(commands)
-        for index, reply in zip(places, replies, strict=True):
-            if type(reply) is bytes and reply.isascii():
-                results[index] = reply.decode()
-            elif isinstance(reply, ServerError):
-                results[index] = self._client.refused(reply)
-            elif isinstance(reply, EventBusError):
-                results[index] = reply
-            else:
-                try:
-                    results[index] = self._client.text(reply)
-                except BackendError as error:
-                    results[index] = error
-        return results
-
-    def _encode(self, message: Message) -> bytes:
-        data = self._codec.encode(message)
-        if len(data) > MAX_ENCODED:
-            raise ValidationError(f"a message must be at most {MAX_ENCODED} bytes when encoded, not {len(data)}")
-        if len(data) > self._client.careful_above:
-            self._check_limit(data, ROOM)
-        return data
-
-    def _encode_copy(self, message: Message) -> bytes:
-        """Encode one of the bus's own copies. It is refused only if the server would not accept it."""
-        data = self._codec.encode(message)
-        self._check_limit(data, 0)
-        return data
-
-    def _check_limit(self, data: bytes, room: int) -> None:
-        limit = self._client.limit
-        if limit is not None and len(data) > limit.size - room:
-            raise ValidationError(
-                f"a message must be at most {limit.size - room} bytes when encoded, not {len(data)}: "
-                f"{self._client.settings.place} does not accept more ({limit.setting})"
-            )
+        return await (self._node if self._cluster is None else self._cluster.scatter).publish_many(items)
 
     async def publish_later(
         self,
@@ -252,133 +245,82 @@ class RedisBackend(
         at: datetime | None = None,
         spec: PublishSpec | None = None,
     ) -> str:
-        if (delay is None) == (at is None):
-            raise ValidationError("publish_later takes exactly one of delay and at")
-        if spec is not None:
-            raise UnsupportedError(f"RedisBackend cannot publish with {spec}")
-        if at is not None:
-            due = f"{check_time('at', at).timestamp() * 1000:.0f}"
-        else:
-            due = f"+{check_delay('delay', delay) * 1000:.0f}"
-        token = secrets.token_hex(8)
-        args = (due, token, "message", self._encode(message))
-        await self._client.run(scripts.SCHEDULE, stream, "", (delayed(stream),), args)
-        return token
+        return await self._at(stream, lambda node: node.publish_later(stream, message, delay=delay, at=at, spec=spec))
 
     async def cancel_later(self, stream: str, schedule_id: str) -> bool:
-        if not re.fullmatch(r"[0-9a-f]{16}", schedule_id):
-            return False
-        cursor = "0"
-        while True:
-            reply = await self._client.run(scripts.CANCEL, stream, "", (delayed(stream),), (schedule_id, cursor))
-            with self._client.reading(reply):
-                cursor, removed = reply[0].decode(), int(reply[1])
-            if removed or cursor == "0":
-                return bool(removed)
+        return await self._at(stream, lambda node: node.cancel_later(stream, schedule_id))
 
     async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
-        asked = list(probes(stream, retry_stream, group, dead_letter_topic))
-        try:
-            reply = await self._client.run(TRY, stream, group, (), arguments(asked))
-        except BackendError as error:
-            if is_out_of_reach(error):
-                raise may_not_run_scripts() from error
-            raise
-        with self._client.reading(reply):
-            missing = missing_rights(asked, reply)
-        if missing is not None:
-            raise missing
+        if self._cluster is not None and dead_letter_topic is not None:
+            slot_of(dead_letter_topic)  # otherwise every dead letter would be refused
+        await self._at(
+            stream, lambda node: node.check_rights(stream, retry_stream, group, dead_letter_topic=dead_letter_topic)
+        )
 
     async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
-        start_id = check_start_id("start_id", start_id)
-        [reply] = await self._client.mux.pipeline((("XGROUP", "CREATE", stream, group, start_id, "MKSTREAM"),))
-        if isinstance(reply, ServerError):
-            if has_code(reply, "BUSYGROUP"):
-                return False
-            raise self._client.refused(reply)
-        return True
+        return await self._at(stream, lambda node: node.create_group(stream, group, start_id))
 
     async def read_new(
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float
     ) -> list[FetchedEntry]:
-        return await self._taking.read_new(stream, group, consumer, count, timeout)
-
-    async def reclaim_idle(
-        self, stream: str, group: str, consumer: str, *, min_idle: float, count: int
-    ) -> list[FetchedEntry]:
-        return await self._taking.reclaim(stream, group, consumer, min_idle, count)
-
-    async def redeliver(
-        self, stream: str, retry_stream: str, group: str, consumer: str, *, min_idle: float, count: int
-    ) -> Redelivered:
-        return await self._taking.redeliver(stream, retry_stream, group, consumer, min_idle, count)
+        return await self._reading(
+            *(stream, group, consumer),
+            lambda node: node.read_new(stream, group, consumer, count=count, timeout=timeout),
+        )
 
     async def read_when_new(
         self, stream: str, group: str, consumer: str, *, count: int, block: float, timeout: float
     ) -> list[FetchedEntry]:
-        return await self._taking.read_new(stream, group, consumer, count, timeout, block)
+        return await self._reading(
+            *(stream, group, consumer),
+            lambda node: node.read_when_new(stream, group, consumer, count=count, block=block, timeout=timeout),
+        )
+
+    async def reclaim_idle(
+        self, stream: str, group: str, consumer: str, *, min_idle: float, count: int
+    ) -> list[FetchedEntry]:
+        return await self._at(
+            stream, lambda node: node.reclaim_idle(stream, group, consumer, min_idle=min_idle, count=count)
+        )
+
+    async def redeliver(
+        self, stream: str, retry_stream: str, group: str, consumer: str, *, min_idle: float, count: int
+    ) -> Redelivered:
+        return await self._at(
+            stream,
+            lambda node: node.redeliver(stream, retry_stream, group, consumer, min_idle=min_idle, count=count),
+        )
 
     async def until_pass_is_due(
         self, stream: str, retry_stream: str, group: str, consumer: str, *, min_idle: float, interval: float
     ) -> None:
-        await self._taking.watch.until_pass_is_due(stream, group, consumer, min_idle=min_idle, interval=interval)
+        def wait(node: Node) -> Awaitable[None]:
+            return node.until_pass_is_due(stream, retry_stream, group, consumer, min_idle=min_idle, interval=interval)
+
+        try:
+            await self._at(stream, wait)
+        except EventBusError:
+            await anyio.sleep(interval)  # the pass that follows meets the same error, and raises it
 
     async def ack(self, stream: str, group: str, message_id: str) -> None:
-        await self.ack_many(stream, group, (message_id,))
+        await self._at(stream, lambda node: node.ack(stream, group, message_id))
 
     async def ack_many(
         self, stream: str, group: str, message_ids: Sequence[str], *, consumer: str | None = None
     ) -> list[str]:
-        if consumer is None:
-            known = [message_id for message_id in message_ids if is_entry_id(message_id)]
-            if known:
-                await self._client.ask(stream, group, ("XACK", stream, group, *known))
-                if stream.startswith(RESERVED):  # a retry stream, which has only this group
-                    try:
-                        await self._client.call("XDEL", stream, *known)
-                    except BackendError as error:
-                        error.may_have_happened = True  # the entries are already acknowledged
-                        raise
-            return []
-        refused: list[str] = []
-        for start in range(0, len(message_ids), PER_SCRIPT):
-            try:
-                part = message_ids[start : start + PER_SCRIPT]
-                refused += await self._owned(fence.ACK, stream, group, consumer, part)
-            except BackendError as error:
-                error.may_have_happened = error.may_have_happened or start > 0  # earlier parts are acknowledged
-                raise
-        return refused
+        return await self._at(stream, lambda node: node.ack_many(stream, group, message_ids, consumer=consumer))
 
     async def renew(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> list[str]:
-        owned: list[str] = []
-        for start in range(0, len(message_ids), PER_SCRIPT):
-            part = message_ids[start : start + PER_SCRIPT]
-            owned += await self._owned(fence.RENEW, stream, group, consumer, part)
-        return owned
-
-    async def _owned(
-        self, script: scripts.Script, stream: str, group: str, consumer: str, message_ids: Sequence[str]
-    ) -> list[str]:
-        key = "" if self._crowds.is_too_large(stream, group, len(message_ids)) else losses(stream, group)
-        args = (group, consumer, *span(message_ids), key, *message_ids)
-        reply = await self._client.run(script, stream, group, (stream,), args)
-        with self._client.reading(reply):
-            if reply and isinstance(reply[-1], int):
-                self._crowds.saw(stream, group, reply.pop())
-            return [raw.decode() for raw in reply]
+        return await self._at(stream, lambda node: node.renew(stream, group, consumer, message_ids))
 
     async def release(self, stream: str, group: str, consumer: str, message_ids: Sequence[str]) -> None:
-        await self._taking.release(stream, group, consumer, message_ids)
+        await self._at(stream, lambda node: node.release(stream, group, consumer, message_ids))
 
     async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
-        self._crowds.forget(stream, group)
-        try:
-            await self._taking.forget(stream, group, consumer)
-            keys, args = (stream, leases(stream, group)), (group, consumer, losses(stream, group))
-            await self._client.run(scripts.FORGET, stream, group, keys, args)
-        except BackendError:
-            return  # the consumer's name stays. A peer removes it later, since it has no pending entries
+        with suppress(EventBusError):
+            await self._at(stream, lambda node: node.forget_consumer(stream, group, consumer))
+        if self._cluster is not None:
+            await self._cluster.topology.forget((stream, group, consumer))
 
     async def transfer(
         self, stream: str, group: str, consumer: str, message_id: str, outputs: Sequence[Output]
@@ -391,22 +333,52 @@ class RedisBackend(
     async def transfer_many(
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
     ) -> list[list[str] | EventBusError | None]:
-        return await self._transfers.transfer_many(stream, group, consumer, items)
+        where = self._node if self._cluster is None else self._cluster.scatter
+        return await where.transfer_many(stream, group, consumer, items)
 
     async def count_entries(self, stream: str) -> int:
-        reply = await self._client.call("XLEN", stream)
-        with self._client.reading(reply):
-            return int(reply)
+        return await self._at(stream, lambda node: node.count_entries(stream))
 
     async def pending_entries(self, stream: str, group: str, *, limit: int = 1000) -> list[PendingEntry]:
-        reply = await self._client.ask(stream, group, ("XPENDING", stream, group, "-", "+", limit))
-        with self._client.reading(reply):
-            return [
-                PendingEntry(raw_id.decode(), owner.decode(), idle / 1000, deliveries)
-                for raw_id, owner, idle, deliveries in reply
-            ]
+        return await self._at(stream, lambda node: node.pending_entries(stream, group, limit=limit))
 
     async def consumer_names(self, stream: str, group: str) -> list[str]:
-        reply = await self._client.ask(stream, group, ("XINFO", "CONSUMERS", stream, group))
-        with self._client.reading(reply):
-            return sorted(dict(zip(item[::2], item[1::2], strict=True))[b"name"].decode() for item in reply)
+        return await self._at(stream, lambda node: node.consumer_names(stream, group))
+
+    async def agree_lease(self, stream: str, group: str, consumer: str, lease: float, *, change: bool = False) -> float:
+        return await self._at(stream, lambda node: node.agree_lease(stream, group, consumer, lease, change=change))
+
+    async def kept_lease(self, stream: str, group: str, consumer: str, lease: float) -> float:
+        return await self._at(stream, lambda node: node.kept_lease(stream, group, consumer, lease))
+
+    async def until_lease_changes(self, stream: str, group: str, consumer: str, lease: float) -> float:
+        return await self._at(stream, lambda node: node.until_lease_changes(stream, group, consumer, lease))
+
+    async def last_entry_id(self, stream: str) -> str | None:
+        return await self._at(stream, lambda node: node.last_entry_id(stream))
+
+    async def read_page(
+        self, stream: str, *, after: str | None, until: str, count: int, max_bytes: int, max_entry_bytes: int
+    ) -> list[StoredEntry]:
+        return await self._at(
+            stream,
+            lambda node: node.read_page(
+                stream, after=after, until=until, count=count, max_bytes=max_bytes, max_entry_bytes=max_entry_bytes
+            ),
+        )
+
+    async def read_entry(self, stream: str, entry_id: str, *, max_entry_bytes: int) -> StoredEntry | None:
+        return await self._at(stream, lambda node: node.read_entry(stream, entry_id, max_entry_bytes=max_entry_bytes))
+
+    async def has_group(self, stream: str, group: str) -> bool:
+        return await self._at(stream, lambda node: node.has_group(stream, group))
+
+    async def move_entries(self, stream: str, moves: Sequence[Move]) -> list[str | EventBusError | None]:
+        return await (self._node if self._cluster is None else self._cluster.scatter).move_entries(stream, moves)
+
+    async def remove_entries(self, stream: str, entry_ids: Sequence[str]) -> int:
+        return await self._at(stream, lambda node: node.remove_entries(stream, entry_ids))
+
+
+_METHODS: Final = tuple(name for name in vars(RedisBackend) if not name.startswith("_") and hasattr(Node, name))
+"""What a server does by itself."""

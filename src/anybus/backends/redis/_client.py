@@ -14,9 +14,18 @@ from ..._ground.errors import BackendError, GroupLostError
 from ..._ground.log import say
 from . import _dead_letter_scripts, _fence_scripts, _lease_scripts, _rights, _scripts, _taking_scripts, _watch_scripts
 from ._alone import Loner
+from ._asking import AskingMultiplexer
 from ._decoding import predecessor
 from ._durability import QUESTIONS, SAVE_POINTS, evicts, fields, keeps_no_log, keeps_nothing
-from ._errors import UNEXPECTED, has_code, leads_elsewhere, may_be_partly_done, translate, unexpected_reply
+from ._errors import (
+    UNEXPECTED,
+    has_code,
+    is_permanent,
+    leads_elsewhere,
+    may_be_partly_done,
+    translate,
+    unexpected_reply,
+)
 from ._keys import RESERVED, RETURNED, meta, waiting_beside
 from ._limits import LARGE, ROOM, Limit, ask_limit
 from ._link import Link, ask, tolerate
@@ -50,7 +59,7 @@ class Client:
         self.limit: Limit | None = None
         self.careful_above = LARGE
         """Messages larger than this must be checked: the server may not accept them."""
-        self.mux = Multiplexer(settings, self._greet)
+        self.mux = (AskingMultiplexer if settings.asking else Multiplexer)(settings, self._greet)
         self._loner = Loner(settings, self.mux)
 
     async def _greet(self, link: Link) -> None:
@@ -164,7 +173,8 @@ class Client:
     async def note_waiting(self, streams: Iterable[str]) -> None:
         """For retry streams to which something was appended: tell those who watch their groups. Not awaited."""
         marks = {waiting_beside(stream) for stream in streams if stream.startswith(RESERVED)}
-        if marks:
+        # A node that is asked would set a mark of its own, while the stream's may still be where it was.
+        if marks and not self.settings.asking:
             await self.mux.start([("ZADD", mark, 0, RETURNED) for mark in marks])
 
     def unwatched(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Command:
@@ -192,7 +202,8 @@ class Client:
 
     def refused(self, error: ServerError, *, may_have_happened: bool = False) -> BackendError:
         """The bus's error for an error reply on the shared connection."""
-        if leads_elsewhere(error):
+        # On a cluster, another node is the right one for the key, and this one for others.
+        if leads_elsewhere(error) and not (self.settings.cluster and has_code(error, "MOVED")):
             self.mux.reset()
         return translate(error, may_have_happened=may_have_happened)
 
@@ -207,6 +218,8 @@ class Client:
         floor: str | None = None
         with anyio.move_on_after(self.settings.command_timeout):
             [reply] = await self.mux.pipeline((("HGET", meta(stream), group),))
+            if isinstance(reply, ServerError) and self.settings.cluster and not is_permanent(reply):
+                return self.refused(reply)  # the stream is not lost, but somewhere else
             floor = reply.decode() if isinstance(reply, bytes) else None
         if floor is not None and floor.startswith("before "):
             floor = predecessor(floor.removeprefix("before "))

@@ -19,7 +19,7 @@ from ._protocol import Argument, ServerError
 
 _IDS_AT_ONCE: Final = 500
 _MOVES_AT_ONCE: Final = 250
-_RAW: Final = RAW_PREFIX.encode()
+RAW: Final = RAW_PREFIX.encode()
 
 
 class RedisDeadLetters(DeadLetterStore):
@@ -168,8 +168,8 @@ class RedisDeadLetters(DeadLetterStore):
                     return None
                 fields: list[Argument] = []
                 for name, value in zip(found[0][1][::2], found[0][1][1::2], strict=True):
-                    if name.startswith(_RAW):
-                        fields += (name[len(_RAW) :], value)
+                    if name.startswith(RAW):
+                        fields += (name[len(RAW) :], value)
             appended = self._client.text(await self._client.call("XADD", move.stream, "*", *fields))
         except BackendError as error:
             return error

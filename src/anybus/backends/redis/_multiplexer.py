@@ -72,16 +72,20 @@ class Multiplexer:
         It is not opened in :meth:`run`: a cancellation must reach the caller that waits for it, and the shield in there
         would block it.
         """
+        self.prepare()
+        return await self._connect(entering=True)
+
+    def prepare(self) -> None:
+        """To be called before :meth:`run` if there is no first connection yet."""
         self._scope = anyio.CancelScope(shield=True)
         self._clock = loop_clock()
         self._closed = False
         self.closed = anyio.Event()
         self._owner_watch = None
         self._location_watch = anyio.CancelScope(shield=True)
-        return await self._connect(entering=True)
 
-    async def run(self, link: Link, alarm: Callable[[BaseException], None], tasks: TaskGroup) -> None:
-        """Serve until closed, on the first connection and then on new ones.
+    async def run(self, link: Link | None, alarm: Callable[[BaseException], None], tasks: TaskGroup) -> None:
+        """Serve until closed, on the first connection (None = it is opened when it is needed) and then on new ones.
 
         This is shielded: if everything is cancelled, subscriptions still need the connection to release their entries.
 
@@ -89,7 +93,7 @@ class Multiplexer:
         :param tasks: the task group in which this runs.
         """
         assert self._scope is not None
-        connected: Link | None = link
+        connected = link
         if self._settings.locator is not None:
             tasks.start_soon(self._watch_location, self._settings.locator, alarm)
         try:

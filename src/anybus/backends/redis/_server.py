@@ -28,10 +28,15 @@ class Server:
     can_load: bool = True
 
 
+class ClusterModeError(UnsupportedError):
+    """The server is a node of a cluster, and was taken for a single one."""
+
+
 async def look_at(link: Link, settings: Settings) -> Server:
     """Ask the server about itself. Refused questions are fine: a user, a managed server or a proxy may not allow them.
 
-    :raises UnsupportedError: if the server is too old, or of a kind that is not supported yet.
+    :raises ClusterModeError: if the server is in cluster mode, and the settings are not those of a cluster.
+    :raises UnsupportedError: if the server is too old, or of a kind that is not supported.
     :raises ServerError: if it refuses every command.
     """
     replies = await ask(link, [("INFO", "server"), ("COMMAND", "INFO", "XAUTOCLAIM"), ("CLIENT", "UNBLOCK", 0)])
@@ -47,8 +52,10 @@ async def look_at(link: Link, settings: Settings) -> Server:
         raise UnsupportedError(
             f"{settings.place} is a sentinel: redis+sentinel://host:port/service asks it for the server"
         )
-    if mode != "standalone":
-        raise UnsupportedError(f"{settings.place} is a server in {mode} mode, which is not supported yet")
+    if mode == "cluster" and not settings.cluster:
+        raise ClusterModeError(f"{settings.place} is in cluster mode now: enter the bus again")
+    if mode not in ("cluster", "standalone"):
+        raise UnsupportedError(f"{settings.place} is a server in {mode} mode, which is not supported")
     version = info.get("redis_version", "unknown")
     has_command = await _has(link, "XAUTOCLAIM") if isinstance(known, ServerError) else bool(known and known[0])
     if not has_command:

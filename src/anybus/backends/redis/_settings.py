@@ -15,7 +15,7 @@ from redis.credentials import CredentialProvider, UsernamePasswordCredentialProv
 
 from ..._ground.checks import check_delay, check_text, refuse
 from ..._ground.errors import UnsupportedError, ValidationError
-from ._url import MAX_DATABASE, checked_url, sentinel_url
+from ._url import MAX_DATABASE, checked_url, cluster_url, sentinel_url
 
 if TYPE_CHECKING:
     from ._link import Link
@@ -54,6 +54,8 @@ _REQUIREMENTS = {
 }
 
 
+_MOST_NAMED = 3
+
 _parse_url = cast("Callable[[str], dict[str, Any]]", redis.connection.parse_url)  # pyright: ignore[reportUnknownMemberType]
 
 
@@ -80,6 +82,9 @@ class Settings:
 
     :ivar service: the name under which sentinels know the server; None = the server has a fixed address.
     :ivar sentinels: how to connect to each sentinel. None if this is a connection to a known address.
+    :ivar seeds: the nodes that are asked first for the slots of a cluster. None if this is a connection to one server.
+    :ivar cluster: whether the server is a node of a cluster.
+    :ivar asking: whether this node is asked to serve streams that are being moved to it.
     :ivar locator: opens the connection instead, to where the server is at that time.
     """
 
@@ -95,6 +100,9 @@ class Settings:
     command_timeout: float = 5.0
     service: str | None = None
     sentinels: tuple[Settings, ...] = ()
+    seeds: tuple[Settings, ...] = ()
+    cluster: bool = False
+    asking: bool = False
     locator: Locator | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -106,20 +114,36 @@ class Settings:
         """The server's address, for texts: without credentials."""
         if self.sentinels:
             return f"service {self.service!r}"
+        if self.seeds:
+            return f"the cluster of {', '.join(seed.place for seed in self.seeds[:_MOST_NAMED])}"
         if self.path is not None:
             return self.path
         address = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         return address if self.service is None else f"{address} (service {self.service!r})"
 
     def at(self, host: str, port: int) -> Settings:
-        """The settings of a connection to this address, where the sentinels have found the server."""
-        return replace(self, host=host, port=port, tls_hostname=host, sentinels=(), locator=None)
+        """The settings of a connection to this address, which the sentinels or the cluster's nodes have told."""
+        return replace(self, host=host, port=port, path=None, tls_hostname=host, sentinels=(), seeds=(), locator=None)
+
+    def as_cluster(self, *seeds: Settings) -> Settings:
+        """The settings of the cluster to which these servers belong.
+
+        :raises UnsupportedError: if they name a database.
+        """
+        if self.db:
+            raise UnsupportedError(f"a cluster has only database 0, not {self.db}")
+        named = tuple(replace(seed, cluster=True) for seed in seeds)
+        return replace(self, cluster=True, seeds=named, locator=None)
 
 
 def from_url(url: str, **more: Any) -> Settings:
     """
     :raises ValidationError: if the URL is invalid, or has unknown options.
     """
+    named = cluster_url(url)
+    if named is not None:
+        settings = _from_server_url(named[0], **more)
+        return settings.as_cluster(*(settings.at(host, port) for host, port in named[1]))
     parts = sentinel_url(url, _URL_OPTIONS, _TLS_OPTIONS)
     if parts is None:
         return _from_server_url(url, **more)
@@ -147,15 +171,15 @@ def _from_server_url(url: str, **more: Any) -> Settings:
 
 def from_client(client: Any, **more: Any) -> Settings:
     """
-    :raises UnsupportedError: if the client is for a cluster, or checks certificates by OCSP, or if it is behind
-        sentinels and is for replicas, or has options for the sentinels' answers.
+    :raises UnsupportedError: if the client checks certificates by OCSP, if it is behind sentinels and is for replicas
+        or has options for the sentinels' answers, or if it is for a cluster and translates addresses.
     :raises ValidationError: if it is not a redis-py client.
     """
     pool = getattr(client, "connection_pool", None)
     if pool is None or not hasattr(pool, "connection_kwargs"):
-        if type(client).__name__.endswith("Cluster"):
-            raise UnsupportedError("clients of a cluster are not supported yet")
-        refuse("client", client, "a redis.Redis or redis.asyncio.Redis")
+        if getattr(client, "nodes_manager", None) is not None:
+            return _of_cluster(client, **more)
+        refuse("client", client, "a redis.Redis or redis.asyncio.Redis, or a RedisCluster")
     given = {name: value for name, value in pool.connection_kwargs.items() if name in _CLIENT_OPTIONS}
     if any(pool.connection_kwargs.get(name) for name in _OCSP):
         raise UnsupportedError("OCSP is not supported: the certificate check that this client demands would be skipped")
@@ -163,6 +187,29 @@ def from_client(client: Any, **more: Any) -> Settings:
     settings = _settings(given, secure="SSLConnection" in names, **more)
     manager = getattr(pool, "sentinel_manager", None)
     return settings if manager is None else _behind_sentinels(settings, pool, manager, **more)
+
+
+def _of_cluster(client: Any, **more: Any) -> Settings:
+    """
+    :param client: redis-py's ``RedisCluster``.
+    """
+    nodes = client.nodes_manager
+    if getattr(nodes, "address_remap", None) is not None:
+        raise UnsupportedError("address_remap is not supported: it would be ignored")
+    # The asynchronous client keeps them itself.
+    kept: dict[str, Any] = getattr(client, "connection_kwargs", None) or nodes.connection_kwargs
+    if any(kept.get(name) for name in _OCSP):
+        raise UnsupportedError("OCSP is not supported: the certificate check that this client demands would be skipped")
+    given = {name: value for name, value in kept.items() if name in _CLIENT_OPTIONS - {"host", "port", "path"}}
+    connection = kept.get("connection_class")
+    secure = bool(kept.get("ssl")) or (
+        connection is not None and "SSLConnection" in [base.__name__ for base in inspect.getmro(connection)]
+    )
+    settings = _settings(given, secure=secure, **more)
+    seeds = [settings.at(str(node.host), int(node.port)) for node in nodes.startup_nodes.values()]
+    if not seeds:
+        raise ValidationError("client must have at least one startup node")
+    return replace(settings, host=seeds[0].host, port=seeds[0].port).as_cluster(*seeds)
 
 
 def _behind_sentinels(settings: Settings, pool: Any, manager: Any, **more: Any) -> Settings:

@@ -33,24 +33,47 @@ _CLOCK_MARGIN = 1.0
 Member = tuple[str, str, str]
 
 
+class Memory:
+    """What is remembered of each member, wherever its stream is.
+
+    :ivar lost_passes: when a pass was sent whose reply was lost, and up to which id the entries that it took were
+        searched.
+    """
+
+    def __init__(self) -> None:
+        self.tracks: dict[Member, Track] = {}
+        self.cursors: dict[Member, str] = {}
+        self.lost_passes: dict[Member, tuple[float, str]] = {}
+
+    def forget(self, member: Member) -> None:
+        self.tracks.pop(member, None)
+        self.cursors.pop(member, None)
+        self.lost_passes.pop(member, None)
+
+
 class Taking:
     """The part of the backend that takes entries. For each consumer it keeps a connection and cursors.
 
     :param together: streams with the same result may be named in one command.
+    :param memory: what is remembered of the members already.
     """
 
     def __init__(
-        self, client: Client, decoder: EntryDecoder, together: Callable[[str], Hashable] = lambda stream: None
+        self,
+        client: Client,
+        decoder: EntryDecoder,
+        together: Callable[[str], Hashable] = lambda stream: None,
+        memory: Memory | None = None,
     ) -> None:
         self._client = client
         self._decoder = decoder
-        self._tracks: dict[Member, Track] = {}
-        self._cursors: dict[Member, str] = {}
+        self._memory = memory = memory or Memory()
+        self._tracks = memory.tracks
+        self._cursors = memory.cursors
+        self._lost_passes = memory.lost_passes
         self._upkeep = Upkeep(client)
         self._passes = 0
         self._calls = TakingCalls(client)
-        self._lost_passes: dict[Member, tuple[float, str]] = {}
-        """When a pass was sent whose reply was lost, and up to which id the entries that it took were searched."""
         self._looked: dict[str, tuple[float, float]] = {}
         """When a read without waiting last found the stream empty, and when its next delayed entry is due."""
         self._passed: dict[Member, tuple[float, float]] = {}
@@ -81,12 +104,18 @@ class Taking:
 
     async def forget(self, stream: str, group: str, consumer: str) -> None:
         member = (stream, group, consumer)
-        self._cursors.pop(member, None)
-        self._lost_passes.pop(member, None)
+        self._memory.forget(member)
         self._passed.pop(member, None)
         self._upkeep.forget(stream, group)
         self.watch.forget(member)
-        self._tracks.pop(member, None)
+        await self._readers.forget(member)
+
+    async def leave(self, member: Member) -> None:
+        """The member reads on another server from now on."""
+        stream, group, _ = member
+        self._passed.pop(member, None)
+        self._upkeep.forget(stream, group)
+        self.watch.dismiss(lambda other: other == member)
         await self._readers.forget(member)
 
     async def read_new(

@@ -11,6 +11,7 @@ from ..._ground.errors import BackendError, EventBusError, SerializationError, V
 from ..._messages.message import Message
 from ...abc import Output, TransferItem
 from . import _scripts as scripts
+from ._additions import Addition
 from ._client import Client
 from ._errors import is_out_of_reach
 from ._keys import RESERVED, delayed, waiting_beside
@@ -52,6 +53,15 @@ class Transfers:
         self._encode = encode
         self._encode_copy = encode_copy
 
+    def prepare(self, outputs: Sequence[Output]) -> list[Addition] | EventBusError:
+        """Encode outputs that are not appended in one step with something else."""
+        encoded = self._encoded(outputs)
+        if isinstance(encoded, EventBusError):
+            return encoded
+        return [
+            Addition(output.stream, delay, fields) for output, (_, delay, fields) in zip(outputs, encoded, strict=True)
+        ]
+
     async def transfer_many(
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
     ) -> list[Transferred]:
@@ -89,6 +99,18 @@ class Transfers:
 
     def _prepare(self, message_id: str, outputs: Sequence[Output]) -> _Item | EventBusError:
         """Encode an item. If it cannot be encoded, or is too large, the error concerns only this item."""
+        prepared = self._encoded(outputs)
+        if isinstance(prepared, EventBusError):
+            return prepared
+        item = _Item(message_id, prepared)
+        if item.is_large and (len(prepared) > 1 or prepared[0][1] >= 0):
+            return ValidationError(
+                f"an output with more than {_MOST_FIELDS} raw fields must be its transfer's only one, without a delay"
+            )
+        return item
+
+    def _encoded(self, outputs: Sequence[Output]) -> list[tuple[str, int, list[Argument]]] | EventBusError:
+        """For each output: its key, its delay in ms (-1 = none), its fields."""
         prepared: list[tuple[str, int, list[Argument]]] = []
         try:
             for output in outputs:
@@ -106,12 +128,7 @@ class Transfers:
             raise  # a signal handler can raise these anywhere
         except BaseException as error:  # noqa: ASYNC103 - a codec awaits nothing, so this is no real cancellation
             return SerializationError(f"the codec raised {error!r}")  # noqa: ASYNC104
-        item = _Item(message_id, prepared)
-        if item.is_large and (len(prepared) > 1 or prepared[0][1] >= 0):
-            return ValidationError(
-                f"an output with more than {_MOST_FIELDS} raw fields must be its transfer's only one, without a delay"
-            )
-        return item
+        return prepared
 
     async def _send_alone(self, stream: str, group: str, consumer: str, item: _Item) -> Transferred:
         try:

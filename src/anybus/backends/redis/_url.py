@@ -20,11 +20,14 @@ SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey"
 """What each scheme means to redis-py."""
 
 _SENTINEL_SCHEMES: Final = {f"{scheme}+sentinel": scheme for scheme in SCHEMES if scheme != "unix"}
+_CLUSTER_SCHEMES: Final = {f"{scheme}+cluster": scheme for scheme in SCHEMES if scheme != "unix"}
+_CLUSTER_FORM: Final = "redis+cluster://host:6379,host:6379"
+_CLUSTER_PORT: Final = 6379
 _SENTINEL_PORT: Final = 26379
 _SENTINEL_OPTIONS: Final = {"sentinel_username", "sentinel_password"}
 _SENTINEL_FORM: Final = "redis+sentinel://host:26379,host:26379/service"
 
-_ALLOWED: Final = "redis://, rediss://, valkey://, valkeys://, unix:// or redis+sentinel://"
+_ALLOWED: Final = "redis://, rediss://, valkey://, valkeys://, unix://, redis+sentinel:// or redis+cluster://"
 _LONGEST_SHOWN: Final = {"port": 5, "database": 20}
 MAX_DATABASE: Final = 2**31 - 1
 
@@ -106,6 +109,31 @@ def _sentinel_address(parts: SplitResult) -> tuple[str, int]:
     if not parts.hostname:
         _refuse(f"a host for each sentinel: {_SENTINEL_FORM}")
     return unquote(parts.hostname), parts.port or _SENTINEL_PORT
+
+
+def cluster_url(url: object) -> tuple[str, tuple[tuple[str, int], ...]] | None:
+    """Split a URL that names nodes of a cluster: a URL of the first of them, and all addresses. None if it does not.
+
+    :raises ValidationError: if an address or the database is invalid. (The rest is checked by :func:`checked_url`.)
+    """
+    scheme, _, rest = check_url(url, _ALLOWED).partition("://")
+    if scheme not in _CLUSTER_SCHEMES:
+        return None
+    # Not by urlsplit, which knows only one host.
+    netloc = re.split("[/?#]", rest, maxsplit=1)[0]
+    tail = rest[len(netloc) :]
+    path, _, query = tail.partition("?")
+    user, at, hosts = netloc.rpartition("@")
+    addresses: list[tuple[str, int]] = []
+    for host in hosts.split(","):
+        parts = SplitResult("", host, path, query, "")
+        _check_host(parts)
+        if not parts.hostname:
+            _refuse(f"a host for each node: {_CLUSTER_FORM}")
+        addresses.append((unquote(parts.hostname), parts.port or _CLUSTER_PORT))
+    if path.strip("/") not in ("", "0"):
+        _refuse("no other database than 0: a cluster has no other")
+    return f"{_CLUSTER_SCHEMES[scheme]}://{user}{at}{hosts.split(',')[0]}{tail}", tuple(addresses)
 
 
 def _known(scheme: str, options: AbstractSet[str], tls_options: AbstractSet[str]) -> AbstractSet[str]:

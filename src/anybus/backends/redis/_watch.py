@@ -114,9 +114,17 @@ class Watch:
     def close(self) -> None:
         if self._scope is not None:
             self._scope.cancel()
+        self.dismiss()
 
     def forget(self, member: Member) -> None:
         self._posts.pop(member, None)
+
+    def dismiss(self, which: Callable[[Member], bool] = lambda member: True) -> None:
+        """Forget members, and wake them: from now on, they are watched elsewhere."""
+        for member in [member for member in self._posts if which(member)]:
+            post = self._posts.pop(member)
+            _wake((post,))
+            post.differs.set()
 
     def covers(self, member: Member, interval: float) -> bool:
         """Whether entries of the member's topic that become due are noticed within this time."""
@@ -128,6 +136,8 @@ class Watch:
     async def until_pass_is_due(
         self, stream: str, group: str, consumer: str, *, min_idle: float, interval: float
     ) -> None:
+        if self._client.mux.closed.is_set():
+            return  # the pass that follows is told so
         post = self._man(stream, group, consumer)
         post.min_idle = min_idle
         post.interval = interval
@@ -142,6 +152,8 @@ class Watch:
 
     async def until_lease_may_differ(self, stream: str, group: str, consumer: str, lease: float) -> None:
         """Mark a member as running, until its group's lease may be another one."""
+        if self._client.mux.closed.is_set():
+            return
         post = self._man(stream, group, consumer)
         post.lease = lease
         post.differs = anyio.Event()

@@ -1,0 +1,416 @@
+"""The nodes of a cluster: which one serves a slot now, and where a call goes on when its slot has moved.
+
+The map of the slots is asked of any node. It is asked again when a node redirects a call or cannot be reached, and now
+and then. A node is connected to when a slot of it is first used, and left when it has no slots any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Final, TypeVar
+
+import anyio
+import redis.exceptions
+from anyio.abc import TaskGroup
+
+from ..._ground.cancellation import persist, sole
+from ..._ground.clock import loop_clock
+from ..._ground.errors import BackendError, EventBusError
+from ..._messages.message import Message
+from ...abc import Codec
+from ._ask_cluster import ask_around, ask_link, ask_node
+from ._errors import broken, duplicate
+from ._link import Link, open_link
+from ._node import Node
+from ._settings import Locator, Settings
+from ._slots import SLOTS, Address, SlotMap, redirection, slot_of
+from ._taking import Member, Memory
+
+_EVERY: Final = 60.0
+"""The interval at which the map is asked for while the bus is used, in seconds."""
+
+_AGAIN: Final = 0.3
+"""The interval while a node with slots cannot be reached."""
+
+_TRIES: Final = 12
+_SHORTEST_WAIT: Final = 0.02
+_LONGEST_WAIT: Final = 0.25
+
+_GRACE: Final = 5.0
+"""A node without slots may answer for so many seconds what has been sent to it."""
+
+_UNUSED: Final = 10.0
+"""A connection on which a node is asked for slots that are being moved to it is kept for so many seconds."""
+
+_SHIELDED: Final = 1.0
+_REMEMBERED: Final = 4096
+
+T = TypeVar("T")
+
+
+class _NodeLocator(Locator):
+    """Opens the connections to a node. The topology learns if that fails."""
+
+    def __init__(self, settings: Settings, failed: Callable[[], None]) -> None:
+        self._settings = settings
+        self._failed = failed
+        self.news = anyio.Event()
+
+    async def open(self, *, entering: bool) -> Link:
+        try:
+            return await open_link(self._settings, entering=entering)
+        except BackendError:
+            self._failed()
+            raise
+
+    async def watch(self) -> None:
+        await anyio.sleep_forever()
+
+
+class Topology:
+    """
+    :param settings: of the cluster, with its seeds: the nodes that are asked first.
+    """
+
+    def __init__(self, settings: Settings, codec: Codec) -> None:
+        self._settings = settings
+        self._codec = codec
+        self._memory = Memory()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._owners: list[Address | None] = [None] * SLOTS
+        self._known: tuple[Address, ...] = ()
+        self._epoch = 0
+        self._nodes: dict[Address, Node] = {}
+        self._askers: dict[Address, Node] = {}
+        self._asked_at: dict[Address, float] = {}
+        self._addresses: dict[Node, Address] = {}
+        """The nodes that are in use, or are being left."""
+        self._placed: dict[Member, Node] = {}
+        """Where each member reads."""
+        self._direct: dict[str, Node] = {}
+        """The nodes of the streams to which something was published last, until the map is asked for again."""
+        self._unreachable: set[Address] = set()
+        self._is_used = False
+        self._tasks: TaskGroup | None = None
+        self._clock = anyio.current_time
+
+    @property
+    def is_connected(self) -> bool:
+        return any(node.client.mux.is_connected for node in self._nodes.values())
+
+    async def open(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
+        """Ask for the map, and connect to one primary.
+
+        :raises EventBusError: if no seed knows the cluster, or none of its primaries can be used.
+        """
+        self._clear()
+        self._tasks = tasks
+        self._alarm = alarm
+        self._clock = loop_clock()
+        self._wanted = anyio.Event()
+        self._asking = anyio.Lock()
+        self._rounds = 0
+        self._found: SlotMap | EventBusError | None = None
+        self._scope = anyio.CancelScope(shield=True)
+        await self._refresh(entering=True)
+        error: EventBusError | None = None
+        for address in dict.fromkeys(owner for owner in self._owners if owner is not None):
+            node = self._make(address)
+            try:
+                await node.connect(tasks, alarm)
+            except EventBusError as failure:
+                del self._addresses[node]
+                node.client.mux.close()
+                error = error or failure
+            else:
+                self._nodes[address] = node
+                break
+        else:
+            raise error or broken(f"no node of {self._settings.place} serves any slot", may_have_happened=False)
+        tasks.start_soon(self._keep_up)
+
+    async def aclose(self) -> None:
+        if self._tasks is None:
+            return
+        self._tasks = None
+        self._scope.cancel()
+        nodes = list(self._addresses)
+        try:
+            with anyio.move_on_after(1.0, shield=True):
+                async with anyio.create_task_group() as tasks:
+                    for node in nodes:
+                        tasks.start_soon(node.taking.aclose)
+        finally:
+            # Even if the lines above raise: otherwise the task group would wait forever, shielded.
+            for node in nodes:
+                node.client.mux.close()
+
+    # --- calls
+
+    async def at(self, stream: str, do: Callable[[Node], Awaitable[T]], *, asks: bool = False) -> T:
+        """Do something on the node of a stream. If the node redirects it, and nothing was done, go on elsewhere.
+
+        :param asks: whether the work concerns one key only, so that it can be done where the slot is being moved to.
+        :raises ValidationError: if the stream's keys cannot share a slot.
+        """
+        slot = slot_of(stream)
+        node = await self.node(slot)
+        tries = 0
+        while True:
+            try:
+                return await do(node)
+            except BackendError as error:
+                tries += 1
+                node = await self.follow(error, node, slot, tries, asks=asks)
+
+    async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
+        """What :meth:`at` would do. Most publishes come here, so this does not need a function for each."""
+        began, left, tries = self._clock(), timeout, 0
+        node = self._direct.get(stream)
+        if node is None:
+            node = await self.node(slot_of(stream))
+            if len(self._direct) == _REMEMBERED:
+                self._direct.clear()
+            self._direct[stream] = node
+        while True:
+            try:
+                return await node.publish_within(stream, message, timeout=left)
+            except BackendError as error:
+                tries += 1
+                self._direct.pop(stream, None)
+                node = await self.follow(error, node, slot_of(stream), tries, asks=True)
+                left = max(0.0, began + timeout - self._clock())
+
+    async def reading(self, member: Member, do: Callable[[Node], Awaitable[T]]) -> T:
+        """The same for a blocking read of a member. It gives up its place where it has read before."""
+
+        async def there(node: Node) -> T:
+            before = self._placed.get(member)
+            if before is not node:
+                self._placed[member] = node
+                if before is not None:
+                    await before.taking.leave(member)
+            return await do(node)
+
+        return await self.at(member[0], there)
+
+    async def forget(self, member: Member) -> None:
+        """The member has ended. It may have read last on a node that does not have its slot any more."""
+        self._memory.forget(member)
+        node = self._placed.pop(member, None)
+        if node is not None:
+            await node.taking.leave(member)
+
+    async def node(self, slot: int) -> Node:
+        """The node of a slot.
+
+        :raises BackendError: if there is none.
+        """
+        self._is_used = True
+        address = self._owners[slot]
+        if address is None:
+            self._check_open()
+            await self._refresh()
+            address = self._owners[slot]
+            if address is None:
+                text = f"no node of {self._settings.place} serves slot {slot} now"
+                raise broken(text, may_have_happened=False)
+        return self._nodes.get(address) or self._enter(address)
+
+    async def follow(self, error: BackendError, node: Node, slot: int, tries: int, *, asks: bool) -> Node:
+        """Where a call goes on that failed at a node. This may wait for a moment.
+
+        :param asks: as in :meth:`at`. All keys of a stream are used together, but moved one after another. A node that
+            is asked would create what is still on the other one. So most work waits until the slot has been moved.
+        :raises BackendError: the same error, if the call must not or cannot be repeated.
+        """
+        settings = node.client.settings
+        address = Address(settings.host, settings.port)
+        found = redirection(error, address)
+        if found is not None or not isinstance(error.__cause__, redis.exceptions.RedisError):
+            self._want()
+        if error.may_have_happened or tries > _TRIES or self._tasks is None:
+            raise error
+        if found is None:
+            if node.is_closed or self._owners[slot] != address:
+                return await self.node(slot)
+            raise error
+        if found.kind == "GONE":
+            await self._refresh()
+        elif (
+            found.kind == "TRYAGAIN"
+            or (found.kind == "ASK" and not asks)
+            or (settings.asking and found.kind in ("MOVED", "ASK"))  # it does not know yet that it is to get the slot
+        ):
+            await anyio.sleep(min(_SHORTEST_WAIT * 2**tries, _LONGEST_WAIT))
+        elif found.address is None:
+            raise error
+        elif found.kind == "ASK":
+            return self._asker(found.address)
+        else:
+            self._owners[slot] = found.address
+        return await self.node(slot)
+
+    async def to_the_end(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work of several steps. If the caller is cancelled, the work goes on, and the caller waits for a second."""
+        done = anyio.Event()
+        results: list[T] = []
+        errors: list[Exception] = []
+
+        async def run() -> None:
+            try:
+                with anyio.CancelScope(shield=True):  # the nodes' connections let nobody wait forever
+                    results.append(await work())
+            except Exception as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        self._check_open().start_soon(run)
+        try:
+            await done.wait()
+        except BaseException:
+            with anyio.move_on_after(_SHIELDED, shield=True):
+                await done.wait()
+            raise
+        if results:
+            return results[0]
+        raise errors[0] if errors else broken("interrupted", may_have_happened=True)
+
+    # --- nodes
+
+    def _enter(self, address: Address) -> Node:
+        node = self._nodes[address] = self._make(address)
+        node.open(self._check_open(), self._alarm)
+        return node
+
+    def _asker(self, address: Address) -> Node:
+        """A node to which slots are being moved. It is asked to serve streams that it does not have as a whole."""
+        self._asked_at[address] = anyio.current_time()
+        node = self._askers.get(address)
+        if node is None:
+            node = self._askers[address] = self._make(address, asking=True)
+            node.open(self._check_open(), self._alarm)
+        return node
+
+    def _check_open(self) -> TaskGroup:
+        if self._tasks is None:
+            raise broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
+        return self._tasks
+
+    def _make(self, address: Address, *, asking: bool = False) -> Node:
+        tasks = self._check_open()
+        settings = replace(self._settings.at(*address), asking=asking)
+        locator = _NodeLocator(settings, partial(self._suspect, address))
+        node = Node(replace(settings, locator=locator), self._codec, memory=self._memory, together=slot_of)
+        node.start(tasks, self._alarm)
+        self._addresses[node] = address
+        return node
+
+    def _suspect(self, address: Address) -> None:
+        self._unreachable.add(address)
+        self._want()
+
+    def _tidy(self) -> None:
+        """Leave nodes that have no slots any more, and wake members whose slot has moved."""
+        self._direct.clear()
+        if self._tasks is None:
+            return
+        primaries = {owner for owner in self._owners if owner is not None}
+        for address, node in list(self._nodes.items()):
+            if address not in primaries:
+                del self._nodes[address]
+                self._tasks.start_soon(self._leave, node)
+            else:
+                node.taking.watch.dismiss(partial(self._is_elsewhere, address))
+        now = anyio.current_time()
+        for address, node in list(self._askers.items()):
+            if now - self._asked_at[address] > _UNUSED:
+                del self._askers[address]
+                self._tasks.start_soon(self._leave, node)
+
+    def _is_elsewhere(self, address: Address, member: Member) -> bool:
+        return self._owners[slot_of(member[0])] != address
+
+    async def _leave(self, node: Node) -> None:
+        mux = node.client.mux
+        with anyio.CancelScope(shield=True):
+            node.taking.watch.dismiss()
+            if mux.is_connected:
+                with anyio.move_on_after(_GRACE):
+                    await mux.closed.wait()
+            else:
+                mux.close()  # at once: whoever waits for a connection goes on elsewhere
+            await node.aclose()
+            self._addresses.pop(node, None)
+
+    # --- the map
+
+    def _want(self) -> None:
+        self._wanted.set()
+
+    async def _keep_up(self) -> None:
+        try:
+            with self._scope:
+                await persist(self._refresh_again)
+        except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
+            if isinstance(error, anyio.get_cancelled_exc_class()):
+                raise
+            self._alarm(sole(error))
+
+    async def _refresh_again(self) -> None:
+        while True:
+            with anyio.move_on_after(_AGAIN if self._unreachable else _EVERY):
+                await self._wanted.wait()
+            if not (self._is_used or self._unreachable or self._wanted.is_set()):
+                continue
+            self._is_used = False
+            self._direct.clear()
+            self._wanted = anyio.Event()
+            try:
+                await self._refresh()
+            except EventBusError:
+                self._want()  # calls meet the same error, and report it
+            self._unreachable = {
+                address
+                for address in self._unreachable
+                if (node := self._nodes.get(address)) is not None and not node.client.mux.is_connected
+            }
+            await anyio.sleep(_AGAIN)
+
+    async def _refresh(self, *, entering: bool = False) -> None:
+        """Ask for the map. Whoever wants it at the same time shares one answer."""
+        rounds = self._rounds
+        async with self._asking:
+            if rounds == self._rounds:
+                self._found = await ask_around(
+                    list(self._sources(entering=entering)), self._epoch, self._settings.place, entering=entering
+                )
+                self._rounds += 1
+                if isinstance(self._found, SlotMap):
+                    self._epoch = self._found.epoch
+                    self._owners = list(self._found.owners)
+                    self._known = self._found.addresses
+                    self._tidy()
+            found = self._found
+        if isinstance(found, BackendError):
+            raise duplicate(found)
+        if isinstance(found, EventBusError):
+            raise found
+
+    def _sources(self, *, entering: bool) -> Iterable[Callable[[], Awaitable[SlotMap]]]:
+        """Whom to ask: nodes with a connection first, then the others that are known."""
+        asked: set[Address] = set()
+        for address, node in sorted(self._nodes.items(), key=lambda item: item[0] in self._unreachable):
+            if node.client.mux.is_connected:
+                asked.add(address)
+                yield partial(ask_node, node.client, address)
+        addresses = {address: self._settings.at(*address) for address in self._known}
+        seeds = {Address(seed.host, seed.port): seed for seed in self._settings.seeds}
+        for address, settings in {**addresses, **seeds}.items():
+            if address not in asked:
+                yield partial(ask_link, settings, address, entering=entering)
