@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from . import abc as abc
-from ._batch import BatchOutcome as BatchOutcome
 from ._bus import StreamBus as StreamBus
 from ._codec import JsonCodec as JsonCodec
 from ._codec import MsgpackCodec as MsgpackCodec
@@ -37,6 +36,7 @@ from ._options import DROP as DROP
 from ._options import PublishOptions as PublishOptions
 from ._options import StreamBusOptions as StreamBusOptions
 from ._options import SubscriptionConfig as SubscriptionConfig
+from ._publishing.batch import BatchOutcome as BatchOutcome
 from ._runtime.delivery import Delivery as Delivery
 from ._runtime.keeper import DeliveryState as DeliveryState
 from ._runtime.pool import Handler as Handler

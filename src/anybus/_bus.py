@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from types import TracebackType
@@ -13,24 +13,22 @@ import anyio
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
-from ._batch import BatchOutcome
 from ._dead_letters.letter import LetterFilter
 from ._dead_letters.view import DeadLetters, open_dead_letters
 from ._ground.callables import check_async_function
-from ._ground.cancellation import persist
 from ._ground.checks import refuse
-from ._ground.errors import BackendError, ClosedError, EventBusError, ValidationError
+from ._ground.errors import ClosedError
 from ._ground.home import Entered, Home
-from ._messages.message import Message, check_outgoing
-from ._options import PublishOptions, StreamBusOptions, SubscriptionConfig, dead_letter_topic_of
-from ._reporting import Notices, Reporter
-from ._runtime.assembly import make_context
-from ._runtime.context import Context, SuspectSlot
-from ._runtime.naming import ConsumerNames
+from ._messages.message import Message
+from ._options import PublishOptions, StreamBusOptions, SubscriptionConfig
+from ._publishing.batch import BatchOutcome
+from ._publishing.publisher import Publisher
+from ._reporting import Reporter
+from ._runtime.members import Members
 from ._runtime.pool import Handler
 from ._runtime.pull import DeliveryStream, PullTaker
 from ._runtime.subscription import ClosedWhileEnteredError, Subscription
-from .abc import StreamBackend, TimedPublisher
+from .abc import StreamBackend
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -55,20 +53,16 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         if options is not None and not isinstance(options, StreamBusOptions):
             refuse("options", options, "an anybus.StreamBusOptions, or None")
         self._backend = backend
-        self._timed_publisher = backend if isinstance(backend, TimedPublisher) else None
         self._options = options or StreamBusOptions()
         self._reporter = Reporter(self._options.observer)
-        self._notices = Notices()
-        self._suspects = SuspectSlot()
-        self._names = ConsumerNames()
-        self._subscriptions: set[Subscription] = set()
-        self._dead_letter_topics: set[str] = set()
+        self._publisher = Publisher(backend, self._options, self._reporter)
+        self._members = Members(backend, self._options)
         self._state = "not entered"
         self._home: Home | None = None
         self._entered: Entered[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<StreamBus {self._state} backend={self._backend!r} subscriptions={len(self._subscriptions)}>"
+        return f"<StreamBus {self._state} backend={self._backend!r} subscriptions={len(self._members)}>"
 
     @property
     def backend(self) -> StreamBackend:
@@ -121,54 +115,22 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
             try:
                 yield
             except BaseException:
-                await self._end_subscriptions(gracefully=False)  # noqa: ASYNC102 - shielded inside
+                self._state = "closing"
+                await self._members.end(gracefully=False)  # noqa: ASYNC102 - shielded inside
                 raise
             else:
-                await self._end_subscriptions(gracefully=True)
+                self._state = "closing"
+                await self._members.end(gracefully=True)
             finally:
                 self._home = None
                 self._state = "closed"
                 self._reporter.log(logging.INFO, "closed", "bus closed")
-
-    async def _end_subscriptions(self, *, gracefully: bool) -> None:
-        self._state = "closing"
-        live = list(self._subscriptions)
-        for subscription in live:
-            subscription._begin_end() if gracefully else subscription._abort()
-
-        async def wait() -> None:
-            # A child task, because a native asyncio cancellation pierces a shield in the task that it hits. The wait
-            # has no timeout: each subscription's end has its own, and needs the backend until then.
-            with anyio.CancelScope(shield=True):
-                for subscription in live:
-                    await persist(subscription._ended.wait)
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(wait)
-            try:
-                await _all_ended(live)
-            finally:
-                for subscription in live:
-                    if not subscription._ended.is_set():
-                        subscription._abort()
 
     def _check_open(self, *also: str) -> None:
         if self._home is not None:
             self._home.check("the bus")
         if self._state != "open" and self._state not in also:
             raise ClosedError(f"the bus is {self._state}: use it inside its 'async with' block")
-
-    def _check_options(self, options: PublishOptions | None) -> Mapping[str, str] | None:
-        """The headers that are to be added to each message."""
-        if options is None:
-            return None
-        if not isinstance(options, PublishOptions):
-            refuse("options", options, "an anybus.PublishOptions, or None")
-        return options.metadata or None
-
-    def _prepare(self, message: Message, metadata: Mapping[str, str] | None) -> Message:
-        check_outgoing(message, self._options.max_payload_bytes)
-        return message if metadata is None else message.replace(headers={**message.headers, **metadata})
 
     async def publish(self, message: Message, options: PublishOptions | None = None) -> str:
         """Publish a message to its topic. The bus never repeats a publish by itself.
@@ -181,31 +143,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         :raises ClosedError: if the bus is not open.
         """
         self._check_open("closing")  # handlers that still run may publish their results
-        message = self._prepare(message, self._check_options(options))
-        try:
-            if self._timed_publisher is not None:
-                timeout = self._options.publish_timeout
-                entry_id = await self._timed_publisher.publish_within(message.topic, message, timeout=timeout)
-            else:
-                entry_id = await self._publish_by_deadline(message)
-        except Exception as error:
-            self._reporter.error(
-                "publish", error, detail=f"message {message.uid}", topic=message.topic, message=message, part="publish"
-            )
-            raise
-        if self._reporter.failing:
-            self._reporter.works("publish")
-        if self._reporter.hears_published:
-            self._reporter.tell("on_published", "published", topic=message.topic, message_id=entry_id)
-        return entry_id
-
-    async def _publish_by_deadline(self, message: Message) -> str:
-        entry_id = ""
-        with anyio.move_on_after(self._options.publish_timeout) as scope:
-            entry_id = await self._backend.publish(message.topic, message)
-        if not entry_id and scope.cancelled_caught:
-            raise self._timed_out()
-        return entry_id
+        return await self._publisher.publish(message, options)
 
     async def publish_batch(self, messages: Iterable[Message], options: PublishOptions | None = None) -> BatchOutcome:
         """Publish many messages. Those of one topic are appended in order.
@@ -218,44 +156,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         :raises ClosedError: if the bus is not open.
         """
         self._check_open("closing")
-        if isinstance(messages, Message) or not isinstance(messages, Iterable):
-            refuse("messages", messages, "an iterable of anybus.Message")
-        metadata = self._check_options(options)
-        results: list[str | EventBusError] = []
-        accepted: list[int] = []
-        items: list[tuple[str, Message, None]] = []
-        for index, message in enumerate(messages):
-            try:
-                prepared = self._prepare(message, metadata)
-            except ValidationError as error:
-                results.append(error)
-            else:
-                results.append("")  # the outcome takes its place below
-                accepted.append(index)
-                items.append((prepared.topic, prepared, None))
-        outcomes: list[str | EventBusError] = []
-        if items:
-            try:
-                with anyio.move_on_after(self._options.publish_timeout):
-                    outcomes = await self._backend.publish_many(items)
-            except Exception as error:
-                self._reporter.error("publish", error, detail=f"a batch of {len(items)} messages", part="publish")
-                raise
-        if len(outcomes) < len(items):
-            outcomes = [self._timed_out() for _ in items]
-        hears_published = self._reporter.hears_published
-        for index, (topic, message, _), outcome in zip(accepted, items, outcomes, strict=True):
-            results[index] = outcome
-            if type(outcome) is str and not hears_published:
-                continue
-            if isinstance(outcome, EventBusError):
-                detail = "a message of a batch"
-                self._reporter.error("publish", outcome, detail=detail, topic=topic, message=message, part="publish")
-            else:
-                self._reporter.tell("on_published", "published", topic=topic, message_id=outcome)
-        if self._reporter.failing and not isinstance(outcomes[-1] if outcomes else None, EventBusError):
-            self._reporter.works("publish")
-        return BatchOutcome(tuple(results))
+        return await self._publisher.publish_batch(messages, options)
 
     def dead_letters(
         self,
@@ -291,10 +192,6 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         return open_dead_letters(
             self._backend, dead_letter_topic, only, check_open=self._check_open, reporter=self._reporter
         )
-
-    def _timed_out(self) -> BackendError:
-        text = f"no answer within publish_timeout ({self._options.publish_timeout} s)"
-        return BackendError(text, may_have_happened=True, can_pass=True)
 
     def subscribe(self, config: SubscriptionConfig, handler: Handler) -> AbstractAsyncContextManager[Subscription]:
         """Handle the messages of a topic, as a member of a group, while the body of the ``async with`` runs.
@@ -369,41 +266,10 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         self, config: SubscriptionConfig, handler: Handler | None
     ) -> AsyncGenerator[Subscription, None]:
         self._check_open()
-        subscription = Subscription(self._context(config, pulled=handler is None), handler)
-        self._subscriptions.add(subscription)
-        try:
-            async with subscription._open():
-                yield subscription
-        finally:
-            self._subscriptions.discard(subscription)
+        assert self._home is not None
+        async with self._members.open(config, handler, self._home) as subscription:
+            yield subscription
 
     def _checked(self, config: SubscriptionConfig) -> SubscriptionConfig:
         self._check_open()
-        if not isinstance(config, SubscriptionConfig):
-            refuse("config", config, "an anybus.SubscriptionConfig")
-        if config.dead_letter_topic is None and (
-            config.topic.endswith(".dead") or config.topic in self._dead_letter_topics
-        ):
-            refuse("dead_letter_topic", None, "set (a topic or anybus.DROP) for a subscription on a dead-letter topic")
-        return config
-
-    def _context(self, config: SubscriptionConfig, *, pulled: bool) -> Context:
-        topic = dead_letter_topic_of(config)
-        if topic is not None:
-            self._dead_letter_topics.add(topic)
-        assert self._home is not None
-        return make_context(
-            config,
-            backend=self._backend,
-            options=self._options,
-            notices=self._notices,
-            suspects=self._suspects,
-            home=self._home,
-            names=self._names,
-            pulled=pulled,
-        )
-
-
-async def _all_ended(subscriptions: Iterable[Subscription]) -> None:
-    for subscription in subscriptions:
-        await subscription._ended.wait()
+        return self._members.check(config)

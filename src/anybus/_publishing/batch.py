@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._ground.errors import BackendError, EventBusError, can_pass
+from .._ground.errors import BackendError, EventBusError, can_pass
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""The publisher: prepares messages, hands them to the backend, and reports what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import anyio
+
+from .._ground.checks import refuse
+from .._ground.errors import BackendError, EventBusError, ValidationError
+from .._messages.message import Message, check_outgoing
+from .._options import PublishOptions, StreamBusOptions
+from .._reporting import Reporter
+from ..abc import PublishItem, PublishSpec, StreamBackend, TimedPublisher
+from .batch import BatchOutcome
+
+
+class Publisher:
+    """Publishes for a bus. Its methods are documented there."""
+
+    def __init__(self, backend: StreamBackend, options: StreamBusOptions, reporter: Reporter) -> None:
+        self._backend = backend
+        self._timed = backend if isinstance(backend, TimedPublisher) else None
+        self._options = options
+        self._reporter = reporter
+
+    async def publish(self, message: Message, options: PublishOptions | None) -> str:
+        check_outgoing(message, self._options.max_payload_bytes)
+        spec: PublishSpec | None = None
+        if options is not None:
+            message, spec = self.with_options(message, options)
+        try:
+            if spec is None and self._timed is not None:
+                timeout = self._options.publish_timeout
+                entry_id = await self._timed.publish_within(message.topic, message, timeout=timeout)
+            else:
+                entry_id = await self._publish_by_deadline(message, spec)
+        except Exception as error:
+            self._reporter.error(
+                "publish", error, detail=f"message {message.uid}", topic=message.topic, message=message, part="publish"
+            )
+            raise
+        if self._reporter.failing:
+            self._reporter.works("publish")
+        if self._reporter.hears_published:
+            self._reporter.tell("on_published", "published", topic=message.topic, message_id=entry_id)
+        return entry_id
+
+    async def _publish_by_deadline(self, message: Message, spec: PublishSpec | None) -> str:
+        entry_id = ""
+        with anyio.move_on_after(self._options.publish_timeout) as scope:
+            if spec is None:
+                entry_id = await self._backend.publish(message.topic, message)
+            else:
+                entry_id = await self._backend.publish_with(message.topic, message, spec)
+        if not entry_id and scope.cancelled_caught:
+            raise self.timed_out()
+        return entry_id
+
+    async def publish_batch(self, messages: Iterable[Message], options: PublishOptions | None) -> BatchOutcome:
+        if isinstance(messages, Message) or not isinstance(messages, Iterable):
+            refuse("messages", messages, "an iterable of anybus.Message")
+        if options is not None:
+            self.check_options(options)
+        results: list[str | EventBusError] = []
+        accepted: list[int] = []
+        items: list[PublishItem] = []
+        for index, message in enumerate(messages):
+            try:
+                prepared, spec = check_outgoing(message, self._options.max_payload_bytes), None
+                if options is not None:
+                    prepared, spec = self.with_options(message, options)
+            except ValidationError as error:
+                results.append(error)
+            else:
+                results.append("")  # the outcome takes its place below
+                accepted.append(index)
+                items.append((prepared.topic, prepared, spec))
+        outcomes: list[str | EventBusError] = []
+        if items:
+            try:
+                with anyio.move_on_after(self._options.publish_timeout):
+                    outcomes = await self._backend.publish_many(items)
+            except Exception as error:
+                self._reporter.error("publish", error, detail=f"a batch of {len(items)} messages", part="publish")
+                raise
+        if len(outcomes) < len(items):
+            outcomes = [self.timed_out() for _ in items]
+        hears_published = self._reporter.hears_published
+        for index, (topic, message, _), outcome in zip(accepted, items, outcomes, strict=True):
+            results[index] = outcome
+            if type(outcome) is str and not hears_published:
+                continue
+            if isinstance(outcome, EventBusError):
+                detail = "a message of a batch"
+                self._reporter.error("publish", outcome, detail=detail, topic=topic, message=message, part="publish")
+            else:
+                self._reporter.tell("on_published", "published", topic=topic, message_id=outcome)
+        if self._reporter.failing and not isinstance(outcomes[-1] if outcomes else None, EventBusError):
+            self._reporter.works("publish")
+        return BatchOutcome(tuple(results))
+
+    def check_options(self, options: PublishOptions) -> None:
+        if not isinstance(options, PublishOptions):
+            refuse("options", options, "an anybus.PublishOptions, or None")
+
+    def with_options(self, message: Message, options: PublishOptions) -> tuple[Message, PublishSpec | None]:
+        """Apply the options to a message that has been checked. Returns it, and what the backend must do beyond it."""
+        self.check_options(options)
+        if options.metadata:
+            message = message.replace(headers={**message.headers, **options.metadata})
+        return message, None
+
+    def timed_out(self) -> BackendError:
+        text = f"no answer within publish_timeout ({self._options.publish_timeout} s)"
+        return BackendError(text, may_have_happened=True, can_pass=True)
