@@ -238,7 +238,7 @@ class Scenario:
                 observer=self.recorder,
             ),
         )
-        self.subscriptions = self.bus._subscriptions = Remembering()
+        self.subscriptions = self.bus._members._running = Remembering()
         self.body_ended = False
         self.begun: Counter[str] = Counter()
         self.running: dict[str, Delivery] = {}
