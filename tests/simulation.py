@@ -248,6 +248,10 @@ class World:
     def keys(self) -> list[str]:
         return [str(number) for number, _ in enumerate(self.scripts)] + [f"bad{n}" for n in range(self.malformed)]
 
+    def killers(self, *, besides: str) -> int:
+        """How many other messages have killed a process."""
+        return sum(CRASH in seen for key, seen in self.outcomes.items() if key != besides)
+
     @property
     def retries(self) -> str:
         return f"anybus:{{{self.topic}}}:retry:g"
