@@ -1,0 +1,79 @@
+"""What a publish promises, whatever the nodes of a cluster do.
+
+The specification:
+
+- A publish that fails with ``may_have_happened=False`` is never sent later.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import anyio
+import pytest
+from anyio import to_thread
+from clusters import ClusterNode, RunningCluster
+from conftest import SERVER
+from harness import until
+from servers import RedisHarness
+from test_cluster import topology
+
+from anybus import BackendError, Message
+from anybus.backends.redis import RedisBackend
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[RunningCluster]:
+    """A cluster that does not replace a frozen node."""
+    with RunningCluster(SERVER, replicas=0, node_timeout=60) as cluster:
+        yield cluster
+
+
+@contextmanager
+def frozen(*nodes: ClusterNode) -> Iterator[None]:
+    for node in nodes:
+        os.kill(node.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for node in nodes:
+            os.kill(node.pid, signal.SIGCONT)
+
+
+async def test_what_was_surely_not_sent_to_a_node_that_gets_the_slot_is_not_sent_later(
+    patient: RunningCluster, topic: str
+) -> None:
+    refused: list[str] = []
+    async with RedisBackend(patient.url) as backend:
+        target = patient.another(await to_thread.run_sync(patient.owner_of, topic))
+        source = await to_thread.run_sync(patient.begin_move, topic, target)
+        try:
+            await backend.publish_within(topic, Message(topic), timeout=5)
+
+            async def publish(size: int) -> None:
+                message = Message(topic, b"x" * size)
+                try:
+                    await backend.publish_within(topic, message, timeout=0.7)
+                except BackendError as error:
+                    if not error.may_have_happened:
+                        refused.append(message.uid)
+
+            [asker] = topology(backend)._askers.values()
+            with frozen(target):
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(4):
+                        tasks.start_soon(publish, 4_000_000)
+                    await until(lambda: asker.client.mux._session._sending, "the connection to accept nothing more")
+                    for _ in range(3):
+                        tasks.start_soon(publish, 10)
+            assert refused
+            last = Message(topic)
+            await backend.publish_within(topic, last, timeout=10)
+        finally:
+            await to_thread.run_sync(patient.end_move, topic, source, target)
+    stored = {message.uid for _, message, _ in await RedisHarness(patient).entries(topic) if message is not None}
+    assert last.uid in stored
+    assert stored.isdisjoint(refused)
