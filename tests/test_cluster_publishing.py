@@ -3,6 +3,7 @@
 The specification:
 
 - A publish that fails with ``may_have_happened=False`` is never sent later.
+- ``publish_timeout`` bounds a publish, also if no node tells who serves the slot.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from test_cluster import topology
 
 from anybus import BackendError, Message
 from anybus.backends.redis import RedisBackend
+from anybus.backends.redis._slots import slot_of
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +79,15 @@ async def test_what_was_surely_not_sent_to_a_node_that_gets_the_slot_is_not_sent
     stored = {message.uid for _, message, _ in await RedisHarness(patient).entries(topic) if message is not None}
     assert last.uid in stored
     assert stored.isdisjoint(refused)
+
+
+async def test_a_publish_ends_in_time_if_no_node_tells_who_serves_the_slot(patient: RunningCluster, topic: str) -> None:
+    async with RedisBackend(patient.url) as backend:
+        await backend.publish_within(topic, Message(topic), timeout=5)
+        topology(backend)._owners[slot_of(topic)] = None
+        topology(backend)._direct.clear()
+        with frozen(*patient.nodes):
+            with anyio.fail_after(2):
+                with pytest.raises(BackendError) as caught:
+                    await backend.publish_within(topic, Message(topic), timeout=0.3)
+        assert not caught.value.may_have_happened

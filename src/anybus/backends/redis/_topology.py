@@ -172,7 +172,10 @@ class Topology:
         began, left, tries = self._clock(), timeout, 0
         node = self._direct.get(stream)
         if node is None:
-            node = await self.node(slot_of(stream))
+            with anyio.move_on_after(timeout):
+                node = await self.node(slot_of(stream))
+            if node is None:
+                raise broken(f"{self._settings.place} did not tell the slots in time", may_have_happened=False)
             if len(self._direct) == _REMEMBERED:
                 self._direct.clear()
             self._direct[stream] = node
@@ -182,8 +185,13 @@ class Topology:
             except BackendError as error:
                 tries += 1
                 self._direct.pop(stream, None)
-                node = await self.follow(error, node, slot_of(stream), tries, asks=True)
-                left = max(0.0, began + timeout - self._clock())
+                elsewhere: Node | None = None
+                with anyio.move_on_after(began + timeout - self._clock()):
+                    elsewhere = await self.follow(error, node, slot_of(stream), tries, asks=True)
+                left = began + timeout - self._clock()
+                if elsewhere is None or left <= 0:
+                    raise
+                node = elsewhere
 
     async def reading(self, member: Member, do: Callable[[Node], Awaitable[T]]) -> T:
         """The same for a blocking read of a member. It gives up its place where it has read before."""
