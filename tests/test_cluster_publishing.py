@@ -4,6 +4,7 @@ The specification:
 
 - A publish that fails with ``may_have_happened=False`` is never sent later.
 - ``publish_timeout`` bounds a publish, also if no node tells who serves the slot.
+- A consumer that is forgotten while its node is frozen leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pytest
 from anyio import to_thread
 from clusters import ClusterNode, RunningCluster
 from conftest import SERVER
-from harness import until
+from harness import new_topic, until
 from servers import RedisHarness
 from test_cluster import topology
 
@@ -91,3 +92,21 @@ async def test_a_publish_ends_in_time_if_no_node_tells_who_serves_the_slot(patie
                 with pytest.raises(BackendError) as caught:
                     await backend.publish_within(topic, Message(topic), timeout=0.3)
         assert not caught.value.may_have_happened
+
+
+async def test_a_consumer_that_is_forgotten_while_its_node_is_frozen_leaves_nothing_behind(
+    patient: RunningCluster,
+) -> None:
+    topic = new_topic()
+    async with RedisBackend(patient.url) as backend:
+        await backend.create_group(topic, "g", "0")
+        assert await backend.read_new(topic, "g", "c", count=1, timeout=0.1) == []
+        node = await topology(backend).node(slot_of(topic))
+        assert node.taking._readers._pool_of
+        topology(backend)._owners[slot_of(topic)] = None
+        with frozen(*patient.nodes):
+            with anyio.move_on_after(0.3):
+                await backend.forget_consumer(topic, "g", "c")
+        assert not topology(backend)._placed
+        assert not topology(backend)._memory.tracks
+        assert not node.taking._readers._pool_of
