@@ -2,6 +2,8 @@
 
 The specification:
 
+- The order of a batch within a topic holds, also if a node gets the slot in the middle of the batch. What was redirected
+  before that is not repeated after its successors: it fails, and its error says that it was not stored.
 - A publish that fails with ``may_have_happened=False`` is never sent later.
 - ``publish_timeout`` bounds a publish, also if no node tells who serves the slot.
 - A consumer that is forgotten while its node is frozen leaves nothing behind.
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import anyio
@@ -23,9 +25,10 @@ from harness import new_topic, until
 from servers import RedisHarness
 from test_cluster import topology
 
-from anybus import BackendError, Message
+from anybus import BackendError, EventBusError, Message
+from anybus.abc import PublishItem
 from anybus.backends.redis import RedisBackend
-from anybus.backends.redis._slots import slot_of
+from anybus.backends.redis._slots import Address, slot_of
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,37 @@ def frozen(*nodes: ClusterNode) -> Iterator[None]:
     finally:
         for node in nodes:
             os.kill(node.pid, signal.SIGCONT)
+
+
+async def test_the_order_holds_if_a_node_gets_the_slot_within_a_batch(
+    cluster: RunningCluster, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [Message.from_json(topic, number) for number in range(10)]
+    async with RedisBackend(cluster.url) as backend:
+        await backend.publish(topic, Message.from_json(topic, -1))
+        target = cluster.another(await to_thread.run_sync(cluster.owner_of, topic))
+        topology(backend)._owners[slot_of(topic)] = Address("127.0.0.1", target.port)
+        node = await topology(backend).node(slot_of(topic))
+        send = node.publish_many
+
+        async def with_a_move_within(items: Sequence[PublishItem]) -> list[str | EventBusError]:
+            monkeypatch.setattr(node, "publish_many", send)
+            redirected = await send(items[:5])
+            source = await to_thread.run_sync(cluster.begin_move, topic, target)
+            await to_thread.run_sync(cluster.end_move, topic, source, target)
+            return [*redirected, *await send(items[5:])]
+
+        monkeypatch.setattr(node, "publish_many", with_a_move_within)
+        results = await backend.publish_many([(topic, message, None) for message in messages])
+        stored = [number for number, result in enumerate(results) if isinstance(result, str)]
+        assert stored == [5, 6, 7, 8, 9]
+        for result in results[:5]:
+            assert isinstance(result, BackendError)
+            assert not result.may_have_happened
+            assert result.can_pass
+        assert await backend.publish_many([(topic, Message.from_json(topic, 10), None)])
+    entries = await RedisHarness(cluster).entries(topic)
+    assert [message.json() for _, message, _ in entries if message is not None] == [-1, *stored, 10]
 
 
 async def test_what_was_surely_not_sent_to_a_node_that_gets_the_slot_is_not_sent_later(

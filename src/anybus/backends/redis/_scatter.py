@@ -53,8 +53,7 @@ class Scatter:
     async def _send(self, streams: Sequence[str], send: Send) -> list[Result]:
         """Send something for each stream, in order for each of them, to all nodes at once.
 
-        What is redirected goes on elsewhere: nothing was done, and what came after it on the same stream was
-        redirected, too.
+        What is redirected goes on elsewhere.
         """
         results: list[Result] = [broken("not tried", may_have_happened=False)] * len(streams)
         places: dict[int, Node] = {}
@@ -80,8 +79,13 @@ class Scatter:
     async def _follow(
         self, streams: Sequence[str], sent: list[int], places: dict[int, Node], results: list[Result], tries: int
     ) -> list[int]:
-        """Which of those that were sent must be sent again. Their slots get other nodes."""
+        """Which of those that were sent must be sent again. Their slots get other nodes.
+
+        Usually, what came after a redirected one on the same stream was redirected, too. But a node may have got the
+        slot meanwhile. Then the redirected one would now be appended after its successor, so it fails.
+        """
         again: list[int] = []
+        overtaken = _overtaken(streams, sent, results)
         followed: dict[int, bool] = {}
         for index in sent:
             result, slot = results[index], slot_of(streams[index])
@@ -93,7 +97,7 @@ class Scatter:
                     followed[slot] = True
                 except BackendError:
                     followed[slot] = False
-            if followed[slot]:
+            if followed[slot] and index not in overtaken:
                 again.append(index)
         return again
 
@@ -283,6 +287,19 @@ class Scatter:
 
 def _parts(near: list[int], far: list[int]) -> list[list[int]]:
     return ([near] if near else []) + [far[start : start + _AT_ONCE] for start in range(0, len(far), _AT_ONCE)]
+
+
+def _overtaken(streams: Sequence[str], sent: Sequence[int], results: Sequence[Result]) -> set[int]:
+    """Those after which something was appended to the same stream, or may have been."""
+    appended: set[str] = set()
+    overtaken: set[int] = set()
+    for index in reversed(sent):
+        result = results[index]
+        if streams[index] in appended:
+            overtaken.add(index)
+        elif isinstance(result, str) or (isinstance(result, BackendError) and result.may_have_happened):
+            appended.add(streams[index])
+    return overtaken
 
 
 async def _remove(addition: Addition, entry_id: str, node: Node) -> bool:
