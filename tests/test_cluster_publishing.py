@@ -6,6 +6,7 @@ The specification:
   before that is not repeated after its successors: it fails, and its error says that it was not stored.
 - A publish that fails with ``may_have_happened=False`` is never sent later.
 - ``publish_timeout`` bounds a publish, also if no node tells who serves the slot.
+- A batch that meets a frozen node knows by ``publish_timeout`` what the other nodes have stored.
 - A consumer that is forgotten while its node is frozen leaves nothing behind.
 """
 
@@ -21,11 +22,11 @@ import pytest
 from anyio import to_thread
 from clusters import ClusterNode, RunningCluster
 from conftest import SERVER
-from harness import new_topic, until
+from harness import Recorder, new_topic, quick, until
 from servers import RedisHarness
-from test_cluster import topology
+from test_cluster import in_another_slot, topology
 
-from anybus import BackendError, EventBusError, Message
+from anybus import BackendError, EventBusError, Message, StreamBus
 from anybus.abc import PublishItem
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._slots import Address, slot_of
@@ -126,6 +127,21 @@ async def test_a_publish_ends_in_time_if_no_node_tells_who_serves_the_slot(patie
                 with pytest.raises(BackendError) as caught:
                     await backend.publish_within(topic, Message(topic), timeout=0.3)
         assert not caught.value.may_have_happened
+
+
+async def test_a_batch_knows_what_the_other_nodes_have_stored(patient: RunningCluster, topic: str) -> None:
+    other = in_another_slot(topic)
+    async with StreamBus(RedisBackend(patient.url), quick(Recorder(), publish_timeout=1)) as bus:
+        for one in (topic, other):
+            await bus.publish(Message(one))
+        with frozen(await to_thread.run_sync(patient.owner_of, topic)):
+            outcome = await bus.publish_batch([Message(one) for one in (topic, other) * 3])
+        for one, result in zip((topic, other) * 3, outcome.results, strict=True):
+            if one == other:
+                assert isinstance(result, str)
+            else:
+                assert isinstance(result, BackendError)
+                assert result.may_have_happened
 
 
 async def test_a_consumer_that_is_forgotten_while_its_node_is_frozen_leaves_nothing_behind(

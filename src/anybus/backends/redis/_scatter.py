@@ -16,6 +16,7 @@ from ..._ground.checks import is_entry_id
 from ..._ground.errors import BackendError, EventBusError
 from ...abc import Codec, Move, Output, PublishItem, TransferItem
 from ._additions import Addition
+from ._deadlines import last_moment
 from ._errors import broken, duplicate
 from ._node import Node
 from ._slots import slot_of
@@ -53,9 +54,15 @@ class Scatter:
     async def _send(self, streams: Sequence[str], send: Send) -> list[Result]:
         """Send something for each stream, in order for each of them, to all nodes at once.
 
-        What is redirected goes on elsewhere.
+        What is redirected goes on elsewhere. If the caller's time is over before all nodes have answered, the results
+        tell what is known.
         """
         results: list[Result] = [broken("not tried", may_have_happened=False)] * len(streams)
+        with anyio.CancelScope(deadline=last_moment()):
+            await self._send_all(streams, send, results)
+        return results
+
+    async def _send_all(self, streams: Sequence[str], send: Send, results: list[Result]) -> None:
         places: dict[int, Node] = {}
         left: list[int] = []
         for index, stream in enumerate(streams):
@@ -74,7 +81,6 @@ class Scatter:
                 parts.setdefault(places[slot_of(streams[index])], []).append(index)
             await _all([partial(_send_part, send, node, part, results) for node, part in parts.items()])
             left = await self._follow(streams, left, places, results, tries)
-        return results
 
     async def _follow(
         self, streams: Sequence[str], sent: list[int], places: dict[int, Node], results: list[Result], tries: int
@@ -309,6 +315,8 @@ async def _remove(addition: Addition, entry_id: str, node: Node) -> bool:
 
 
 async def _send_part(send: Send, node: Node, part: list[int], results: list[Result]) -> None:
+    for index in part:
+        results[index] = broken("no answer in time", may_have_happened=True)
     answers: Sequence[Result]
     try:
         answers = await send(node, part)
