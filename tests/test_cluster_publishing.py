@@ -4,6 +4,8 @@ The specification:
 
 - The order of a batch within a topic holds, also if a node gets the slot in the middle of the batch. What was redirected
   before that is not repeated after its successors: it fails, and its error says that it was not stored.
+- Two nodes may lead a caller back and forth for a moment, as each learns at another time who has the slot. That moment is
+  waited for.
 - A publish that fails with ``may_have_happened=False`` is never sent later.
 - ``publish_timeout`` bounds a publish, also if no node tells who serves the slot.
 - A batch that meets a frozen node knows by ``publish_timeout`` what the other nodes have stored.
@@ -79,6 +81,34 @@ async def test_the_order_holds_if_a_node_gets_the_slot_within_a_batch(
         assert await backend.publish_many([(topic, Message.from_json(topic, 10), None)])
     entries = await RedisHarness(cluster).entries(topic)
     assert [message.json() for _, message, _ in entries if message is not None] == [-1, *stored, 10]
+
+
+async def test_nodes_that_lead_back_and_forth_are_waited_for(cluster: RunningCluster, topic: str) -> None:
+    slot = slot_of(topic)
+    async with RedisBackend(cluster.url) as backend:
+        await backend.create_group(topic, "g", "0")
+        target = cluster.another(await to_thread.run_sync(cluster.owner_of, topic))
+
+        def begin() -> ClusterNode:
+            source = cluster.begin_move(topic, target)
+            cluster.move_keys(source, target, cluster.keys(source, topic))
+            source.ask("CLUSTER", "SETSLOT", slot, "NODE", target.id)  # the target should be told first
+            return source
+
+        source = await to_thread.run_sync(begin)
+        published: list[str | EventBusError] = []
+
+        async def publish() -> None:
+            published.append(await backend.publish_within(topic, Message(topic), timeout=5))
+            published.extend(await backend.publish_many([(topic, Message(topic), None)]))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(publish)
+            await anyio.sleep(0.3)
+            assert not published
+            await to_thread.run_sync(cluster.end_move, topic, source, target)
+        assert all(isinstance(one, str) for one in published)
+        assert len(published) == 2
 
 
 async def test_what_was_surely_not_sent_to_a_node_that_gets_the_slot_is_not_sent_later(

@@ -35,6 +35,7 @@ _AGAIN: Final = 0.3
 """The interval while a node with slots cannot be reached."""
 
 _TRIES: Final = 12
+_AT_FULL_SPEED: Final = 2
 _SHORTEST_WAIT: Final = 0.02
 _LONGEST_WAIT: Final = 0.25
 
@@ -261,6 +262,8 @@ class Topology:
             return self._asker(found.address)
         else:
             self._owners[slot] = found.address
+            if tries > _AT_FULL_SPEED:  # nodes lead back and forth for a moment, until both know who has the slot
+                await anyio.sleep(min(_SHORTEST_WAIT * 2**tries, _LONGEST_WAIT))
         return await self.node(slot)
 
     async def to_the_end(self, work: Callable[[], Awaitable[T]]) -> T:
