@@ -234,7 +234,7 @@ async def test_a_node_without_slots_is_left_with_all_that_belongs_to_it() -> Non
                 async def is_left() -> bool:
                     names = await to_thread.run_sync(source.ask, "CLIENT", "LIST")
                     # (A publish may find the way by itself, so the map may be asked for a little later.)
-                    topology(backend)._want()
+                    topology(backend).map.want()
                     return b"name=left" not in names
 
                 await until(is_left, "the node to be left")

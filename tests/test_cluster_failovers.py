@@ -150,7 +150,8 @@ async def test_dead_letters_go_on_if_their_node_dies(running: RunningCluster) ->
             published.append(message.uid)
             await anyio.sleep(0.002)
 
-    async with StreamBus(RedisBackend(running.url), quick(recorder, claim_idle_timeout=30)) as bus:
+    backend = RedisBackend(running.url)
+    async with StreamBus(backend, quick(recorder, claim_idle_timeout=30)) as bus:
         async with bus.subscribe(SubscriptionConfig(topic, "g", max_in_flight=64), handler) as subscription:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(publish_all_the_time)
@@ -161,7 +162,7 @@ async def test_dead_letters_go_on_if_their_node_dies(running: RunningCluster) ->
                 tasks.cancel_scope.cancel()
             await until(lambda: set(published) <= lettered(), "all of them to be dead letters")
             assert subscription.is_running
-            assert await bus.backend.pending_entries(topic, "g") == []
+            assert await backend.pending_entries(topic, "g") == []
     await to_thread.run_sync(running.bring_back, old)
     letters = Counter(message.uid for _, message, _ in await RedisHarness(running).entries(dead) if message is not None)
     lost = set(published) - letters.keys()
