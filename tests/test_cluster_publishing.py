@@ -4,6 +4,7 @@ The specification:
 
 - The order of a batch within a topic holds, also if a node gets the slot in the middle of the batch. What was redirected
   before that is not repeated after its successors: it fails, and its error says that it was not stored.
+- A message that the codec cannot encode fails alone, whatever the codec raises.
 - Two nodes may lead a caller back and forth for a moment, as each learns at another time who has the slot. That moment is
   waited for.
 - A publish that fails with ``may_have_happened=False`` is never sent later.
@@ -29,7 +30,7 @@ from harness import Recorder, new_topic, quick, until
 from servers import RedisHarness
 from test_cluster import in_another_slot, topology
 
-from anybus import BackendError, EventBusError, Message, StreamBus
+from anybus import BackendError, EventBusError, JsonCodec, Message, SerializationError, StreamBus
 from anybus.abc import PublishItem
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._slots import Address, slot_of
@@ -82,6 +83,24 @@ async def test_the_order_holds_if_a_node_gets_the_slot_within_a_batch(
         assert await backend.publish_many([(topic, Message.from_json(topic, 10), None)])
     entries = await RedisHarness(cluster).entries(topic)
     assert [message.json() for _, message, _ in entries if message is not None] == [-1, *stored, 10]
+
+
+class Picky(JsonCodec):
+    """Its own error escapes, which it should not do."""
+
+    def encode(self, message: Message) -> bytes:
+        if message.key == "bad":
+            raise KeyError("bad")
+        return super().encode(message)
+
+
+async def test_a_codec_that_raises_fails_its_own_message_only(cluster: RunningCluster, topic: str) -> None:
+    topics = [topic, in_another_slot(topic)] * 2
+    async with RedisBackend(cluster.url, codec=Picky()) as backend:
+        messages = [Message(one, key="bad" if number == 1 else "") for number, one in enumerate(topics)]
+        results = await backend.publish_many([(message.topic, message, None) for message in messages])
+        assert [isinstance(result, str) for result in results] == [True, False, True, True]
+        assert isinstance(results[1], SerializationError)
 
 
 async def test_nodes_that_lead_back_and_forth_are_waited_for(
