@@ -4,6 +4,7 @@ The specification:
 
 - The order of a batch within a topic holds, also if a node gets the slot in the middle of the batch. What was redirected
   before that is not repeated after its successors: it fails, and its error says that it was not stored.
+- Publishing goes on while a slot is being moved, also for messages that use a connection of their own.
 - A message that the codec cannot encode fails alone, whatever the codec raises.
 - Two nodes may lead a caller back and forth for a moment, as each learns at another time who has the slot. That moment is
   waited for.
@@ -32,7 +33,8 @@ from test_cluster import in_another_slot, topology
 
 from anybus import BackendError, EventBusError, JsonCodec, Message, SerializationError, StreamBus
 from anybus.abc import PublishItem
-from anybus.backends.redis import RedisBackend
+from anybus.backends.redis import RedisBackend, _client
+from anybus.backends.redis._link import Link
 from anybus.backends.redis._slots import Address, slot_of
 
 
@@ -83,6 +85,26 @@ async def test_the_order_holds_if_a_node_gets_the_slot_within_a_batch(
         assert await backend.publish_many([(topic, Message.from_json(topic, 10), None)])
     entries = await RedisHarness(cluster).entries(topic)
     assert [message.json() for _, message, _ in entries if message is not None] == [-1, *stored, 10]
+
+
+async def test_a_large_message_reaches_a_slot_that_is_being_moved(
+    cluster: RunningCluster, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unknown(link: Link) -> None:
+        """It uses a connection of its own then."""
+
+    monkeypatch.setattr(_client, "ask_limit", unknown)
+    large = Message(topic, b"x" * 2_000_000)
+    async with RedisBackend(cluster.url) as backend:
+        target = cluster.another(await to_thread.run_sync(cluster.owner_of, topic))
+        source = await to_thread.run_sync(cluster.begin_move, topic, target)
+        try:
+            assert await backend.publish_within(topic, large, timeout=10)
+            results = await backend.publish_many([(topic, message, None) for message in (Message(topic), large)])
+            assert all(isinstance(result, str) for result in results)
+        finally:
+            await to_thread.run_sync(cluster.end_move, topic, source, target)
+        assert await backend.count_entries(topic) == 3
 
 
 class Picky(JsonCodec):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from ._multiplexer import Multiplexer
-from ._protocol import Command
+from ._protocol import Command, asking
 from ._session import Call
-
-_ASKING: Final = ("ASKING",)
 
 
 class AskingMultiplexer(Multiplexer):
-    """Sends ``ASKING`` before each command. It concerns the next command of the connection only."""
+    """Sends ``ASKING`` before each command."""
 
     async def start(self, commands: Sequence[Command], *, patient: bool = False) -> Call:
-        call = await super().start([part for command in commands for part in (_ASKING, command)], patient=patient)
+        call = await super().start(asking(commands), patient=patient)
         wake = call.done
 
         def done() -> None:
