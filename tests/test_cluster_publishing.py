@@ -29,10 +29,10 @@ from clusters import ClusterNode, RunningCluster
 from conftest import SERVER
 from harness import Recorder, new_topic, quick, until
 from servers import RedisHarness
-from test_cluster import in_another_slot, topology
+from test_cluster import in_another_slot, taken, topology
 
 from anybus import BackendError, EventBusError, JsonCodec, Message, SerializationError, StreamBus
-from anybus.abc import PublishItem
+from anybus.abc import Output, PublishItem
 from anybus.backends.redis import RedisBackend, _client
 from anybus.backends.redis._link import Link
 from anybus.backends.redis._slots import Address, slot_of
@@ -105,6 +105,25 @@ async def test_a_large_message_reaches_a_slot_that_is_being_moved(
         finally:
             await to_thread.run_sync(cluster.end_move, topic, source, target)
         assert await backend.count_entries(topic) == 3
+
+
+async def test_outputs_reach_a_slot_of_which_only_the_stream_has_been_moved(
+    cluster: RunningCluster, topic: str
+) -> None:
+    other = in_another_slot(topic)
+    async with RedisBackend(cluster.url) as backend:
+        [entry_id] = await taken(backend, topic, 1)
+        await backend.publish(other, Message(other))
+        await backend.publish_later(other, Message(other), delay=3600)
+        target = cluster.another(await to_thread.run_sync(cluster.owner_of, other))
+        source = await to_thread.run_sync(cluster.begin_move, other, target)
+        try:
+            await to_thread.run_sync(cluster.move_keys, source, target, [other.encode()])
+            outputs = [Output(other, Message(other)), Output(other, Message(other), delay=3600)]
+            assert await backend.transfer(topic, "g", "c", entry_id, outputs)
+        finally:
+            await to_thread.run_sync(cluster.end_move, other, source, target)
+        assert await backend.count_entries(other) == 2
 
 
 class Picky(JsonCodec):

@@ -6,7 +6,7 @@ first. If the process dies between the two, the output exists, and the entry com
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -43,26 +43,32 @@ class Scatter:
         async def send(node: Node, indexes: list[int]) -> Sequence[Result]:
             return await node.publish_many([items[index] for index in indexes])
 
-        return await self._send([stream for stream, _, _ in items], send)
+        streams = [stream for stream, _, _ in items]
+        return await self._send(streams, streams, send)
 
     async def _append(self, additions: Sequence[Addition]) -> list[Result]:
         async def send(node: Node, indexes: list[int]) -> Sequence[Result]:
             return await node.append([additions[index] for index in indexes])
 
-        return await self._send([addition.stream for addition in additions], send)
+        streams = [addition.stream for addition in additions]
+        return await self._send(streams, [(addition.stream, addition.delay < 0) for addition in additions], send)
 
-    async def _send(self, streams: Sequence[str], send: Send) -> list[Result]:
-        """Send something for each stream, in order for each of them, to all nodes at once.
+    async def _send(self, streams: Sequence[str], lines: Sequence[Hashable], send: Send) -> list[Result]:
+        """Send something for each stream to all nodes at once.
 
         What is redirected goes on elsewhere. If the caller's time is over before all nodes have answered, the results
         tell what is known.
+
+        :param lines: what has the same line is kept in order.
         """
         results: list[Result] = [broken("not tried", may_have_happened=False)] * len(streams)
         with anyio.CancelScope(deadline=last_moment()):
-            await self._send_all(streams, send, results)
+            await self._send_all(streams, lines, send, results)
         return results
 
-    async def _send_all(self, streams: Sequence[str], send: Send, results: list[Result]) -> None:
+    async def _send_all(
+        self, streams: Sequence[str], lines: Sequence[Hashable], send: Send, results: list[Result]
+    ) -> None:
         places: dict[int, Node] = {}
         left: list[int] = []
         for index, stream in enumerate(streams):
@@ -80,18 +86,23 @@ class Scatter:
             for index in left:
                 parts.setdefault(places[slot_of(streams[index])], []).append(index)
             await _all([partial(_send_part, send, node, part, results) for node, part in parts.items()])
-            left = await self._follow(streams, left, places, results, tries)
+            overtaken = _overtaken(lines, left, results)
+            left = await self._follow(streams, left, overtaken, places, results, tries)
 
     async def _follow(
-        self, streams: Sequence[str], sent: list[int], places: dict[int, Node], results: list[Result], tries: int
+        self,
+        streams: Sequence[str],
+        sent: list[int],
+        overtaken: set[int],
+        places: dict[int, Node],
+        results: list[Result],
+        tries: int,
     ) -> list[int]:
         """Which of those that were sent must be sent again. Their slots get other nodes.
 
-        Usually, what came after a redirected one on the same stream was redirected, too. But a node may have got the
-        slot meanwhile. Then the redirected one would now be appended after its successor, so it fails.
+        :param overtaken: those that now would be appended after their successors. If they were redirected, they fail.
         """
         again: list[int] = []
-        overtaken = _overtaken(streams, sent, results)
         followed: dict[int, bool] = {}
         for index in sent:
             result, slot = results[index], slot_of(streams[index])
@@ -295,16 +306,20 @@ def _parts(near: list[int], far: list[int]) -> list[list[int]]:
     return ([near] if near else []) + [far[start : start + _AT_ONCE] for start in range(0, len(far), _AT_ONCE)]
 
 
-def _overtaken(streams: Sequence[str], sent: Sequence[int], results: Sequence[Result]) -> set[int]:
-    """Those after which something was appended to the same stream, or may have been."""
-    appended: set[str] = set()
+def _overtaken(lines: Sequence[Hashable], sent: Sequence[int], results: Sequence[Result]) -> set[int]:
+    """Those after which something of the same line was appended, or may have been.
+
+    Usually, there are none: what came after a redirected one was redirected, too. But a node may have got the slot
+    meanwhile.
+    """
+    appended: set[Hashable] = set()
     overtaken: set[int] = set()
     for index in reversed(sent):
         result = results[index]
-        if streams[index] in appended:
+        if lines[index] in appended:
             overtaken.add(index)
         elif isinstance(result, str) or (isinstance(result, BackendError) and result.may_have_happened):
-            appended.add(streams[index])
+            appended.add(lines[index])
     return overtaken
 
 
