@@ -225,5 +225,19 @@ class RunningCluster:
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", target.id)
         wait_until(lambda: self.owner(slot) is target, "the slot to be there", every=0.02)
 
+    def move_at_once(self, stream: str) -> bool:
+        """Move the slot of a stream in one step (Valkey 9 and newer). Returns false if the servers cannot."""
+        slot = slot_of(stream)
+        source = self.owner(slot)
+        target = self.another(source)
+        try:
+            source.ask("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", target.id)
+        except redis.exceptions.ResponseError as error:
+            if "unknown subcommand" in str(error).lower():
+                return False
+            raise
+        wait_until(lambda: self.owner(slot) is target, "the slot to be there", every=0.02)
+        return True
+
     def another(self, source: ClusterNode) -> ClusterNode:
         return next(node for node in self.nodes if node is not source and node.is_primary)

@@ -223,17 +223,17 @@ async def test_a_wrong_map_is_corrected_by_the_nodes(cluster: RunningCluster, to
     async with RedisBackend(cluster.url) as backend:
         map_of = topology(backend)
         slot = slot_of(topic)
-        right = map_of._owners[slot]
-        wrong = next(owner for owner in map_of._owners if owner != right)
-        map_of._owners[slot] = wrong
+        right = map_of.map.owners[slot]
+        wrong = next(owner for owner in map_of.map.owners if owner != right)
+        map_of.map.owners[slot] = wrong
         wrong_node = await map_of.node(slot)
         assert await backend.publish(topic, Message(topic))
-        assert map_of._owners[slot] == right
-        map_of._owners[slot] = wrong
+        assert map_of.map.owners[slot] == right
+        map_of.map.owners[slot] = wrong
         [published] = await backend.publish_many([(topic, Message(topic), None)])
         assert isinstance(published, str)
         assert await backend.create_group(topic, "g", "0")
-        map_of._owners[slot] = wrong
+        map_of.map.owners[slot] = wrong
         assert len(await backend.read_new(topic, "g", "c", count=10, timeout=0)) == 2
         assert wrong_node.client.mux.connections == 1
         assert wrong_node.client.mux.is_connected
@@ -241,7 +241,7 @@ async def test_a_wrong_map_is_corrected_by_the_nodes(cluster: RunningCluster, to
 
 async def test_a_map_without_the_slot_is_asked_for_again(cluster: RunningCluster, topic: str) -> None:
     async with RedisBackend(cluster.url) as backend:
-        topology(backend)._owners[slot_of(topic)] = None
+        topology(backend).map.owners[slot_of(topic)] = None
         assert await backend.publish(topic, Message(topic))
 
 

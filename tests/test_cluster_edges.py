@@ -6,6 +6,7 @@ The specification:
   whole cluster.
 - A dead-letter topic whose keys cannot share a slot is refused when the subscription starts, not at the first dead
   letter. Another database than 0 is refused by name, whatever the form of the URL.
+- What only seems to be a node, and a node that sentinels name, are refused by a clear error, not by a crash.
 - A consumer that is forgotten leaves no connection behind, also if its slot has moved since its last read.
 - The rights that the docs name are enough, on every node: for retries, a dead letter in another slot, and publishing.
 - A node that has lost its slots is left with all that belongs to it.
@@ -14,12 +15,15 @@ The specification:
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from acl import SECRET
 from anyio import to_thread
+from anyio.abc import SocketAttribute, SocketStream
 from clusters import RunningCluster
 from conftest import SERVER
 from harness import QUICK, Recorder, new_topic, quick, until
@@ -28,6 +32,8 @@ from test_redis_rights import DOCUMENTED
 
 from anybus import BackendError, Delivery, Message, StreamBus, SubscriptionConfig, UnsupportedError, ValidationError
 from anybus.backends.redis import RedisBackend
+from anybus.backends.redis._link import Link, open_link
+from anybus.backends.redis._settings import Locator, from_url
 from anybus.backends.redis._slots import slot_of
 
 ON_A_CLUSTER = re.search(
@@ -83,6 +89,52 @@ async def test_a_database_of_a_cluster_is_refused_for_good(cluster: RunningClust
         async with RedisBackend(f"{cluster.nodes[0].url}/1"):
             pass
     assert not getattr(caught.value, "can_pass", False)
+
+
+@pytest.mark.parametrize("url", ["redis+cluster://a/1", "redis+cluster://a?db=1"])
+def test_a_database_of_a_cluster_is_refused_as_a_wrong_url(url: str) -> None:
+    with pytest.raises(ValidationError, match="no other database than 0"):
+        RedisBackend(url)
+
+
+async def test_what_is_no_node_is_no_crash() -> None:
+    """It answers every command with a number."""
+
+    async def answer(stream: SocketStream) -> None:
+        async with stream:
+            async for data in stream:
+                await stream.send(b":1\r\n" * data.count(b"*"))
+
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=0)
+    port = listener.extra(SocketAttribute.local_port)
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, answer)
+        with pytest.raises(BackendError, match="is it a Redis or Valkey server") as caught:
+            async with RedisBackend(f"redis+cluster://127.0.0.1:{port}"):
+                pass
+        assert caught.value.can_pass
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_node_that_sentinels_name_is_refused(cluster: RunningCluster) -> None:
+    backend = RedisBackend("redis+sentinel://a/service")
+    node = cluster.nodes[0]
+    client: Any = backend._client
+    sentinels = client.settings.locator
+
+    class ToTheNode(Locator):
+        news = anyio.Event()
+
+        async def open(self, *, entering: bool) -> Link:
+            return await open_link(from_url(node.url), entering=entering)
+
+        async def watch(self) -> None:
+            await sentinels.watch()
+
+    client.mux._settings = client.settings = replace(client.settings, locator=ToTheNode())
+    with pytest.raises(UnsupportedError, match="sentinels"):
+        async with backend:
+            pass
 
 
 async def move(cluster: RunningCluster, topic: str) -> None:
@@ -182,7 +234,7 @@ async def test_a_node_without_slots_is_left_with_all_that_belongs_to_it() -> Non
                 async def is_left() -> bool:
                     names = await to_thread.run_sync(source.ask, "CLIENT", "LIST")
                     # (A publish may find the way by itself, so the map may be asked for a little later.)
-                    topology(backend)._want()
+                    topology(backend).map.want()
                     return b"name=left" not in names
 
                 await until(is_left, "the node to be left")

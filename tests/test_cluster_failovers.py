@@ -5,6 +5,8 @@ The specification, on each event loop:
 - A primary is killed (kill -9). Its replica takes its place, and everything goes on by itself: what was published before
   and after it is handled. The ex-primary that comes back is not connected to.
 - The same if the primary lives and is replaced, and if it is frozen, replaced, and wakes up.
+- The node of the dead letters is killed, while messages are rejected all the time. Each message is rejected once, and its
+  settlement is repeated until it has a dead letter. Only dead letters that were confirmed before the kill can be lost.
 - The slot of a topic is moved to another node and back while two processes publish and two consume, its keys one after
   another, with pauses in which some are here and some there. Nothing is lost, and nothing is handled twice, from the
   uids that the processes wrote to files.
@@ -18,20 +20,23 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from anyio import to_thread
 from clusters import RunningCluster
 from conftest import SERVER
-from harness import Recorder, quick, until
+from harness import Recorder, new_topic, quick, until
 from processes import wait_until
+from servers import RedisHarness
 from test_sentinel_failovers import Work, publish_patiently
 
-from anybus import Delivery, JsonCodec, Message, StreamBus, SubscriptionConfig, retry_stream
+from anybus import Delivery, JsonCodec, Message, Reject, StreamBus, SubscriptionConfig, retry_stream
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._keys import delayed
 
@@ -116,6 +121,54 @@ async def test_a_primary_that_is_frozen_and_replaced_is_left(running: RunningClu
                 await bus.publish(message)
                 await until(partial(handled.__contains__, message.uid), "a message to be handled")
             await to_thread.run_sync(wait_until, lambda: running.is_well, "all to agree")
+
+
+async def test_dead_letters_go_on_if_their_node_dies(running: RunningCluster) -> None:
+    """It is another node than the topic's. Only what it had confirmed can be lost with it, by asynchronous replication."""
+    topic = new_topic()
+    dead = f"{topic}.dead"
+    while await to_thread.run_sync(running.owner_of, topic) is await to_thread.run_sync(running.owner_of, dead):
+        topic = new_topic()
+        dead = f"{topic}.dead"
+    rejected: Counter[str] = Counter()
+    uids: dict[str | None, str] = {}
+    published: list[str] = []
+    recorder = Recorder()
+
+    async def handler(delivery: Delivery) -> None:
+        rejected[delivery.id] += 1
+        uids[delivery.id] = delivery.message.uid
+        raise Reject("all of them")
+
+    def lettered() -> set[str]:
+        return {uids[event.message_id] for event in recorder.of("on_dead_lettered")}
+
+    async def publish_all_the_time() -> None:
+        while True:
+            message = Message(topic)
+            await publish_patiently(bus, message)
+            published.append(message.uid)
+            await anyio.sleep(0.002)
+
+    backend = RedisBackend(running.url)
+    async with StreamBus(backend, quick(recorder, claim_idle_timeout=30)) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g", max_in_flight=64), handler) as subscription:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(publish_all_the_time)
+                await until(lambda: len(lettered()) > 200, "dead letters")
+                old, _ = await to_thread.run_sync(running.kill_owner, dead)
+                before = lettered()
+                await until(lambda: len(lettered()) > len(before) + 200, "dead letters after the failover")
+                tasks.cancel_scope.cancel()
+            await until(lambda: set(published) <= lettered(), "all of them to be dead letters")
+            assert subscription.is_running
+            assert await backend.pending_entries(topic, "g") == []
+    await to_thread.run_sync(running.bring_back, old)
+    letters = Counter(message.uid for _, message, _ in await RedisHarness(running).entries(dead) if message is not None)
+    lost = set(published) - letters.keys()
+    assert lost <= before
+    assert [one for one, times in rejected.items() if times > 1] == []
+    print(f"{len(published)} messages, {len(lost)} lost, {letters.total() - len(letters)} doubled")
 
 
 class ClusterWork(Work):

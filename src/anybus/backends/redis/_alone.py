@@ -11,7 +11,7 @@ from ..._ground.clock import loop_clock
 from ._errors import broken
 from ._link import BROKEN, Link, open_link
 from ._multiplexer import Multiplexer
-from ._protocol import Command, Protocol, Replies, pack
+from ._protocol import Command, Protocol, Replies, asking, pack
 from ._pulse import Pulse
 from ._settings import Settings
 
@@ -38,6 +38,8 @@ class Loner:
             ``may_have_happened`` tells whether all of the commands had been sent.
         """
         sent = False
+        if self._settings.asking:
+            commands = asking(commands)
 
         def on_sent() -> None:
             nonlocal sent
@@ -49,7 +51,8 @@ class Loner:
             async with self._places:
                 link = await open_link(self._settings)
                 try:
-                    return await self._talk(link, commands, on_sent)
+                    replies = await self._talk(link, commands, on_sent)
+                    return replies[1::2] if self._settings.asking else replies
                 except BROKEN as error:
                     text = f"the connection to {self._settings.place} broke: {str(error) or type(error).__name__}"
                     raise broken(text, may_have_happened=sent) from error

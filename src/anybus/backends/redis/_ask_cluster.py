@@ -86,13 +86,17 @@ async def ask_link(settings: Settings, address: Address, *, entering: bool) -> S
     try:
         if entering:
             await look_at(link, settings)
-        return _read(await ask(link, _QUESTIONS), address, settings)
+        replies = await ask(link, _QUESTIONS)
     except ServerError as error:
         raise translate(error, entering=entering) from error
     except BROKEN as error:
         raise broken(f"the connection to {settings.place} broke: {words(error)}", may_have_happened=False) from error
+    except UNEXPECTED as error:
+        text = f"unexpected replies from {settings.place}: is it a Redis or Valkey server?"
+        raise broken(text, may_have_happened=False) from error
     finally:
         await link.aclose()  # noqa: ASYNC102 - shielded inside
+    return _read(replies, address, settings)
 
 
 def _read(replies: list[Any], address: Address, settings: Settings) -> SlotMap:

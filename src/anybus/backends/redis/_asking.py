@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
-import anyio
-
-from ._errors import broken
 from ._multiplexer import Multiplexer
-from ._protocol import Command
+from ._protocol import Command, asking
 from ._session import Call
-
-_ASKING: Final = ("ASKING",)
 
 
 class AskingMultiplexer(Multiplexer):
-    """Sends ``ASKING`` before each command. It concerns the next command of the connection only."""
+    """Sends ``ASKING`` before each command."""
 
     async def start(self, commands: Sequence[Command], *, patient: bool = False) -> Call:
-        call = await super().start([part for command in commands for part in (_ASKING, command)], patient=patient)
+        call = await super().start(asking(commands), patient=patient)
         wake = call.done
 
         def done() -> None:
@@ -30,12 +25,4 @@ class AskingMultiplexer(Multiplexer):
         return call
 
     async def single(self, command: Command, timeout: float) -> Any:
-        call: Call | None = None
-        with anyio.move_on_after(timeout):
-            call = await self.start((command,), patient=True)
-            await call.event.wait()
-        if call is None or not call.event.is_set():
-            raise broken("no answer within publish_timeout", may_have_happened=call is not None and call.sent)
-        if call.error is not None:
-            raise call.error
-        return call.replies[0]
+        return await self._single_when_connected(command, timeout)  # the waves do not send ASKING

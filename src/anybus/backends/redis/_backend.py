@@ -317,10 +317,12 @@ class RedisBackend(
         await self._at(stream, lambda node: node.release(stream, group, consumer, message_ids))
 
     async def forget_consumer(self, stream: str, group: str, consumer: str) -> None:
-        with suppress(EventBusError):
-            await self._at(stream, lambda node: node.forget_consumer(stream, group, consumer))
-        if self._cluster is not None:
-            await self._cluster.topology.forget((stream, group, consumer))
+        try:
+            with suppress(EventBusError):
+                await self._at(stream, lambda node: node.forget_consumer(stream, group, consumer))
+        finally:
+            if self._cluster is not None:
+                await self._cluster.topology.forget((stream, group, consumer))  # noqa: ASYNC102 - shielded inside
 
     async def transfer(
         self, stream: str, group: str, consumer: str, message_id: str, outputs: Sequence[Output]

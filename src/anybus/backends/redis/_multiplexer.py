@@ -16,6 +16,7 @@ from ..._ground.cancellation import is_abandoned, is_stray, persist, sole
 from ..._ground.clock import loop_clock
 from ..._ground.errors import BackendError, EventBusError
 from ..._ground.log import say
+from ._deadlines import last_moment
 from ._errors import UNEXPECTED, broken, duplicate, is_about_credentials, translate
 from ._link import BROKEN, Link, open_link
 from ._protocol import Command, ServerError
@@ -23,9 +24,6 @@ from ._session import POSTPONED, Call, Session, Unsent, fail_all
 from ._settings import Locator, Settings
 
 _SCOPE = {"scope": "connection"}
-
-_MARGIN = 0.25
-"""So many seconds before its own time is over, at most, a caller is told that there is no connection."""
 
 _LOOK = 0.1
 _LAST_SECONDS = 2.0
@@ -278,10 +276,7 @@ class Multiplexer:
         :raises BackendError: if there is no connection in time. Nothing was sent.
         """
         now = anyio.current_time()
-        # Slightly before the caller's own deadline, so that the caller learns that nothing was sent. On a busy machine
-        # the event loop is late: too short a margin would lose that knowledge.
-        deadline = anyio.current_effective_deadline()
-        deadline -= min(_MARGIN, max(0.0, deadline - now) / 10)
+        deadline = last_moment()  # so that the caller learns that nothing was sent
         if not patient or deadline == math.inf:
             deadline = min(deadline, now + self._settings.connect_timeout + self._settings.command_timeout)
         with anyio.CancelScope(deadline=deadline) as scope:

@@ -13,7 +13,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ..._ground.checks import check_delay, check_start_id, check_time, is_entry_id
-from ..._ground.errors import BackendError, EventBusError, UnsupportedError, ValidationError
+from ..._ground.errors import BackendError, EventBusError, SerializationError, UnsupportedError, ValidationError
 from ..._messages.message import Message
 from ...abc import (
     Codec,
@@ -134,6 +134,8 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
                 places.append(index)
             except EventBusError as error:
                 results[index] = error
+            except Exception as error:  # the codec's own: the other messages are published all the same
+                results[index] = SerializationError(f"the codec raised {error!r}")
         if not commands:
             return results
         replies: list[Any]

@@ -94,6 +94,11 @@ class Protocol:
             self._line.popleft().fail(error)
 
 
+def asking(commands: Sequence[Command]) -> list[Command]:
+    """With ``ASKING`` before each command: it concerns the next command of the connection only."""
+    return [part for command in commands for part in (("ASKING",), command)]
+
+
 def pack(commands: Sequence[Command]) -> bytes:
     """Encode commands.
 

@@ -6,7 +6,7 @@ first. If the process dies between the two, the output exists, and the entry com
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from ..._ground.checks import is_entry_id
 from ..._ground.errors import BackendError, EventBusError
 from ...abc import Codec, Move, Output, PublishItem, TransferItem
 from ._additions import Addition
+from ._deadlines import last_moment
 from ._errors import broken, duplicate
 from ._node import Node
 from ._slots import slot_of
@@ -42,21 +43,32 @@ class Scatter:
         async def send(node: Node, indexes: list[int]) -> Sequence[Result]:
             return await node.publish_many([items[index] for index in indexes])
 
-        return await self._send([stream for stream, _, _ in items], send)
+        streams = [stream for stream, _, _ in items]
+        return await self._send(streams, streams, send)
 
     async def _append(self, additions: Sequence[Addition]) -> list[Result]:
         async def send(node: Node, indexes: list[int]) -> Sequence[Result]:
             return await node.append([additions[index] for index in indexes])
 
-        return await self._send([addition.stream for addition in additions], send)
+        streams = [addition.stream for addition in additions]
+        return await self._send(streams, [(addition.stream, addition.delay < 0) for addition in additions], send)
 
-    async def _send(self, streams: Sequence[str], send: Send) -> list[Result]:
-        """Send something for each stream, in order for each of them, to all nodes at once.
+    async def _send(self, streams: Sequence[str], lines: Sequence[Hashable], send: Send) -> list[Result]:
+        """Send something for each stream to all nodes at once.
 
-        What is redirected goes on elsewhere: nothing was done, and what came after it on the same stream was
-        redirected, too.
+        What is redirected goes on elsewhere. If the caller's time is over before all nodes have answered, the results
+        tell what is known.
+
+        :param lines: what has the same line is kept in order.
         """
         results: list[Result] = [broken("not tried", may_have_happened=False)] * len(streams)
+        with anyio.CancelScope(deadline=last_moment()):
+            await self._send_all(streams, lines, send, results)
+        return results
+
+    async def _send_all(
+        self, streams: Sequence[str], lines: Sequence[Hashable], send: Send, results: list[Result]
+    ) -> None:
         places: dict[int, Node] = {}
         left: list[int] = []
         for index, stream in enumerate(streams):
@@ -74,13 +86,22 @@ class Scatter:
             for index in left:
                 parts.setdefault(places[slot_of(streams[index])], []).append(index)
             await _all([partial(_send_part, send, node, part, results) for node, part in parts.items()])
-            left = await self._follow(streams, left, places, results, tries)
-        return results
+            overtaken = _overtaken(lines, left, results)
+            left = await self._follow(streams, left, overtaken, places, results, tries)
 
     async def _follow(
-        self, streams: Sequence[str], sent: list[int], places: dict[int, Node], results: list[Result], tries: int
+        self,
+        streams: Sequence[str],
+        sent: list[int],
+        overtaken: set[int],
+        places: dict[int, Node],
+        results: list[Result],
+        tries: int,
     ) -> list[int]:
-        """Which of those that were sent must be sent again. Their slots get other nodes."""
+        """Which of those that were sent must be sent again. Their slots get other nodes.
+
+        :param overtaken: those that now would be appended after their successors. If they were redirected, they fail.
+        """
         again: list[int] = []
         followed: dict[int, bool] = {}
         for index in sent:
@@ -93,7 +114,7 @@ class Scatter:
                     followed[slot] = True
                 except BackendError:
                     followed[slot] = False
-            if followed[slot]:
+            if followed[slot] and index not in overtaken:
                 again.append(index)
         return again
 
@@ -285,6 +306,23 @@ def _parts(near: list[int], far: list[int]) -> list[list[int]]:
     return ([near] if near else []) + [far[start : start + _AT_ONCE] for start in range(0, len(far), _AT_ONCE)]
 
 
+def _overtaken(lines: Sequence[Hashable], sent: Sequence[int], results: Sequence[Result]) -> set[int]:
+    """Those after which something of the same line was appended, or may have been.
+
+    Usually, there are none: what came after a redirected one was redirected, too. But a node may have got the slot
+    meanwhile.
+    """
+    appended: set[Hashable] = set()
+    overtaken: set[int] = set()
+    for index in reversed(sent):
+        result = results[index]
+        if lines[index] in appended:
+            overtaken.add(index)
+        elif isinstance(result, str) or (isinstance(result, BackendError) and result.may_have_happened):
+            appended.add(lines[index])
+    return overtaken
+
+
 async def _remove(addition: Addition, entry_id: str, node: Node) -> bool:
     if addition.delay >= 0:
         return await node.cancel_later(addition.stream, entry_id)
@@ -292,6 +330,8 @@ async def _remove(addition: Addition, entry_id: str, node: Node) -> bool:
 
 
 async def _send_part(send: Send, node: Node, part: list[int], results: list[Result]) -> None:
+    for index in part:
+        results[index] = broken("no answer in time", may_have_happened=True)
     answers: Sequence[Result]
     try:
         answers = await send(node, part)

@@ -128,10 +128,14 @@ class Settings:
     def as_cluster(self, *seeds: Settings) -> Settings:
         """The settings of the cluster to which these servers belong.
 
-        :raises UnsupportedError: if they name a database.
+        :raises UnsupportedError: if they name a database, or come from sentinels.
         """
+        if self.sentinels:
+            raise UnsupportedError(
+                f"{self.place} is a node of a cluster, not one behind sentinels: use redis+cluster://"
+            )
         if self.db:
-            raise UnsupportedError(f"a cluster has only database 0, not {self.db}")
+            raise UnsupportedError(f"only database 0 of a cluster can be used, not {self.db}")
         named = tuple(replace(seed, cluster=True) for seed in seeds)
         return replace(self, cluster=True, seeds=named, locator=None)
 

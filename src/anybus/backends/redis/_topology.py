@@ -1,12 +1,12 @@
 """The nodes of a cluster: which one serves a slot now, and where a call goes on when its slot has moved.
 
-The map of the slots is asked of any node. It is asked again when a node redirects a call or cannot be reached, and now
-and then. A node is connected to when a slot of it is first used, and left when it has no slots any more.
+A node is connected to when a slot of it is first used, and left when it has no slots any more. Redirections correct the
+map of the slots (``_cluster_map``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Final, TypeVar
@@ -15,26 +15,20 @@ import anyio
 import redis.exceptions
 from anyio.abc import TaskGroup
 
-from ..._ground.cancellation import persist, sole
 from ..._ground.clock import loop_clock
 from ..._ground.errors import BackendError, EventBusError
 from ..._messages.message import Message
 from ...abc import Codec
-from ._ask_cluster import ask_around, ask_link, ask_node
-from ._errors import broken, duplicate
+from ._cluster_map import ClusterMap
+from ._errors import broken
 from ._link import Link, open_link
 from ._node import Node
 from ._settings import Locator, Settings
-from ._slots import SLOTS, Address, SlotMap, redirection, slot_of
+from ._slots import Address, redirection, slot_of
 from ._taking import Member, Memory
 
-_EVERY: Final = 60.0
-"""The interval at which the map is asked for while the bus is used, in seconds."""
-
-_AGAIN: Final = 0.3
-"""The interval while a node with slots cannot be reached."""
-
 _TRIES: Final = 12
+_AT_FULL_SPEED: Final = 2
 _SHORTEST_WAIT: Final = 0.02
 _LONGEST_WAIT: Final = 0.25
 
@@ -81,9 +75,9 @@ class Topology:
         self._clear()
 
     def _clear(self) -> None:
-        self._owners: list[Address | None] = [None] * SLOTS
-        self._known: tuple[Address, ...] = ()
-        self._epoch = 0
+        self.map = ClusterMap(
+            self._settings, lambda: {address: node.client for address, node in self._nodes.items()}, self._tidy
+        )
         self._nodes: dict[Address, Node] = {}
         self._askers: dict[Address, Node] = {}
         self._asked_at: dict[Address, float] = {}
@@ -93,8 +87,6 @@ class Topology:
         """Where each member reads."""
         self._direct: dict[str, Node] = {}
         """The nodes of the streams to which something was published last, until the map is asked for again."""
-        self._unreachable: set[Address] = set()
-        self._is_used = False
         self._tasks: TaskGroup | None = None
         self._clock = anyio.current_time
 
@@ -111,14 +103,10 @@ class Topology:
         self._tasks = tasks
         self._alarm = alarm
         self._clock = loop_clock()
-        self._wanted = anyio.Event()
-        self._asking = anyio.Lock()
-        self._rounds = 0
-        self._found: SlotMap | EventBusError | None = None
-        self._scope = anyio.CancelScope(shield=True)
-        await self._refresh(entering=True)
+        self.map.open()
+        await self.map.refresh(entering=True)
         error: EventBusError | None = None
-        for address in dict.fromkeys(owner for owner in self._owners if owner is not None):
+        for address in dict.fromkeys(owner for owner in self.map.owners if owner is not None):
             node = self._make(address)
             try:
                 await node.connect(tasks, alarm)
@@ -131,13 +119,13 @@ class Topology:
                 break
         else:
             raise error or broken(f"no node of {self._settings.place} serves any slot", may_have_happened=False)
-        tasks.start_soon(self._keep_up)
+        tasks.start_soon(self.map.keep_up, alarm)
 
     async def aclose(self) -> None:
         if self._tasks is None:
             return
         self._tasks = None
-        self._scope.cancel()
+        self.map.close()
         nodes = list(self._addresses)
         try:
             with anyio.move_on_after(1.0, shield=True):
@@ -172,7 +160,10 @@ class Topology:
         began, left, tries = self._clock(), timeout, 0
         node = self._direct.get(stream)
         if node is None:
-            node = await self.node(slot_of(stream))
+            with anyio.move_on_after(timeout):
+                node = await self.node(slot_of(stream))
+            if node is None:
+                raise broken(f"{self._settings.place} did not tell the slots in time", may_have_happened=False)
             if len(self._direct) == _REMEMBERED:
                 self._direct.clear()
             self._direct[stream] = node
@@ -182,8 +173,13 @@ class Topology:
             except BackendError as error:
                 tries += 1
                 self._direct.pop(stream, None)
-                node = await self.follow(error, node, slot_of(stream), tries, asks=True)
-                left = max(0.0, began + timeout - self._clock())
+                elsewhere: Node | None = None
+                with anyio.move_on_after(began + timeout - self._clock()):
+                    elsewhere = await self.follow(error, node, slot_of(stream), tries, asks=True)
+                left = began + timeout - self._clock()
+                if elsewhere is None or left <= 0:
+                    raise
+                node = elsewhere
 
     async def reading(self, member: Member, do: Callable[[Node], Awaitable[T]]) -> T:
         """The same for a blocking read of a member. It gives up its place where it has read before."""
@@ -210,12 +206,11 @@ class Topology:
 
         :raises BackendError: if there is none.
         """
-        self._is_used = True
-        address = self._owners[slot]
+        address = self.map.of(slot)
         if address is None:
             self._check_open()
-            await self._refresh()
-            address = self._owners[slot]
+            await self.map.refresh()
+            address = self.map.of(slot)
             if address is None:
                 text = f"no node of {self._settings.place} serves slot {slot} now"
                 raise broken(text, may_have_happened=False)
@@ -232,15 +227,15 @@ class Topology:
         address = Address(settings.host, settings.port)
         found = redirection(error, address)
         if found is not None or not isinstance(error.__cause__, redis.exceptions.RedisError):
-            self._want()
+            self.map.want()
         if error.may_have_happened or tries > _TRIES or self._tasks is None:
             raise error
         if found is None:
-            if node.is_closed or self._owners[slot] != address:
+            if node.is_closed or self.map.owners[slot] != address:
                 return await self.node(slot)
             raise error
         if found.kind == "GONE":
-            await self._refresh()
+            await self.map.refresh()
         elif (
             found.kind == "TRYAGAIN"
             or (found.kind == "ASK" and not asks)
@@ -252,7 +247,9 @@ class Topology:
         elif found.kind == "ASK":
             return self._asker(found.address)
         else:
-            self._owners[slot] = found.address
+            self.map.owners[slot] = found.address
+            if tries > _AT_FULL_SPEED:  # nodes lead back and forth for a moment, until both know who has the slot
+                await anyio.sleep(min(_SHORTEST_WAIT * 2**tries, _LONGEST_WAIT))
         return await self.node(slot)
 
     async def to_the_end(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -305,22 +302,18 @@ class Topology:
     def _make(self, address: Address, *, asking: bool = False) -> Node:
         tasks = self._check_open()
         settings = replace(self._settings.at(*address), asking=asking)
-        locator = _NodeLocator(settings, partial(self._suspect, address))
+        locator = _NodeLocator(settings, partial(self.map.suspect, address))
         node = Node(replace(settings, locator=locator), self._codec, memory=self._memory, together=slot_of)
         node.start(tasks, self._alarm)
         self._addresses[node] = address
         return node
-
-    def _suspect(self, address: Address) -> None:
-        self._unreachable.add(address)
-        self._want()
 
     def _tidy(self) -> None:
         """Leave nodes that have no slots any more, and wake members whose slot has moved."""
         self._direct.clear()
         if self._tasks is None:
             return
-        primaries = {owner for owner in self._owners if owner is not None}
+        primaries = {owner for owner in self.map.owners if owner is not None}
         for address, node in list(self._nodes.items()):
             if address not in primaries:
                 del self._nodes[address]
@@ -334,7 +327,7 @@ class Topology:
                 self._tasks.start_soon(self._leave, node)
 
     def _is_elsewhere(self, address: Address, member: Member) -> bool:
-        return self._owners[slot_of(member[0])] != address
+        return self.map.owners[slot_of(member[0])] != address
 
     async def _leave(self, node: Node) -> None:
         mux = node.client.mux
@@ -347,70 +340,3 @@ class Topology:
                 mux.close()  # at once: whoever waits for a connection goes on elsewhere
             await node.aclose()
             self._addresses.pop(node, None)
-
-    # --- the map
-
-    def _want(self) -> None:
-        self._wanted.set()
-
-    async def _keep_up(self) -> None:
-        try:
-            with self._scope:
-                await persist(self._refresh_again)
-        except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
-            if isinstance(error, anyio.get_cancelled_exc_class()):
-                raise
-            self._alarm(sole(error))
-
-    async def _refresh_again(self) -> None:
-        while True:
-            with anyio.move_on_after(_AGAIN if self._unreachable else _EVERY):
-                await self._wanted.wait()
-            if not (self._is_used or self._unreachable or self._wanted.is_set()):
-                continue
-            self._is_used = False
-            self._direct.clear()
-            self._wanted = anyio.Event()
-            try:
-                await self._refresh()
-            except EventBusError:
-                self._want()  # calls meet the same error, and report it
-            self._unreachable = {
-                address
-                for address in self._unreachable
-                if (node := self._nodes.get(address)) is not None and not node.client.mux.is_connected
-            }
-            await anyio.sleep(_AGAIN)
-
-    async def _refresh(self, *, entering: bool = False) -> None:
-        """Ask for the map. Whoever wants it at the same time shares one answer."""
-        rounds = self._rounds
-        async with self._asking:
-            if rounds == self._rounds:
-                self._found = await ask_around(
-                    list(self._sources(entering=entering)), self._epoch, self._settings.place, entering=entering
-                )
-                self._rounds += 1
-                if isinstance(self._found, SlotMap):
-                    self._epoch = self._found.epoch
-                    self._owners = list(self._found.owners)
-                    self._known = self._found.addresses
-                    self._tidy()
-            found = self._found
-        if isinstance(found, BackendError):
-            raise duplicate(found)
-        if isinstance(found, EventBusError):
-            raise found
-
-    def _sources(self, *, entering: bool) -> Iterable[Callable[[], Awaitable[SlotMap]]]:
-        """Whom to ask: nodes with a connection first, then the others that are known."""
-        asked: set[Address] = set()
-        for address, node in sorted(self._nodes.items(), key=lambda item: item[0] in self._unreachable):
-            if node.client.mux.is_connected:
-                asked.add(address)
-                yield partial(ask_node, node.client, address)
-        addresses = {address: self._settings.at(*address) for address in self._known}
-        seeds = {Address(seed.host, seed.port): seed for seed in self._settings.seeds}
-        for address, settings in {**addresses, **seeds}.items():
-            if address not in asked:
-                yield partial(ask_link, settings, address, entering=entering)

@@ -131,8 +131,9 @@ def cluster_url(url: object) -> tuple[str, tuple[tuple[str, int], ...]] | None:
         if not parts.hostname:
             _refuse(f"a host for each node: {_CLUSTER_FORM}")
         addresses.append((unquote(parts.hostname), parts.port or _CLUSTER_PORT))
-    if path.strip("/") not in ("", "0"):
-        _refuse("no other database than 0: a cluster has no other")
+    database = path.strip("/") or dict(parse_qsl(query)).get("db", "0")
+    if _is_number(database, MAX_DATABASE) and int(database):
+        _refuse("no other database than 0: topics on a cluster are in that one")
     return f"{_CLUSTER_SCHEMES[scheme]}://{user}{at}{hosts.split(',')[0]}{tail}", tuple(addresses)
 
 
