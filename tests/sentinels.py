@@ -142,6 +142,10 @@ class SentinelSet:
         addresses = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
         return f"redis+sentinel://{addresses}/{SERVICE}"
 
+    def client(self) -> redis.Redis:
+        """A client of the primary."""
+        return self.primary.client()
+
     def __enter__(self) -> SentinelSet:  # noqa: PYI034
         try:
             for server in (*self.members, *self.sentinels):
