@@ -42,7 +42,10 @@ class ClusterNode(RunningServer):
             *("--cluster-migration-barrier", "9"),  # replicas stay with their primary
             *options,
         )
-        self.port = cluster_port()
+
+    @staticmethod
+    def pick_port() -> int:
+        return cluster_port()
 
     def ask(self, *words: str | int | bytes) -> Any:
         with self.client() as client:
