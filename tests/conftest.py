@@ -59,6 +59,7 @@ REAL_SERVER_MODULES = {
     "test_cluster_failovers.py",
     "test_cluster_letters.py",
     "test_cluster_moves.py",
+    "test_cluster_tls.py",
     "test_crash_budget.py",
     "test_redis_connection.py",
     "test_redis_crashes.py",
