@@ -169,6 +169,13 @@ def backlog(session: nox.Session) -> None:
 
 
 @nox.session
+def cluster_rates(session: nox.Session) -> None:
+    """The rates of one topic on a cluster, beside those on a single server. Arguments go to the script."""
+    install(session, "bench")
+    session.run("python", "benchmarks/cluster.py", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """The main job on real input: two groups, failures, a cancelled consumer, and the accounting. Both event loops."""
     install(session, "demo")
