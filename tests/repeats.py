@@ -12,6 +12,9 @@ from test_redis_crashes import Child
 REPLICATION = 1.0
 """For so many seconds before a kill, what the primary has confirmed may be missing on the replica."""
 
+NOTICED = 0.5
+"""So many seconds after a kill, no consumer sends anything to the old primary any more."""
+
 
 @dataclass(frozen=True)
 class Outage:
@@ -27,7 +30,7 @@ class Outage:
 
 @dataclass(frozen=True)
 class Handling:
-    """:ivar settled: when its consumer was told that the server accepted its settlement; None = it never was."""
+    """:ivar settled: when its consumer was told that it is acknowledged; None = it never was."""
 
     uid: str
     began: float
@@ -39,12 +42,12 @@ def handlings(consumers: Iterable[Child]) -> dict[str, list[Handling]]:
     """All successful handlings of each message, in their order."""
     found: defaultdict[str, list[Handling]] = defaultdict(list)
     for consumer in consumers:
-        settled: defaultdict[str, list[float]] = defaultdict(list)
+        acked: defaultdict[tuple[str, str], list[float]] = defaultdict(list)  # a retry may have the id of a message
         for what, entry_id, *rest in consumer.lines("events.g"):
-            if what == "settled":
-                settled[entry_id].append(float(rest[1]))
-        for uid, entry_id, began, ended in consumer.lines("handled.g"):
-            later = [when for when in settled[entry_id] if when >= float(ended)]
+            if what == "settled" and rest[0] == "acked":
+                acked[entry_id, rest[2]].append(float(rest[1]))
+        for uid, entry_id, began, ended, attempt in consumer.lines("handled.g"):
+            later = [when for when in acked[entry_id, attempt] if when >= float(ended)]
             found[uid].append(Handling(uid, float(began), float(ended), min(later, default=None)))
     for each in found.values():
         each.sort(key=lambda one: one.ended)
@@ -54,12 +57,14 @@ def handlings(consumers: Iterable[Child]) -> dict[str, list[Handling]]:
 def cause(first: Handling, second: Handling, outages: Sequence[Outage]) -> str | None:
     """What made the second handling of a message necessary. None if nothing that the outages explain."""
     for outage in outages:
-        if second.ended <= outage.killed or first.ended < outage.killed - REPLICATION:
+        if second.ended <= outage.killed or not outage.killed - REPLICATION <= first.ended <= outage.resumed:
             continue
-        if first.settled is not None and outage.killed - REPLICATION <= first.settled <= outage.killed:
+        if first.settled is not None and first.settled <= outage.killed:
             return "its acknowledgement was confirmed, and not replicated"
-        pending = first.settled is None or second.began < first.settled
-        if pending and first.ended <= outage.resumed:
+        # If the reply to an acknowledgement was lost, and the new primary refuses the next try, the bus cannot know
+        # whether the first one had succeeded, and counts it as done.
+        is_unknown = first.settled is None or first.ended <= outage.killed + NOTICED
+        if is_unknown or second.began < (first.settled or 0.0):
             return "its acknowledgement was under way"
     return None
 

@@ -20,6 +20,7 @@ def handling(ended: float, settled: float | None = None) -> Handling:
         (handling(199.99), handling(203.5), "under way"),
         (handling(101), handling(103.5), "under way"),
         (handling(101, settled=104), handling(103.5), "under way"),
+        (handling(100.1, settled=103), handling(103.5), "under way"),  # a try whose reply was lost
         (handling(101, settled=103), handling(103.5), None),  # the new primary had its acknowledgement
         (handling(100 - REPLICATION - 0.1, 100 - REPLICATION - 0.09), handling(103.5), None),
         (handling(100 - REPLICATION - 0.1), handling(103.5), None),

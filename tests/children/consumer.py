@@ -5,8 +5,8 @@ Files in its folder, all beginning with its label:
 - ``.state``: ``listens`` once SIGTERM ends it gracefully, ``connected`` before it subscribes, ``ready <consumer> ...``
   with its names on the server once it has.
 - ``.begun.<group>``, ``.handled.<group>``: uids, at the start of a handling, and as the last step of one that succeeds;
-  then as ``<uid> <id> <began> <ended>``, by the clock that all processes of the machine share.
-- ``.events.<group>``: ``settled <id> <how> <when>`` and ``lost <id>``, as its observer is told.
+  then as ``<uid> <id> <began> <ended> <attempt>``, by the clock that all processes of the machine share.
+- ``.events.<group>``: ``settled <id> <how> <when> <attempt>`` and ``lost <id>``, as its observer is told.
 
 One uid in sixteen fails at first and comes back as a retry. SIGTERM ends it gracefully, and SIGINT is left alone; with
 ``--bare`` it knows nothing of signals at all.
@@ -44,7 +44,9 @@ class Teller(Observer):
         """What fails and passes is what the test does: nothing to say."""
 
     def on_settled(self, event: BusEvent) -> None:
-        self._notes[str(event.group)].add("settled", str(event.message_id), str(event.detail), now())
+        self._notes[str(event.group)].add(
+            "settled", str(event.message_id), str(event.detail), now(), str(event.attempt)
+        )
 
     def on_lease_lost(self, event: BusEvent) -> None:
         self._notes[str(event.group)].add("lost", str(event.message_id))
@@ -70,7 +72,7 @@ class Worker:
         await anyio.sleep(random.random() * self._work)
         if uid.endswith("0") and delivery.state.attempt == 1:
             raise ValueError("not yet")
-        self._handled.add(uid, delivery.id, began, now())
+        self._handled.add(uid, delivery.id, began, now(), str(delivery.state.attempt))
 
 
 async def main(arguments: argparse.Namespace) -> None:
