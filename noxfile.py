@@ -43,18 +43,24 @@ def thorough(session: nox.Session) -> None:
     """What `tests` leaves out: long sweeps, Redis 8.2, branch coverage. Takes about 17 minutes on two cores."""
     session.log("This takes about 17 minutes on two cores.")
     install(session, "tests", "redis82")
+    run_all(
+        session,
+        ([*AT_ONCE, *SWEEPS], {}),
+        ([*AT_ONCE, *SWEEPS, *ON_SECOND], SECOND),
+        ([*AT_ONCE, *QUICK, "--cov", "--cov-report=term-missing"], SECOND),
+    )
+
+
+def run_all(session: nox.Session, *runs: tuple[list[str], dict[str, str]]) -> None:
+    """Run pytest with each of these arguments and environments. If one run fails, the others are run all the same."""
     failed = 0
-    for arguments, env in (
-        (SWEEPS, {}),
-        ([*SWEEPS, *ON_SECOND], SECOND),
-        ([*QUICK, "--cov", "--cov-report=term-missing"], SECOND),
-    ):
+    for arguments, env in runs:
         try:
-            session.run("pytest", *AT_ONCE, *arguments, env=env)
+            session.run("pytest", *arguments, env=env)
         except CommandFailed:
-            failed += 1  # the others are run all the same
+            failed += 1
     if failed:
-        session.error(f"{failed} of 3 runs failed")
+        session.error(f"{failed} of {len(runs)} runs failed")
 
 
 # Most tests wait rather than compute, so there are more of them at a time than there are cores.
@@ -63,6 +69,7 @@ QUICK = ["-m", "not thorough"]
 SWEEPS = ["-m", "thorough", "--timeout", "900"]
 ON_SERVER = ["-k", "server"]
 ON_SECOND = ["-k", "server and (redis or promise or contract)"]
+ON_SENTINEL = ["-k", "server and (contract or promise or dead_letter or ack_publish) and not (cluster or sentinel)"]
 ON_CLUSTER = ["-k", "server and (contract or promise or dead_letter or ack_publish or cluster or sentinel)"]
 SECOND = {"ANYBUS_SERVER": "redis82"}
 SERVERS = {"redis62": ["redis62"], "redis70": [], "redis82": ["redis82"], "valkey": []}
@@ -78,12 +85,17 @@ def servers(session: nox.Session, server: str) -> None:
 
 @nox.session
 def cluster(session: nox.Session) -> None:
-    """The contract and the promises on a cluster of 3 primaries and 3 replicas; a failover of it, and of sentinels.
+    """The contract and the promises, on a cluster of 3 primaries and 3 replicas, and behind 3 sentinels of 3 servers.
 
-    Takes about 5 minutes on two cores. Arguments go to pytest, which then runs with these alone.
+    And failovers of both, and moves of slots. Takes about 7 minutes on two cores. Arguments go to pytest, which then
+    runs with these alone, once on the cluster and once behind the sentinels.
     """
     install(session, "tests")
-    session.run("pytest", *(session.posargs or [*AT_ONCE, *QUICK, *ON_CLUSTER]), env={"ANYBUS_SERVER": "cluster"})
+    run_all(
+        session,
+        (session.posargs or [*AT_ONCE, *QUICK, *ON_CLUSTER], {"ANYBUS_SERVER": "cluster"}),
+        (session.posargs or [*AT_ONCE, *QUICK, *ON_SENTINEL], {"ANYBUS_SERVER": "sentinel"}),
+    )
 
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])
@@ -154,6 +166,13 @@ def backlog(session: nox.Session) -> None:
     """What a message costs with large backlogs and long pending lists. Arguments go to the script."""
     install(session, "bench")
     session.run("python", "benchmarks/backlog.py", *session.posargs)
+
+
+@nox.session
+def cluster_rates(session: nox.Session) -> None:
+    """The rates of one topic on a cluster, beside those on a single server. Arguments go to the script."""
+    install(session, "bench")
+    session.run("python", "benchmarks/cluster.py", *session.posargs)
 
 
 @nox.session

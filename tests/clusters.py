@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import time
+from functools import partial
 from typing import Any
 
 import redis
@@ -42,7 +43,10 @@ class ClusterNode(RunningServer):
             *("--cluster-migration-barrier", "9"),  # replicas stay with their primary
             *options,
         )
-        self.port = cluster_port()
+
+    @staticmethod
+    def pick_port() -> int:
+        return cluster_port()
 
     def ask(self, *words: str | int | bytes) -> Any:
         with self.client() as client:
@@ -50,6 +54,11 @@ class ClusterNode(RunningServer):
             # In one argument, so that redis-py has no parser of its own for the reply.
             untyped.response_callbacks.clear()
             return untyped.execute_command(*words)
+
+    @property
+    def peer_port(self) -> int:
+        """The port that the other nodes know."""
+        return self.port
 
     @property
     def id(self) -> str:
@@ -81,9 +90,12 @@ class RunningCluster:
     :param replicas: of each primary.
     """
 
+    node_type: type[ClusterNode] = ClusterNode
+
     def __init__(self, name: str, *options: str, replicas: int = 1, node_timeout: float = 2.0) -> None:
         self.name = name
-        self.nodes = [ClusterNode(name, *options, node_timeout=node_timeout) for _ in range(PRIMARIES * (1 + replicas))]
+        make = partial(self.node_type, name, *options, node_timeout=node_timeout)
+        self.nodes = [make() for _ in range(PRIMARIES * (1 + replicas))]
 
     @property
     def url(self) -> str:
@@ -118,7 +130,7 @@ class RunningCluster:
         for number, node in enumerate(self.nodes, 1):
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", number)
             if node is not self.nodes[0]:
-                node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
+                node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].peer_port)
         everybody = str(len(self.nodes))
         wait_until(lambda: all(node.info()["cluster_known_nodes"] == everybody for node in self.nodes), "them to meet")
         for number, node in enumerate(replicas):

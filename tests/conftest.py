@@ -12,6 +12,7 @@ from blockbuster import blockbuster_ctx
 from clusters import RunningCluster
 from harness import Harness, MemoryHarness, new_topic
 from hypothesis import HealthCheck, settings
+from sentinels import SentinelSet
 from servers import RedisHarness, RunningServer
 
 NO_OPTIONS: dict[str, object] = {}
@@ -28,14 +29,17 @@ LOOPS = [
     pytest.param(("trio", NO_OPTIONS), id="trio"),
 ]
 
+_SEVERAL = ("cluster", "sentinel")
 _CHOSEN = os.environ.get("ANYBUS_SERVER", "valkey")
-ON_CLUSTER = _CHOSEN.startswith("cluster")
-SERVER = (_CHOSEN.partition(":")[2] if ON_CLUSTER else _CHOSEN) or "valkey"
+_FIRST, _, _REST = _CHOSEN.partition(":")
+SETUP = _FIRST if _FIRST in _SEVERAL else "server"
+SERVER = (_REST if _FIRST in _SEVERAL else _CHOSEN) or "valkey"
 """The server that tests run on: valkey, redis62, redis70, redis82, or a path. ``cluster`` is a cluster of valkey, and
-``cluster:redis70`` one of another server, for all tests that take a harness.
+``cluster:redis70`` one of another server, for all tests that take a harness. ``sentinel`` and ``sentinel:redis70`` are
+a primary with two replicas behind three sentinels.
 """
 
-NEEDS_SERVER = {"server", "own_server", "cluster"}
+NEEDS_SERVER = {"server", "own_server", "cluster", "sentinel"}
 """Fixtures that start one."""
 
 
@@ -56,6 +60,7 @@ REAL_SERVER_MODULES = {
     "test_cluster_letters.py",
     "test_cluster_moves.py",
     "test_cluster_publishing.py",
+    "test_cluster_tls.py",
     "test_crash_budget.py",
     "test_redis_connection.py",
     "test_redis_crashes.py",
@@ -99,11 +104,18 @@ def cluster() -> Iterator[RunningCluster]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def sentinel() -> Iterator[SentinelSet]:
+    """A real set of sentinels and their servers, started for this run of the tests."""
+    with SentinelSet(SERVER) as running:
+        yield running
+
+
 @pytest.fixture(params=["memory", "server"])
 def harness(request: pytest.FixtureRequest) -> Harness:
     if request.param == "memory":
         return MemoryHarness()
-    return RedisHarness(request.getfixturevalue("cluster" if ON_CLUSTER else "server"))
+    return RedisHarness(request.getfixturevalue(SETUP))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import redis
@@ -124,15 +125,17 @@ class SentinelSet:
     ) -> None:
         if servers_password is not None:
             options = (*options, "--requirepass", servers_password, "--masterauth", servers_password)
-        self.members = [Member(name, *options) for _ in range(3)]
+        self._make_member = partial(Member, name, *options)
+        self._make_sentinel = partial(
+            RunningSentinel, name, down_after=down_after, password=password, servers_password=servers_password
+        )
+        self._make()
+
+    def _make(self) -> None:
+        self.members = [self._make_member() for _ in range(3)]
         for replica in self.members[1:]:
             replica.follows = self.members[0].port
-        self.sentinels = [
-            RunningSentinel(
-                name, self.members[0].port, down_after=down_after, password=password, servers_password=servers_password
-            )
-            for _ in range(3)
-        ]
+        self.sentinels = [self._make_sentinel(self.members[0].port) for _ in range(3)]
 
     @property
     def url(self) -> str:
@@ -142,15 +145,33 @@ class SentinelSet:
         addresses = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
         return f"redis+sentinel://{addresses}/{SERVICE}"
 
+    def client(self) -> redis.Redis:
+        """A client of the primary."""
+        return self.primary.client()
+
     def __enter__(self) -> SentinelSet:  # noqa: PYI034
         try:
-            for server in (*self.members, *self.sentinels):
-                server.start()
+            self._start()
             wait_until(lambda: self.is_complete, "all to know each other", every=0.05)
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _start(self) -> None:
+        for _ in range(4):
+            try:
+                for server in (*self.members, *self.sentinels):
+                    server.start()
+            except RuntimeError as error:
+                if "Address already in use" not in str(error):
+                    raise
+                # All of them anew: they know each other by their ports.
+                self.__exit__()
+                self._make()
+            else:
+                return
+        raise RuntimeError("no free ports")
 
     def __exit__(self, *_: object) -> None:
         for server in (*self.sentinels, *self.members):

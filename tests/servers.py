@@ -64,10 +64,14 @@ class RunningServer:
 
     def __init__(self, name: str, *options: str) -> None:
         self.name = name
-        self.port = free_port()
+        self.port = self.pick_port()
         self.folder = Path(tempfile.mkdtemp(prefix="anybus-server-"))
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def pick_port() -> int:
+        return free_port()
 
     @property
     def url(self) -> str:
@@ -134,7 +138,7 @@ class RunningServer:
             except RuntimeError as error:
                 if "Address already in use" not in str(error):
                     raise
-                self.port = free_port()
+                self.port = self.pick_port()
             else:
                 return self
         self.start()

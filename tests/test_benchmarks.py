@@ -216,3 +216,16 @@ def test_a_quick_run_measures_large_backlogs(tmp_path: Path) -> None:
         assert name in printed
         assert all(value > 0 for measure in ("rate", "client_us", "server_us") for value in measured[measure])
         assert all(value >= 0 for value in measured["longest_ms"])
+
+
+def test_a_quick_run_compares_a_cluster_with_a_single_server(tmp_path: Path) -> None:
+    record = tmp_path / "cluster.json"
+    printed = run("cluster.py", "--messages", 400, "--rounds", 2, "--loop", "trio", "--json", record)
+    parts: dict[str, Any] = json.loads(record.read_text())["figures"]["trio"]
+    assert list(parts) == ["publish", "publish_batch", "drain"]
+    for name, contestants in parts.items():
+        assert name in printed
+        assert list(contestants) == ["single", "cluster"]
+        for measured in contestants.values():
+            assert all(len(values) == 2 for values in measured.values())
+            assert all(value > 0 for value in measured["rate"])

@@ -85,7 +85,7 @@ async def test_a_dead_letter_topic_that_cannot_be_on_a_cluster_is_refused(
 
 
 async def test_a_database_of_a_cluster_is_refused_for_good(cluster: RunningCluster) -> None:
-    with pytest.raises((UnsupportedError, BackendError), match=r"database 0|DB index|SELECT is not allowed") as caught:
+    with pytest.raises((UnsupportedError, BackendError), match="a cluster has only database 0") as caught:
         async with RedisBackend(f"{cluster.nodes[0].url}/1"):
             pass
     assert not getattr(caught.value, "can_pass", False)

@@ -10,7 +10,9 @@ dead letters on the backend. The exit status is 1 if a message is missing, unkno
 
     python examples/accounting/main.py [--loop asyncio|trio] [--url redis://localhost:6379]
 
-Without a URL it runs in memory. On a server it does not delete the topics of this run and their dead letters.
+The URL may also be one of a cluster (``redis+cluster://host:port,host:port``) or of sentinels
+(``redis+sentinel://host:port,host:port/service``). Without a URL it runs in memory. On a server it does not delete the
+topics of this run and their dead letters.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from day import GROUPS, Day
 from report import Bar, show
 from rich.console import Console
 
-from anybus import Message
+import anybus
+from anybus import EventBusError, Message
 
 EVENTS = Path(__file__).with_name("events.jsonl")
 
@@ -90,12 +93,24 @@ def is_news(record: logging.LogRecord) -> bool:
     return getattr(record, "scope", None) not in ("retried", "dead-lettered")
 
 
+async def enter(url: str) -> None:
+    """Connect once, and do nothing."""
+    async with anybus.connect(url):
+        pass
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Publishes and handles real events, and accounts for each of them.")
     parser.add_argument("--loop", choices=("asyncio", "trio"), help="use only this event loop (default: both)")
-    parser.add_argument("--url", default="memory://", help="the backend (default: %(default)s)")
+    parser.add_argument(
+        "--url", default="memory://", help="the backend, in any form that anybus.connect accepts (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     logging.getLogger("anybus").addFilter(is_news)
+    try:
+        anyio.run(enter, arguments.url)
+    except EventBusError as error:
+        parser.error(str(error))
     messages = read_messages()
     console = Console()
     loops: list[str] = [arguments.loop] if arguments.loop else ["asyncio", "trio"]

@@ -4,8 +4,9 @@ Files in its folder, all beginning with its label:
 
 - ``.state``: ``listens`` once SIGTERM ends it gracefully, ``connected`` before it subscribes, ``ready <consumer> ...``
   with its names on the server once it has.
-- ``.begun.<group>``, ``.handled.<group>``: uids, at the start of a handling, and as the last step of one that succeeds.
-- ``.events.<group>``: ``settled <id> <how>`` and ``lost <id>``, as its observer is told.
+- ``.begun.<group>``, ``.handled.<group>``: uids, at the start of a handling, and as the last step of one that succeeds;
+  then as ``<uid> <id> <began> <ended> <attempt>``, by the clock that all processes of the machine share.
+- ``.events.<group>``: ``settled <id> <how> <when> <attempt>`` and ``lost <id>``, as its observer is told.
 
 One uid in sixteen fails at first and comes back as a retry. SIGTERM ends it gracefully, and SIGINT is left alone; with
 ``--bare`` it knows nothing of signals at all.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, nullcontext
 from functools import partial
@@ -28,6 +30,10 @@ from anybus import Delivery, ExponentialBackoff, Observer, StreamBusOptions, Sub
 from anybus.abc import BusEvent
 
 
+def now() -> str:
+    return f"{time.monotonic():.6f}"
+
+
 class Teller(Observer):
     """Writes down what became of the entries."""
 
@@ -38,7 +44,9 @@ class Teller(Observer):
         """What fails and passes is what the test does: nothing to say."""
 
     def on_settled(self, event: BusEvent) -> None:
-        self._notes[str(event.group)].add("settled", str(event.message_id), str(event.detail))
+        self._notes[str(event.group)].add(
+            "settled", str(event.message_id), str(event.detail), now(), str(event.attempt)
+        )
 
     def on_lease_lost(self, event: BusEvent) -> None:
         self._notes[str(event.group)].add("lost", str(event.message_id))
@@ -57,14 +65,14 @@ class Worker:
         self._gate = gate
 
     async def handle(self, delivery: Delivery) -> None:
-        uid = delivery.message.uid
+        uid, began = delivery.message.uid, now()
         self._begun.add(uid)
         while self._gate is not None and not self._gate.exists():
             await anyio.sleep(0.02)
         await anyio.sleep(random.random() * self._work)
         if uid.endswith("0") and delivery.state.attempt == 1:
             raise ValueError("not yet")
-        self._handled.add(uid)
+        self._handled.add(uid, delivery.id, began, now(), str(delivery.state.attempt))
 
 
 async def main(arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from anyio.abc import ByteStream, SocketAttribute
 from anyio.streams.tls import TLSStream
 
 from ._diagnosis import Stage, why
-from ._errors import broken, is_about_credentials, is_permanent, translate
+from ._errors import broken, has_code, is_about_credentials, is_permanent, translate
 from ._protocol import BrokenProtocolError, Command, Protocol, Replies, ServerError, pack
 from ._settings import Settings
 
@@ -264,8 +264,10 @@ async def _introduce(link: Link, settings: Settings) -> None:
     began = anyio.current_time()
     replies = await ask(link, [*required, *optional])
     link.latency = anyio.current_time() - began
-    for reply in replies[: len(required)]:
+    for command, reply in zip(required, replies, strict=False):
         if isinstance(reply, ServerError):
+            if command[0] == "SELECT" and has_code(reply, "ERR"):  # not NOPERM, LOADING...
+                raise ServerError(f"{reply} (database {settings.db}; a cluster has only database 0)")
             raise reply
     await tolerate(link, replies[len(required) :])
     client_id = replies[-1]

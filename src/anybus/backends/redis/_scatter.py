@@ -41,7 +41,8 @@ class Scatter:
 
     async def publish_many(self, items: Sequence[PublishItem]) -> list[Result]:
         async def send(node: Node, indexes: list[int]) -> Sequence[Result]:
-            return await node.publish_many([items[index] for index in indexes])
+            part = items if len(indexes) == len(items) else [items[index] for index in indexes]
+            return await node.publish_many(part)
 
         streams = [stream for stream, _, _ in items]
         return await self._send(streams, streams, send)
@@ -70,21 +71,30 @@ class Scatter:
         self, streams: Sequence[str], lines: Sequence[Hashable], send: Send, results: list[Result]
     ) -> None:
         places: dict[int, Node] = {}
-        left: list[int] = []
-        for index, stream in enumerate(streams):
+        slots: dict[str, int] = {}
+        refused: dict[str, EventBusError] = {}
+        for stream in dict.fromkeys(streams):
             try:
-                slot = slot_of(stream)
+                slot = slots[stream] = slot_of(stream)
                 if slot not in places:
                     places[slot] = await self._topology.node(slot)
-                left.append(index)
             except EventBusError as error:
-                results[index] = error
+                refused[stream] = error
+        left = list(range(len(streams)))
+        if refused:
+            for index, stream in enumerate(streams):
+                results[index] = refused.get(stream, results[index])
+            left = [index for index in left if streams[index] not in refused]
         tries = 0
         while left:
             tries += 1
             parts: dict[Node, list[int]] = {}
-            for index in left:
-                parts.setdefault(places[slot_of(streams[index])], []).append(index)
+            if len(places) == 1:
+                [node] = places.values()
+                parts[node] = left
+            else:
+                for index in left:
+                    parts.setdefault(places[slots[streams[index]]], []).append(index)
             await _all([partial(_send_part, send, node, part, results) for node, part in parts.items()])
             overtaken = _overtaken(lines, left, results)
             left = await self._follow(streams, left, overtaken, places, results, tries)
@@ -105,9 +115,10 @@ class Scatter:
         again: list[int] = []
         followed: dict[int, bool] = {}
         for index in sent:
-            result, slot = results[index], slot_of(streams[index])
+            result = results[index]
             if not isinstance(result, BackendError) or result.may_have_happened:
                 continue
+            slot = slot_of(streams[index])
             if slot not in followed:
                 try:
                     places[slot] = await self._topology.follow(result, places[slot], slot, tries, asks=True)

@@ -188,6 +188,8 @@ def _check_socket(parts: SplitResult) -> None:
 
 def _check_host(parts: SplitResult) -> None:
     place = parts.netloc.rpartition("@")[2]
+    if "," in place:
+        _refuse("one host: several are for redis+cluster:// or redis+sentinel://")
     host, bracket, rest = place.rpartition("]")
     if not bracket:
         host, _, port = place.partition(":")
