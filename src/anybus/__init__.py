@@ -25,6 +25,7 @@ from ._ground.errors import EventBusError as EventBusError
 from ._ground.errors import GroupLostError as GroupLostError
 from ._ground.errors import HandlerTimeoutError as HandlerTimeoutError
 from ._ground.errors import LeaseLostError as LeaseLostError
+from ._ground.errors import NotConfirmedError as NotConfirmedError
 from ._ground.errors import SerializationError as SerializationError
 from ._ground.errors import UnsupportedError as UnsupportedError
 from ._ground.errors import ValidationError as ValidationError

@@ -15,6 +15,7 @@ from anyio.lowlevel import checkpoint
 
 from ._dead_letters.letter import LetterFilter
 from ._dead_letters.view import DeadLetters, open_dead_letters
+from ._ground.background import background
 from ._ground.callables import check_async_function
 from ._ground.checks import refuse
 from ._ground.errors import ClosedError
@@ -22,6 +23,7 @@ from ._ground.home import Entered, Home
 from ._messages.message import Message
 from ._options import PublishOptions, StreamBusOptions, SubscriptionConfig
 from ._publishing.batch import BatchOutcome
+from ._publishing.outbox import Outbox
 from ._publishing.publisher import Publisher
 from ._reporting import Reporter
 from ._runtime.members import Members
@@ -56,6 +58,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         self._options = options or StreamBusOptions()
         self._reporter = Reporter(self._options.observer)
         self._publisher = Publisher(backend, self._options, self._reporter)
+        self._outbox = Outbox(self._publisher, self._options, self._reporter)
         self._members = Members(backend, self._options)
         self._state = "not entered"
         self._home: Home | None = None
@@ -108,7 +111,8 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
 
     @asynccontextmanager
     async def _opened(self) -> AsyncGenerator[None, None]:
-        async with self._backend:
+        async with self._backend, background() as tasks:
+            self._outbox.start(tasks)
             self._home = Home()
             self._state = "open"
             self._reporter.log(logging.INFO, "opened", "bus opened on %s", type(self._backend).__name__)
@@ -124,6 +128,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
             finally:
                 self._home = None
                 self._state = "closed"
+                await self._outbox.aclose()  # noqa: ASYNC102 - shielded inside
                 self._reporter.log(logging.INFO, "closed", "bus closed")
 
     def _check_open(self, *also: str) -> None:
@@ -157,6 +162,21 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         """
         self._check_open("closing")
         return await self._publisher.publish_batch(messages, options)
+
+    def publish_nowait(self, message: Message, options: PublishOptions | None = None) -> None:
+        """Publish a message without waiting for the server. It is put into a buffer, from which the bus sends it soon.
+
+        If it cannot be published, nobody is told but the observer (``on_error``) or the log. If the process dies, what
+        is in the buffer is lost. Leaving the bus sends it first, for as long as ``publish_timeout`` and
+        ``cleanup_timeout`` allow. The messages of one topic that are published in this way are appended in order.
+
+        :raises WouldBlock: (AnyIO's) if the buffer holds ``publish_buffer_size`` messages. Nothing was put into it.
+        :raises ValidationError: if the message is refused.
+        :raises UnsupportedError: if the backend cannot do what the options ask for.
+        :raises ClosedError: if the bus is not open.
+        """
+        self._check_open("closing")
+        self._outbox.put(message, options)
 
     def dead_letters(
         self,

@@ -13,11 +13,13 @@ from ._failure.settlement import AckMode
 from ._ground.callables import check_function
 from ._ground.checks import check_choice, check_delay, check_int, check_name, check_start_id, check_topic, refuse
 from ._messages.message import Headers
+from .abc import Confirmation
 from .abc._observer import Observer
 
 Guarantee = Literal["at-least-once", "at-most-once"]
 OnLeaseLost = Literal["continue", "cancel"]
 
+CONFIRMATIONS: Final[tuple[Confirmation, ...]] = ("accepted", "replicated", "persisted")
 GUARANTEES: Final[tuple[Guarantee, ...]] = ("at-least-once", "at-most-once")
 ACK_MODES: Final[tuple[AckMode, ...]] = ("auto-on-handler-success", "manual", "auto-on-receive")
 LEASE_LOST: Final[tuple[OnLeaseLost, ...]] = ("continue", "cancel")
@@ -71,6 +73,7 @@ class StreamBusOptions:
     :param group_start_id: where a group starts if it is created: ``"$"`` = only entries published later, ``"0"`` = from
         the first entry, an entry's id = after that entry.
     :param publish_timeout: the time limit of a publish, including the wait for a connection.
+    :param publish_buffer_size: how many messages ``publish_nowait`` holds at most, until they are sent.
     :param ack_batch_size: acknowledgements are sent as soon as this many are waiting.
     :param ack_flush_interval: waiting acknowledgements are sent after this time at the latest.
     :param max_payload_bytes: larger payloads are refused; 0 = no limit.
@@ -88,6 +91,7 @@ class StreamBusOptions:
     reclaim_interval: float = 0.5
     group_start_id: str = "$"
     publish_timeout: float = 5.0
+    publish_buffer_size: int = 1000
     ack_batch_size: int = 64
     ack_flush_interval: float = 0.002
     max_payload_bytes: int = 4 * 1024 * 1024
@@ -100,7 +104,8 @@ class StreamBusOptions:
             _keep(self, name, check_delay(name, getattr(self, name), positive=True))
         for name in ("ack_flush_interval", "close_timeout"):
             _keep(self, name, check_delay(name, getattr(self, name)))
-        for name, least in (("claim_scan_batch_size", 1), ("ack_batch_size", 1), ("max_payload_bytes", 0)):
+        for name in ("claim_scan_batch_size", "ack_batch_size", "publish_buffer_size", "max_payload_bytes"):
+            least = 0 if name == "max_payload_bytes" else 1
             _keep(self, name, check_int(name, getattr(self, name), least=least))
         if not isinstance(self.change_lease, bool):
             refuse("change_lease", self.change_lease, "True or False")
@@ -249,12 +254,34 @@ class PublishOptions:
     """Options of a publish.
 
     :param metadata: headers that are added to the message's. They replace the message's headers of the same name.
-    :raises ValidationError: if a header is not text.
+    :param confirmation: when the message counts as published: ``accepted`` = the server has it; ``replicated`` =
+        replicas have it, too; ``persisted`` = it is on the server's disk.
+    :param replicas: how many replicas must have it, beside the server that took it; None = 1 with ``replicated``, 0
+        with ``persisted``.
+    :param confirmation_timeout: for how many seconds to wait for replicas or disks. It must be less than the bus's
+        ``publish_timeout``, which limits the whole call.
+    :raises ValidationError: if a value is refused, or contradicts another one.
     """
 
     metadata: Mapping[str, str] = Headers()
+    confirmation: Confirmation = "accepted"
+    replicas: int | None = None
+    confirmation_timeout: float = 2.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.metadata, Mapping):
             refuse("metadata", self.metadata, "a mapping of str to str")
         object.__setattr__(self, "metadata", Headers(self.metadata))
+        self._check_confirmation()
+
+    def _check_confirmation(self) -> None:
+        allowed = f"one of {', '.join(CONFIRMATIONS)}"
+        confirmation = check_choice("confirmation", self.confirmation, CONFIRMATIONS, allowed=allowed)
+        object.__setattr__(self, "confirmation", confirmation)
+        timeout = check_delay("confirmation_timeout", self.confirmation_timeout, positive=True)
+        object.__setattr__(self, "confirmation_timeout", timeout)
+        if self.replicas is not None:
+            if confirmation == "accepted":
+                refuse("replicas", self.replicas, "unset with confirmation='accepted', which waits for none")
+            least = 1 if confirmation == "replicated" else 0
+            object.__setattr__(self, "replicas", check_int("replicas", self.replicas, least=least))

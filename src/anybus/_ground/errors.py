@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 
@@ -58,6 +59,22 @@ class BackendError(EventBusError):
         super().__init__(message)
         self.may_have_happened = may_have_happened
         self.can_pass = can_pass
+
+
+class NotConfirmedError(BackendError):
+    """The message is stored on the server that took it, but not as safely as ``confirmation`` demands, in time.
+
+    Publishing it again would store it twice.
+
+    :ivar entry_id: the id of the stored entry.
+    """
+
+    def __init__(self, message: str, *, entry_id: str) -> None:
+        super().__init__(message, may_have_happened=True, can_pass=True)
+        self.entry_id = entry_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), entry_id=self.entry_id), (str(self),), self.__dict__
 
 
 class GroupLostError(BackendError):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import anyio
 
 from .._ground.checks import refuse
-from .._ground.errors import BackendError, EventBusError, ValidationError
+from .._ground.errors import BackendError, EventBusError, UnsupportedError, ValidationError
 from .._messages.message import Message, check_outgoing
 from .._options import PublishOptions, StreamBusOptions
 from .._reporting import Reporter
@@ -25,25 +25,22 @@ class Publisher:
         self._reporter = reporter
 
     async def publish(self, message: Message, options: PublishOptions | None) -> str:
-        check_outgoing(message, self._options.max_payload_bytes)
-        spec: PublishSpec | None = None
-        if options is not None:
-            message, spec = self.with_options(message, options)
+        topic, message, spec = self.prepare(message, options)
         try:
             if spec is None and self._timed is not None:
                 timeout = self._options.publish_timeout
-                entry_id = await self._timed.publish_within(message.topic, message, timeout=timeout)
+                entry_id = await self._timed.publish_within(topic, message, timeout=timeout)
             else:
                 entry_id = await self._publish_by_deadline(message, spec)
         except Exception as error:
             self._reporter.error(
-                "publish", error, detail=f"message {message.uid}", topic=message.topic, message=message, part="publish"
+                "publish", error, detail=f"message {message.uid}", topic=topic, message=message, part="publish"
             )
             raise
         if self._reporter.failing:
             self._reporter.works("publish")
         if self._reporter.hears_published:
-            self._reporter.tell("on_published", "published", topic=message.topic, message_id=entry_id)
+            self._reporter.tell("on_published", "published", topic=topic, message_id=entry_id)
         return entry_id
 
     async def _publish_by_deadline(self, message: Message, spec: PublishSpec | None) -> str:
@@ -67,15 +64,18 @@ class Publisher:
         items: list[PublishItem] = []
         for index, message in enumerate(messages):
             try:
-                prepared, spec = check_outgoing(message, self._options.max_payload_bytes), None
-                if options is not None:
-                    prepared, spec = self.with_options(message, options)
+                items.append(self.prepare(message, options))
             except ValidationError as error:
                 results.append(error)
             else:
                 results.append("")  # the outcome takes its place below
                 accepted.append(index)
-                items.append((prepared.topic, prepared, spec))
+        for index, outcome in zip(accepted, await self.send(items), strict=True):
+            results[index] = outcome
+        return BatchOutcome(tuple(results))
+
+    async def send(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
+        """Publish prepared messages, and report what happened to each. Returns each one's id or error."""
         outcomes: list[str | EventBusError] = []
         if items:
             try:
@@ -87,8 +87,7 @@ class Publisher:
         if len(outcomes) < len(items):
             outcomes = [self.timed_out() for _ in items]
         hears_published = self._reporter.hears_published
-        for index, (topic, message, _), outcome in zip(accepted, items, outcomes, strict=True):
-            results[index] = outcome
+        for (topic, message, _), outcome in zip(items, outcomes, strict=True):
             if type(outcome) is str and not hears_published:
                 continue
             if isinstance(outcome, EventBusError):
@@ -98,7 +97,15 @@ class Publisher:
                 self._reporter.tell("on_published", "published", topic=topic, message_id=outcome)
         if self._reporter.failing and not isinstance(outcomes[-1] if outcomes else None, EventBusError):
             self._reporter.works("publish")
-        return BatchOutcome(tuple(results))
+        return outcomes
+
+    def prepare(self, message: Message, options: PublishOptions | None) -> PublishItem:
+        """Check a message, and apply the options."""
+        check_outgoing(message, self._options.max_payload_bytes)
+        spec: PublishSpec | None = None
+        if options is not None:
+            message, spec = self.with_options(message, options)
+        return message.topic, message, spec
 
     def check_options(self, options: PublishOptions) -> None:
         if not isinstance(options, PublishOptions):
@@ -109,7 +116,27 @@ class Publisher:
         self.check_options(options)
         if options.metadata:
             message = message.replace(headers={**message.headers, **options.metadata})
-        return message, None
+        return message, self._spec(options)
+
+    def _spec(self, options: PublishOptions) -> PublishSpec | None:
+        """What the backend must do beyond the message; None = nothing.
+
+        :raises UnsupportedError: if the backend cannot do it.
+        """
+        if options.confirmation == "accepted":
+            return None
+        if "confirm" not in self._backend.features:
+            raise UnsupportedError(
+                f"{type(self._backend).__name__} cannot confirm that a message is {options.confirmation}: use "
+                "confirmation='accepted', or a backend with the feature 'confirm'"
+            )
+        limit = self._options.publish_timeout
+        if options.confirmation_timeout >= limit:
+            refuse("confirmation_timeout", options.confirmation_timeout, f"less than publish_timeout ({limit} s)")
+        replicas = options.replicas
+        if replicas is None:
+            replicas = 1 if options.confirmation == "replicated" else 0
+        return PublishSpec(options.confirmation, replicas, options.confirmation_timeout)
 
     def timed_out(self) -> BackendError:
         text = f"no answer within publish_timeout ({self._options.publish_timeout} s)"

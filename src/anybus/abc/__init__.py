@@ -15,6 +15,7 @@ from ._dead_letters import DeadLetterStore as DeadLetterStore
 from ._dead_letters import Move as Move
 from ._dead_letters import StoredEntry as StoredEntry
 from ._entries import ClaimedMessage as ClaimedMessage
+from ._entries import Confirmation as Confirmation
 from ._entries import FetchedEntry as FetchedEntry
 from ._entries import MalformedEntry as MalformedEntry
 from ._entries import MissingEntry as MissingEntry

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Union
+from typing import Literal, Union
 
 import msgspec
 
 from .._ground.errors import BackendError
 from .._messages.message import Message
+
+Confirmation = Literal["accepted", "replicated", "persisted"]
 
 
 class ClaimedMessage(msgspec.Struct, frozen=True, gc=False):
@@ -73,7 +75,17 @@ class Output:
 
 @dataclass(frozen=True)
 class PublishSpec:
-    """Options of a publish, beyond the message. There are none yet: fields come with the features that use them."""
+    """Options of a publish, beyond the message.
+
+    :ivar confirmation: when the message counts as published (feature ``confirm``). ``accepted`` = the server has it;
+        ``replicated`` = replicas have it, too; ``persisted`` = it is on the server's disk.
+    :ivar replicas: how many replicas must have it (``persisted``: on their disks), beside the server that took it.
+    :ivar confirmation_timeout: for how many seconds to wait for that.
+    """
+
+    confirmation: Confirmation = "accepted"
+    replicas: int = 0
+    confirmation_timeout: float = 2.0
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,15 @@ class Multiplexer:
     """Shares one connection among all callers. If it breaks, it is reopened as soon as somebody needs it.
 
     If a caller is cancelled, its reply is still received, in order, and dropped.
+
+    :param watches: whether this one runs the locator's watch over all of its connections.
     """
 
-    def __init__(self, settings: Settings, on_connect: Callable[[Link], Awaitable[None]]) -> None:
+    def __init__(
+        self, settings: Settings, on_connect: Callable[[Link], Awaitable[None]], *, watches: bool = True
+    ) -> None:
         self._settings = settings
+        self._locator = settings.locator if watches else None
         self._on_connect = on_connect
         self._scope: anyio.CancelScope | None = None  # created when the loop runs: the bus may be created before that
         self._session: Session | None = None
@@ -92,8 +97,8 @@ class Multiplexer:
         """
         assert self._scope is not None
         connected = link
-        if self._settings.locator is not None:
-            tasks.start_soon(self._watch_location, self._settings.locator, alarm)
+        if self._locator is not None:
+            tasks.start_soon(self._watch_location, self._locator, alarm)
         try:
             with self._scope:
                 while True:

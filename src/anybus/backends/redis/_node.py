@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 import anyio
@@ -29,6 +30,7 @@ from . import _fence_scripts as fence
 from . import _scripts as scripts
 from ._additions import Addition, Additions
 from ._client import Client
+from ._confirming import Confirmer, xadd
 from ._crowds import Crowds
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, span
@@ -67,10 +69,12 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
         self.taking = self._taking = Taking(self._client, self._decoder, together, memory)
         self._transfers = Transfers(self._client, self._encode, self._encode_copy)
         self._crowds = Crowds()
+        self._confirmer = Confirmer(self._client)
 
     def start(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
         """Prepare for work in this task group. See ``Taking.start``."""
         self._taking.start(tasks, alarm)
+        self._confirmer.start(tasks, alarm)
 
     async def connect(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
         """Open the shared connection, and keep it open.
@@ -99,6 +103,7 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
         finally:
             # Even if the line above raises: otherwise the task group would wait forever, shielded.
             self._client.mux.close()
+            self._confirmer.close()
 
     async def publish(self, stream: str, message: Message) -> str:
         [reply] = await self._client.publish((("XADD", stream, "*", "message", self._encode(message)),))
@@ -122,14 +127,45 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
             raise self._client.refused(reply)
         return reply.decode() if isinstance(reply, bytes) else self._client.text(reply)
 
+    async def publish_with(self, stream: str, message: Message, spec: PublishSpec) -> str:
+        [result] = await self._confirmer.publish((xadd(stream, self._encode(message)),), spec)
+        if isinstance(result, EventBusError):
+            raise result
+        return result
+
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
+        results: list[str | EventBusError] = []
+        for spec, run in groupby(items, key=lambda item: item[2]):
+            part = list(run)
+            results += await (self._publish_plain(part) if spec is None else self._publish_confirmed(part, spec))
+        return results
+
+    async def _publish_confirmed(self, items: Sequence[PublishItem], spec: PublishSpec) -> list[str | EventBusError]:
         results: list[str | EventBusError] = [""] * len(items)
         commands: list[Command] = []
         places: list[int] = []
-        for index, (stream, message, spec) in enumerate(items):
+        for index, (stream, message, _) in enumerate(items):
             try:
-                if spec is not None:
-                    raise UnsupportedError(f"RedisBackend cannot publish with {spec}")
+                commands.append(xadd(stream, self._encode(message)))
+                places.append(index)
+            except EventBusError as error:
+                results[index] = error
+        answers: Sequence[str | EventBusError] = ()
+        if commands:
+            try:
+                answers = await self._confirmer.publish(commands, spec)
+            except EventBusError as error:
+                answers = [error] * len(commands)
+        for index, answer in zip(places, answers, strict=True):
+            results[index] = answer
+        return results
+
+    async def _publish_plain(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
+        results: list[str | EventBusError] = [""] * len(items)
+        commands: list[Command] = []
+        places: list[int] = []
+        for index, (stream, message, _) in enumerate(items):
+            try:
                 commands.append(("XADD", stream, "*", "message", self._encode(message)))
                 places.append(index)
             except EventBusError as error:

@@ -1,0 +1,87 @@
+"""The outbox: messages that nobody waits for, until they are sent."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from typing import Final
+
+import anyio
+from anyio.abc import TaskGroup
+
+from .._ground.errors import BackendError
+from .._messages.message import Message
+from .._options import PublishOptions, StreamBusOptions
+from .._reporting import Reporter
+from ..abc import PublishItem
+from .publisher import Publisher
+
+_TOGETHER: Final = 256
+
+
+class Outbox:
+    """A bounded buffer, and the task that sends what is in it, in order."""
+
+    def __init__(self, publisher: Publisher, options: StreamBusOptions, reporter: Reporter) -> None:
+        self._publisher = publisher
+        self._size = options.publish_buffer_size
+        self._patience = options.publish_timeout + options.cleanup_timeout
+        self._reporter = reporter
+        self._waiting: deque[PublishItem] = deque()
+        self._in_flight = 0
+        self._filled = anyio.Event()
+        self._turn = anyio.Lock()
+        self._scope: anyio.CancelScope | None = None
+
+    def put(self, message: Message, options: PublishOptions | None) -> None:
+        """
+        :raises WouldBlock: if the buffer is full.
+        """
+        item = self._publisher.prepare(message, options)
+        if len(self._waiting) + self._in_flight >= self._size:
+            raise anyio.WouldBlock
+        self._waiting.append(item)
+        self._filled.set()
+
+    def start(self, tasks: TaskGroup) -> None:
+        """Begin to send what is put in, until :meth:`aclose`."""
+        self._scope = anyio.CancelScope()
+        tasks.start_soon(self._run, self._scope)
+
+    async def _run(self, scope: anyio.CancelScope) -> None:
+        with scope:
+            while True:
+                if not self._waiting:
+                    self._filled = anyio.Event()
+                    await self._filled.wait()
+                await self._send()
+
+    async def _send(self) -> None:
+        async with self._turn:
+            items = [self._waiting.popleft() for _ in range(min(_TOGETHER, len(self._waiting)))]
+            self._in_flight = len(items)
+            try:
+                # Shielded, because nobody would send them again. The publisher limits the time, and reports errors.
+                with suppress(Exception), anyio.CancelScope(shield=True):
+                    await self._publisher.send(items)
+                self._in_flight = 0
+            finally:
+                self._lost(items[: self._in_flight], may_have_happened=True)
+                self._in_flight = 0
+
+    async def aclose(self) -> None:
+        """End the task, send what is left, within a limited time, and report what is not sent."""
+        assert self._scope is not None
+        self._scope.cancel()
+        with anyio.move_on_after(self._patience, shield=True):
+            while self._waiting or self._in_flight:
+                await self._send()
+        left = list(self._waiting)
+        self._waiting.clear()
+        self._lost(left, may_have_happened=False)
+
+    def _lost(self, items: list[PublishItem], *, may_have_happened: bool) -> None:
+        for topic, message, _ in items:
+            text = "the bus was left before the message was published"
+            error = BackendError(text, may_have_happened=may_have_happened)
+            self._reporter.error("publish", error, detail="publish_nowait", topic=topic, message=message)
