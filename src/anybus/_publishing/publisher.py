@@ -11,8 +11,9 @@ from .._ground.errors import BackendError, EventBusError, ValidationError
 from .._messages.message import Message, check_outgoing
 from .._options import PublishOptions, StreamBusOptions
 from .._reporting import Reporter
-from ..abc import PublishItem, PublishSpec, StreamBackend, TimedPublisher
+from ..abc import Duplicate, PublishItem, PublishSpec, StreamBackend, TimedPublisher
 from .batch import BatchOutcome
+from .deduplication import check_batch, check_deduplication, with_key
 
 
 class Publisher:
@@ -42,7 +43,7 @@ class Publisher:
             raise
         if self._reporter.failing:
             self._reporter.works("publish")
-        if self._reporter.hears_published:
+        if self._reporter.hears_published and not isinstance(entry_id, Duplicate):
             self._reporter.tell("on_published", "published", topic=message.topic, message_id=entry_id)
         return entry_id
 
@@ -62,6 +63,7 @@ class Publisher:
             refuse("messages", messages, "an iterable of anybus.Message")
         if options is not None:
             self.check_options(options)
+            messages = check_batch(messages, options)
         results: list[str | EventBusError] = []
         accepted: list[int] = []
         items: list[PublishItem] = []
@@ -89,7 +91,7 @@ class Publisher:
         hears_published = self._reporter.hears_published
         for index, (topic, message, _), outcome in zip(accepted, items, outcomes, strict=True):
             results[index] = outcome
-            if type(outcome) is str and not hears_published:
+            if (type(outcome) is str and not hears_published) or isinstance(outcome, Duplicate):
                 continue
             if isinstance(outcome, EventBusError):
                 detail = "a message of a batch"
@@ -109,7 +111,11 @@ class Publisher:
         self.check_options(options)
         if options.metadata:
             message = message.replace(headers={**message.headers, **options.metadata})
-        return message, None
+        check_deduplication(options, self._backend)
+        message, key, window = with_key(message, options)
+        if key is None:
+            return message, None
+        return message, PublishSpec(idempotency_key=key, deduplication_window=window)
 
     def timed_out(self) -> BackendError:
         text = f"no answer within publish_timeout ({self._options.publish_timeout} s)"

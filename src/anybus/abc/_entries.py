@@ -73,7 +73,15 @@ class Output:
 
 @dataclass(frozen=True)
 class PublishSpec:
-    """Options of a publish, beyond the message. There are none yet: fields come with the features that use them."""
+    """Options of a publish, beyond the message.
+
+    :ivar idempotency_key: the message is appended only if none was published to the stream with the same key within its
+        window (feature ``dedup``). Otherwise the call returns a :class:`Duplicate`. None = it is always appended.
+    :ivar deduplication_window: for how many seconds from now the key counts as published.
+    """
+
+    idempotency_key: str | None = None
+    deduplication_window: float = 0.0
 
 
 @dataclass(frozen=True)
