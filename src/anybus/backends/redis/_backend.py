@@ -79,7 +79,7 @@ class RedisBackend(
     """
 
     features: frozenset[Feature] = frozenset(
-        {"renew", "release", "fence", "delivery_count", "atomic_transfer", "raw", "delay", "inspect"}
+        {"renew", "release", "fence", "delivery_count", "atomic_transfer", "raw", "delay", "dedup", "inspect"}
     )
 
     def __init__(
@@ -228,6 +228,9 @@ class RedisBackend(
 
     async def publish(self, stream: str, message: Message) -> str:
         return await self._at(stream, lambda node: node.publish(stream, message), asks=True)
+
+    async def publish_with(self, stream: str, message: Message, spec: PublishSpec) -> str:
+        return await self._at(stream, lambda node: node.publish_with(stream, message, spec), asks=True)
 
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
         where = self._node if self._cluster is None else self._cluster.topology

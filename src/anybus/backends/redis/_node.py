@@ -13,7 +13,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ..._ground.checks import check_delay, check_start_id, check_time, is_entry_id
-from ..._ground.errors import BackendError, EventBusError, UnsupportedError, ValidationError
+from ..._ground.errors import BackendError, EventBusError, ValidationError
 from ..._messages.message import Message
 from ...abc import (
     Codec,
@@ -32,8 +32,9 @@ from ._client import Client
 from ._crowds import Crowds
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, span
+from ._deduplication import Deduplicator
 from ._errors import has_code, is_out_of_reach
-from ._keys import RESERVED, delayed, leases, losses
+from ._keys import RESERVED, dedup_ends, dedup_ids, delayed, leases, losses
 from ._leases import RedisLeases
 from ._limits import ROOM
 from ._parts import PER_SCRIPT
@@ -67,6 +68,7 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
         self.taking = self._taking = Taking(self._client, self._decoder, together, memory)
         self._transfers = Transfers(self._client, self._encode, self._encode_copy)
         self._crowds = Crowds()
+        self._once = Deduplicator(self._client, self._encode)
 
     def start(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
         """Prepare for work in this task group. See ``Taking.start``."""
@@ -111,6 +113,11 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
                 await self._client.note_waiting((stream,))
         return self._client.text(reply)
 
+    async def publish_with(self, stream: str, message: Message, spec: PublishSpec) -> str:
+        if spec.idempotency_key is None:
+            return await self.publish(stream, message)
+        return await self._once.publish(stream, message, spec)
+
     async def publish_within(self, stream: str, message: Message, *, timeout: float) -> str:
         client, data = self._client, self._encode(message)
         command = ("XADD", stream, "*", "message", data)
@@ -127,9 +134,9 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
         commands: list[Command] = []
         places: list[int] = []
         for index, (stream, message, spec) in enumerate(items):
+            if spec is not None:
+                return await self._once.publish_many(items, self.publish_many)
             try:
-                if spec is not None:
-                    raise UnsupportedError(f"RedisBackend cannot publish with {spec}")
                 commands.append(("XADD", stream, "*", "message", self._encode(message)))
                 places.append(index)
             except EventBusError as error:
@@ -188,13 +195,13 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
     ) -> str:
         if (delay is None) == (at is None):
             raise ValidationError("publish_later takes exactly one of delay and at")
-        if spec is not None:
-            raise UnsupportedError(f"RedisBackend cannot publish with {spec}")
         if at is not None:
             due = f"{check_time('at', at).timestamp() * 1000:.0f}"
         else:
             due = f"+{check_delay('delay', delay) * 1000:.0f}"
         token = secrets.token_hex(8)
+        if spec is not None and spec.idempotency_key is not None:
+            return await self._once.schedule(stream, due, token, message, spec)
         args = (due, token, "message", self._encode(message))
         await self._client.run(scripts.SCHEDULE, stream, "", (delayed(stream),), args)
         return token
@@ -204,7 +211,8 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
             return False
         cursor = "0"
         while True:
-            reply = await self._client.run(scripts.CANCEL, stream, "", (delayed(stream),), (schedule_id, cursor))
+            keys = (delayed(stream), dedup_ids(stream), dedup_ends(stream))
+            reply = await self._client.run(scripts.CANCEL, stream, "", keys, (schedule_id, cursor))
             with self._client.reading(reply):
                 cursor, removed = reply[0].decode(), int(reply[1])
             if removed or cursor == "0":
