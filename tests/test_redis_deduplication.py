@@ -416,6 +416,14 @@ def test_the_keys_are_in_their_topics_slot(name: str) -> None:
     assert {key_slot(key.encode()) for key in (name, dedup_ids(name), dedup_ends(name))} == {slot_of(name)}
 
 
+async def stored_in(cluster: RunningCluster, topic: str) -> list[str]:
+    harness = RedisHarness(cluster)
+    try:
+        return uids(await harness.entries(topic))
+    finally:
+        await to_thread.run_sync(harness._client.close)
+
+
 async def test_a_wrong_map_of_the_cluster_doubles_nothing(cluster: RunningCluster, topic: str) -> None:
     slot = slot_of(topic)
     owner = await to_thread.run_sync(cluster.owner_of, topic)
@@ -431,7 +439,7 @@ async def test_a_wrong_map_of_the_cluster_doubles_nothing(cluster: RunningCluste
                 assert isinstance(result, Duplicate)
             else:
                 assert not isinstance(await backend.publish_with(topic, Message(topic), LONG), Duplicate)
-    assert len(await RedisHarness(cluster).entries(topic)) == 1
+    assert len(await stored_in(cluster, topic)) == 1
 
 
 @pytest.mark.parametrize("first", ["stream", "ids", "ends"])
@@ -473,5 +481,5 @@ async def test_while_a_slot_moves_each_key_happens_once(first: str, cluster: Run
                 # All keys are there, and the slot is not yet: publishing goes on all the same.
                 assert isinstance(await one.publish(Message(topic), ONCE), Duplicate)
                 await to_thread.run_sync(cluster.end_move, topic, source, target)
-    stored = uids(await RedisHarness(cluster).entries(topic))
+    stored = await stored_in(cluster, topic)
     assert sorted(stored[1:]) == sorted(message.uid for message in messages)
