@@ -17,6 +17,7 @@ from anybus.abc import (
     Output,
     PendingEntry,
     PublishItem,
+    PublishSpec,
     StreamBackend,
     StreamInspector,
     TransferItem,
@@ -79,6 +80,10 @@ class StepByStep(StreamBackend, StreamInspector):
 
     async def publish(self, stream: str, message: Message) -> str:
         return str(await self.inner.publish(stream, message))
+
+    async def publish_with(self, stream: str, message: Message, spec: PublishSpec) -> str:
+        entry_id: str = await self.inner.publish_with(stream, message, spec)
+        return entry_id
 
     async def read_new(
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float

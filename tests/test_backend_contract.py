@@ -17,7 +17,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from harness import SOON, Harness, new_topic, uids, until
 
-from anybus import EventBusError, GroupLostError, Message, ValidationError
+from anybus import GroupLostError, Message, ValidationError
 from anybus.abc import (
     ClaimedMessage,
     FetchedEntry,
@@ -26,7 +26,6 @@ from anybus.abc import (
     Output,
     PassSource,
     PendingEntry,
-    PublishSpec,
     StreamBackend,
     StreamInspector,
 )
@@ -199,18 +198,6 @@ async def test_publish_many_gives_one_id_per_item_in_order(harness: Harness, top
         stored = {stream: [entry_id for entry_id, _, _ in await harness.entries(stream)] for stream in (topic, other)}
     assert stored[topic] == [results[0], results[2], results[4]]
     assert stored[other] == [results[1], results[3]]
-
-
-async def test_publish_many_of_what_cannot_be_done_fails_that_item_only(harness: Harness, topic: str) -> None:
-    messages = [Message(topic, str(number).encode()) for number in range(3)]
-    async with harness.make_backend() as backend:
-        if {"dedup", "confirm", "trim"} & backend.features:
-            pytest.skip("this backend can publish with a spec")
-        results = await backend.publish_many(
-            [(topic, messages[0], None), (topic, messages[1], PublishSpec()), (topic, messages[2], None)]
-        )
-        assert isinstance(results[1], EventBusError)
-        assert uids(await harness.entries(topic)) == [messages[0].uid, messages[2].uid]
 
 
 async def test_publish_many_of_nothing_is_nothing(harness: Harness) -> None:

@@ -45,6 +45,7 @@ from ._runtime.pull import DeliveryStream as DeliveryStream
 from ._runtime.statistics import SubscriptionStatistics as SubscriptionStatistics
 from ._runtime.subscription import Subscription as Subscription
 from .abc import BusEvent as BusEvent
+from .abc import Duplicate as Duplicate
 from .abc import Observer as Observer
 from .backends.memory.backend import MemoryBackend as MemoryBackend
 

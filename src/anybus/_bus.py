@@ -140,8 +140,10 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
     async def publish(self, message: Message, options: PublishOptions | None = None) -> str:
         """Publish a message to its topic. The bus never repeats a publish by itself.
 
-        :return: the entry's id.
+        :return: the entry's id. A :class:`Duplicate` if the options have an idempotency key that was published before:
+            nothing was appended.
         :raises ValidationError: if the message is refused. Nothing was sent.
+        :raises UnsupportedError: if the backend cannot do what the options ask for. Nothing was sent.
         :raises SerializationError: if the codec cannot encode the message. Nothing was sent.
         :raises BackendError: if the backend failed, or ``publish_timeout`` passed. ``may_have_happened`` tells whether
             the message may have been stored.
@@ -157,7 +159,9 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         outcome, and is not raised.
 
         :return: one result per message, in order.
-        :raises ValidationError: if ``messages`` or ``options`` has the wrong type.
+        :raises ValidationError: if ``messages`` or ``options`` has the wrong type, or if the options have an
+            ``idempotency_key`` and there are several messages.
+        :raises UnsupportedError: if the backend cannot do what the options ask for. Nothing was sent.
         :raises ClosedError: if the bus is not open.
         """
         self._check_open("closing")

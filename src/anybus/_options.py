@@ -12,6 +12,7 @@ from ._failure.policies import Backoff, CircuitBreaker, Rules, check_backoff, ch
 from ._failure.settlement import AckMode
 from ._ground.callables import check_function
 from ._ground.checks import check_choice, check_delay, check_int, check_name, check_start_id, check_topic, refuse
+from ._ground.windows import check_window
 from ._messages.message import Headers
 from .abc import Confirmation
 from .abc._observer import Observer
@@ -254,8 +255,12 @@ class PublishOptions:
     """Options of a publish.
 
     :param metadata: headers that are added to the message's. They replace the message's headers of the same name.
+    :param idempotency_key: of several publishes to a topic with the same key, only the first appends its message. The
+        others return a :class:`Duplicate`. The stored message has the key. Not blank, at most 256 bytes.
+    :param deduplication_window: for how many seconds a key counts as published, at most 604,800 (7 days); None = 120.
+        Without ``idempotency_key``: messages that have a key of their own are deduplicated by it, others are not.
     :param confirmation: when the message counts as published: ``accepted`` = the server has it; ``replicated`` =
-        replicas have it, too; ``persisted`` = it is on the server's disk.
+        replicas have it, too; ``persisted`` = it is on the server's disk. It cannot be combined with deduplication.
     :param replicas: how many replicas must have it, beside the server that took it; None = 1 with ``replicated``, 0
         with ``persisted``.
     :param confirmation_timeout: for how many seconds to wait for replicas or disks. It must be less than the bus's
@@ -264,6 +269,8 @@ class PublishOptions:
     """
 
     metadata: Mapping[str, str] = Headers()
+    idempotency_key: str | None = None
+    deduplication_window: float | None = None
     confirmation: Confirmation = "accepted"
     replicas: int | None = None
     confirmation_timeout: float = 2.0
@@ -272,6 +279,11 @@ class PublishOptions:
         if not isinstance(self.metadata, Mapping):
             refuse("metadata", self.metadata, "a mapping of str to str")
         object.__setattr__(self, "metadata", Headers(self.metadata))
+        if self.idempotency_key is not None:
+            object.__setattr__(self, "idempotency_key", check_name("idempotency_key", self.idempotency_key))
+        if self.deduplication_window is not None:
+            window = check_window("deduplication_window", self.deduplication_window)
+            object.__setattr__(self, "deduplication_window", window)
         self._check_confirmation()
 
     def _check_confirmation(self) -> None:

@@ -5,26 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .._ground.errors import BackendError, EventBusError, can_pass
+from ..abc import Duplicate
 
 
 @dataclass(frozen=True)
 class BatchOutcome:
     """What happened to the messages of a batch.
 
-    :ivar results: one per message, in order: the entry's id, or the error.
+    :ivar results: one per message, in order: the entry's id (a :class:`Duplicate` if the message had been published
+        before), or the error.
     """
 
     results: tuple[str | EventBusError, ...]
 
     @property
     def all_ok(self) -> bool:
-        """Whether every message was published."""
+        """Whether every message was published, now or before."""
         return not self.errors
 
     @property
     def ok_count(self) -> int:
-        """How many messages were published."""
+        """How many messages were published, now or before."""
         return len(self.results) - len(self.errors)
+
+    @property
+    def duplicates(self) -> tuple[Duplicate, ...]:
+        """The results of the messages that had been published before, in order."""
+        return tuple(result for result in self.results if isinstance(result, Duplicate))
 
     @property
     def errors(self) -> tuple[EventBusError, ...]:

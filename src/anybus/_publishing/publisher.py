@@ -11,8 +11,9 @@ from .._ground.errors import BackendError, EventBusError, UnsupportedError, Vali
 from .._messages.message import Message, check_outgoing
 from .._options import PublishOptions, StreamBusOptions
 from .._reporting import Reporter
-from ..abc import PublishItem, PublishSpec, StreamBackend, TimedPublisher
+from ..abc import Duplicate, PublishItem, PublishSpec, StreamBackend, TimedPublisher
 from .batch import BatchOutcome
+from .deduplication import check_batch, check_deduplication, with_key
 
 
 class Publisher:
@@ -39,7 +40,7 @@ class Publisher:
             raise
         if self._reporter.failing:
             self._reporter.works("publish")
-        if self._reporter.hears_published:
+        if self._reporter.hears_published and not isinstance(entry_id, Duplicate):
             self._reporter.tell("on_published", "published", topic=topic, message_id=entry_id)
         return entry_id
 
@@ -59,6 +60,7 @@ class Publisher:
             refuse("messages", messages, "an iterable of anybus.Message")
         if options is not None:
             self.check_options(options)
+            messages = check_batch(messages, options)
         results: list[str | EventBusError] = []
         accepted: list[int] = []
         items: list[PublishItem] = []
@@ -88,7 +90,7 @@ class Publisher:
             outcomes = [self.timed_out() for _ in items]
         hears_published = self._reporter.hears_published
         for (topic, message, _), outcome in zip(items, outcomes, strict=True):
-            if type(outcome) is str and not hears_published:
+            if (type(outcome) is str and not hears_published) or isinstance(outcome, Duplicate):
                 continue
             if isinstance(outcome, EventBusError):
                 detail = "a message of a batch"
@@ -116,10 +118,17 @@ class Publisher:
         self.check_options(options)
         if options.metadata:
             message = message.replace(headers={**message.headers, **options.metadata})
-        return message, self._spec(options)
+        check_deduplication(options, self._backend)
+        message, key, window = with_key(message, options)
+        spec = self._confirmed(options)
+        if key is None:
+            return message, spec
+        if spec is not None:
+            raise UnsupportedError(f"confirmation={options.confirmation!r} cannot be combined with deduplication")
+        return message, PublishSpec(idempotency_key=key, deduplication_window=window)
 
-    def _spec(self, options: PublishOptions) -> PublishSpec | None:
-        """What the backend must do beyond the message; None = nothing.
+    def _confirmed(self, options: PublishOptions) -> PublishSpec | None:
+        """What the backend must confirm beyond having the message; None = nothing.
 
         :raises UnsupportedError: if the backend cannot do it.
         """
@@ -136,7 +145,11 @@ class Publisher:
         replicas = options.replicas
         if replicas is None:
             replicas = 1 if options.confirmation == "replicated" else 0
-        return PublishSpec(options.confirmation, replicas, options.confirmation_timeout)
+        return PublishSpec(
+            confirmation=options.confirmation,
+            replicas=replicas,
+            confirmation_timeout=options.confirmation_timeout,
+        )
 
     def timed_out(self) -> BackendError:
         text = f"no answer within publish_timeout ({self._options.publish_timeout} s)"

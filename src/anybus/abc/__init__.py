@@ -14,6 +14,7 @@ from ._codec import Codec as Codec
 from ._dead_letters import DeadLetterStore as DeadLetterStore
 from ._dead_letters import Move as Move
 from ._dead_letters import StoredEntry as StoredEntry
+from ._deduplication import Duplicate as Duplicate
 from ._entries import ClaimedMessage as ClaimedMessage
 from ._entries import Confirmation as Confirmation
 from ._entries import FetchedEntry as FetchedEntry

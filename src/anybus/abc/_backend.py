@@ -162,6 +162,12 @@ class StreamBackend(abc.ABC):
     async def publish_with(self, stream: str, message: Message, spec: PublishSpec) -> str:
         """``publish`` with options that go beyond the message.
 
+        With an idempotency key (feature ``dedup``), looking for the key, appending and keeping the key are one step. So
+        are they in :meth:`publish_many` and :meth:`publish_later`. The key is kept for the window of the publish that
+        appended; later ones do not prolong it. It is never kept without its message having been stored, until that
+        is cancelled.
+
+        :return: the entry's id; a :class:`Duplicate` if the key had been published before.
         :raises UnsupportedError: if the backend cannot.
         """
         raise UnsupportedError(f"{type(self).__name__} cannot publish with {spec}")
@@ -227,7 +233,8 @@ class StreamBackend(abc.ABC):
 
         :param delay: seconds from now.
         :param at: the time, with a time zone.
-        :return: a schedule id for :meth:`cancel_later`.
+        :param spec: as in :meth:`publish_with`. The window begins with this call. Cancelling frees the key.
+        :return: a schedule id for :meth:`cancel_later`; a :class:`Duplicate` if the key had been published before.
         :raises UnsupportedError: if the backend cannot (feature ``delay``).
         """
         raise UnsupportedError(f"{type(self).__name__} cannot delay messages")

@@ -77,12 +77,17 @@ class Output:
 class PublishSpec:
     """Options of a publish, beyond the message.
 
+    :ivar idempotency_key: the message is appended only if none was published to the stream with the same key within its
+        window (feature ``dedup``). Otherwise the call returns a :class:`Duplicate`. None = it is always appended.
+    :ivar deduplication_window: for how many seconds from now the key counts as published.
     :ivar confirmation: when the message counts as published (feature ``confirm``). ``accepted`` = the server has it;
         ``replicated`` = replicas have it, too; ``persisted`` = it is on the server's disk.
     :ivar replicas: how many replicas must have it (``persisted``: on their disks), beside the server that took it.
     :ivar confirmation_timeout: for how many seconds to wait for that.
     """
 
+    idempotency_key: str | None = None
+    deduplication_window: float = 0.0
     confirmation: Confirmation = "accepted"
     replicas: int = 0
     confirmation_timeout: float = 2.0

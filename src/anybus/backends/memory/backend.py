@@ -11,7 +11,7 @@ import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
 from ..._ground.checks import check_delay, check_name, check_start_id, check_time, plain_text
-from ..._ground.errors import EventBusError, GroupLostError, UnsupportedError, ValidationError
+from ..._ground.errors import EventBusError, GroupLostError, ValidationError
 from ..._messages.message import Message, lift_headers
 from ...abc import (
     Feature,
@@ -21,11 +21,11 @@ from ...abc import (
     PendingEntry,
     PublishItem,
     PublishSpec,
-    StreamBackend,
     StreamInspector,
     TransferItem,
 )
 from .dead_letters import MemoryDeadLetters
+from .deduplication import MemoryDeduplication, Records
 from .store import RETURNED, Group, Pending, Stream
 
 __all__ = ["MemoryBackend"]
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
 
 
-class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLetters):
+class MemoryBackend(MemoryDeduplication, StreamInspector, LeaseKeeper, MemoryDeadLetters):
     """Streams, groups and pending entries in this process's memory.
 
     Like a stream on a server, it keeps every published message, for as long as the backend lives. It uses AnyIO's
@@ -49,7 +49,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
     """
 
     features: frozenset[Feature] = frozenset(
-        {"renew", "release", "fence", "delivery_count", "atomic_transfer", "raw", "delay", "inspect"}
+        {"renew", "release", "fence", "delivery_count", "atomic_transfer", "raw", "delay", "dedup", "inspect"}
     )
 
     def __init__(self, name: str | None = None) -> None:
@@ -89,7 +89,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         at = datetime.now(timezone.utc)
         for stream, message, spec in items:
             if spec is not None:
-                results.append(self._refusal(spec))
+                results.append(self._append_once(stream, message, spec))
                 continue
             store = self._stream(stream)
             results.append(store.append(lift_headers(message), {}, at).id)
@@ -97,9 +97,6 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         for store in written:
             store.wake_readers()
         return results
-
-    def _refusal(self, spec: PublishSpec) -> EventBusError:
-        return UnsupportedError(f"MemoryBackend cannot publish with {spec}")
 
     async def read_new(
         self, stream: str, group: str, consumer: str, *, count: int, timeout: float
@@ -234,16 +231,23 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
     ) -> str:
         if (delay is None) == (at is None):
             raise ValidationError("publish_later takes exactly one of delay and at")
-        if spec is not None:
-            raise self._refusal(spec)
         await checkpoint()
+        records, now = self._records(stream), anyio.current_time()
+        known = records.find(spec, now)
+        if known is not None:
+            return known
         if at is not None:
             delay = max(0.0, (check_time("at", at) - datetime.now(timezone.utc)).total_seconds())
-        return self._schedule(stream, message, None, check_delay("delay", delay))
+        schedule_id = self._schedule(stream, message, None, check_delay("delay", delay))
+        records.keep(spec, schedule_id, now, scheduled=True)
+        return schedule_id
 
     async def cancel_later(self, stream: str, schedule_id: str) -> bool:
         await checkpoint()
-        return stream in self._streams and self._streams[stream].unschedule(schedule_id)
+        if stream not in self._streams or not self._streams[stream].unschedule(schedule_id):
+            return False
+        self._records(stream).forget(schedule_id)
+        return True
 
     async def count_entries(self, stream: str) -> int:
         await checkpoint()
@@ -298,6 +302,9 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         if store is None:
             store = self._streams.setdefault(plain_text(name), Stream(0))
         return store
+
+    def _records(self, stream: str) -> Records:
+        return self._stream(stream).records
 
     def _group_or_none(self, stream: str, group: str) -> Group | None:
         store = self._streams.get(plain_text(stream))

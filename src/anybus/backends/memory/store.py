@@ -15,6 +15,7 @@ import msgspec
 
 from ..._messages.message import Message
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
+from .deduplication import Records
 
 RETURNED: Final = "anybus:returned"
 """The parking consumer: released entries belong to it until they are reclaimed."""
@@ -130,6 +131,7 @@ class Stream:
         self.groups: dict[str, Group] = {}
         self.floors: dict[str, int] = {}
         self.leases: defaultdict[str, GroupLease] = defaultdict(GroupLease)
+        self.records = Records()
 
     @property
     def last(self) -> int:

@@ -79,7 +79,18 @@ class RedisBackend(
     """
 
     features: frozenset[Feature] = frozenset(
-        {"renew", "release", "fence", "delivery_count", "atomic_transfer", "raw", "delay", "confirm", "inspect"}
+        {
+            "renew",
+            "release",
+            "fence",
+            "delivery_count",
+            "atomic_transfer",
+            "raw",
+            "delay",
+            "dedup",
+            "confirm",
+            "inspect",
+        }
     )
 
     def __init__(

@@ -63,6 +63,18 @@ def waiting(stream: str, group: str) -> str:
     return f"{base}:waiting:{group}"
 
 
+@lru_cache(1024)
+def dedup_ids(stream: str) -> str:
+    """The hash of the idempotency keys that were published to a topic: the end of the window, and the first id."""
+    return f"{_split(stream)[0]}:dedup:ids"
+
+
+@lru_cache(1024)
+def dedup_ends(stream: str) -> str:
+    """The sorted set of the same keys, by the end of their windows."""
+    return f"{_split(stream)[0]}:dedup:ends"
+
+
 def waiting_beside(retry_stream: str) -> str:
     """The same, for the group of a retry stream."""
     base, group = _split(retry_stream)

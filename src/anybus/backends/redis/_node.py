@@ -14,7 +14,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ..._ground.checks import check_delay, check_start_id, check_time, is_entry_id
-from ..._ground.errors import BackendError, EventBusError, SerializationError, UnsupportedError, ValidationError
+from ..._ground.errors import BackendError, EventBusError, SerializationError, ValidationError
 from ..._messages.message import Message
 from ...abc import (
     Codec,
@@ -34,8 +34,9 @@ from ._confirming import Confirmer, xadd
 from ._crowds import Crowds
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, span
+from ._deduplication import Deduplicator
 from ._errors import has_code, is_out_of_reach
-from ._keys import RESERVED, delayed, leases, losses
+from ._keys import RESERVED, dedup_ends, dedup_ids, delayed, leases, losses
 from ._leases import RedisLeases
 from ._limits import ROOM
 from ._parts import PER_SCRIPT
@@ -69,6 +70,7 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
         self.taking = self._taking = Taking(self._client, self._decoder, together, memory)
         self._transfers = Transfers(self._client, self._encode, self._encode_copy)
         self._crowds = Crowds()
+        self._once = Deduplicator(self._client, self._encode)
         self._confirmer = Confirmer(self._client)
 
     def start(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
@@ -128,16 +130,24 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
         return reply.decode() if isinstance(reply, bytes) else self._client.text(reply)
 
     async def publish_with(self, stream: str, message: Message, spec: PublishSpec) -> str:
-        [result] = await self._confirmer.publish((xadd(stream, self._encode(message)),), spec)
+        [result] = await self.publish_many(((stream, message, spec),))
         if isinstance(result, EventBusError):
             raise result
         return result
 
     async def publish_many(self, items: Sequence[PublishItem]) -> list[str | EventBusError]:
+        specs = {spec for _, _, spec in items}
+        if specs == {None}:
+            return await self._publish_plain(items)
+        if any(spec is not None and spec.idempotency_key is not None for spec in specs):
+            return await self._once.publish_many(items, self._publish_plain)
         results: list[str | EventBusError] = []
         for spec, run in groupby(items, key=lambda item: item[2]):
             part = list(run)
-            results += await (self._publish_plain(part) if spec is None else self._publish_confirmed(part, spec))
+            if spec is None or spec.confirmation == "accepted":
+                results += await self._publish_plain(part)
+            else:
+                results += await self._publish_confirmed(part, spec)
         return results
 
     async def _publish_confirmed(self, items: Sequence[PublishItem], spec: PublishSpec) -> list[str | EventBusError]:
@@ -226,13 +236,13 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
     ) -> str:
         if (delay is None) == (at is None):
             raise ValidationError("publish_later takes exactly one of delay and at")
-        if spec is not None:
-            raise UnsupportedError(f"RedisBackend cannot publish with {spec}")
         if at is not None:
             due = f"{check_time('at', at).timestamp() * 1000:.0f}"
         else:
             due = f"+{check_delay('delay', delay) * 1000:.0f}"
         token = secrets.token_hex(8)
+        if spec is not None and spec.idempotency_key is not None:
+            return await self._once.schedule(stream, due, token, message, spec)
         args = (due, token, "message", self._encode(message))
         await self._client.run(scripts.SCHEDULE, stream, "", (delayed(stream),), args)
         return token
@@ -242,7 +252,8 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
             return False
         cursor = "0"
         while True:
-            reply = await self._client.run(scripts.CANCEL, stream, "", (delayed(stream),), (schedule_id, cursor))
+            keys = (delayed(stream), dedup_ids(stream), dedup_ends(stream))
+            reply = await self._client.run(scripts.CANCEL, stream, "", keys, (schedule_id, cursor))
             with self._client.reading(reply):
                 cursor, removed = reply[0].decode(), int(reply[1])
             if removed or cursor == "0":

@@ -170,10 +170,20 @@ return due
 )
 
 # Searches a part of the set for a delayed member, by its token, from a cursor on. A member begins with the head of a
-# list, the head of a string, and the token. Replies with the next cursor ('0' = the end), and how many it removed.
+# list, the head of a string, and the token. Replies with the next cursor ('0' = the end), and how many it removed. The
+# member's idempotency key, if it has one, is forgotten first (KEYS 2 and 3: see `_deduplication_scripts`).
 CANCEL: Final = Script(
     "cancel",
     """
+local function forget(token)
+  local field = redis.pcall('HGET', KEYS[2], '@' .. token)
+  if type(field) ~= 'string' then return end
+  local record = redis.pcall('HGET', KEYS[2], field)
+  local fields = {'@' .. token}
+  if type(record) == 'string' and record:match('^%d+ (.*)$') == token then fields[2] = field end
+  redis.pcall('HDEL', KEYS[2], unpack(fields))
+  redis.pcall('ZREM', KEYS[3], unpack(fields))
+end
 local cursor = ARGV[2]
 for scan = 1, 10 do
   local page = redis.call('ZSCAN', KEYS[1], cursor, 'MATCH', '??' .. ARGV[1] .. '*', 'COUNT', 200)
@@ -181,6 +191,7 @@ for scan = 1, 10 do
   for i = 1, #page[2], 2 do
     local known, values = pcall(cmsgpack.unpack, page[2][i])
     if known and type(values) == 'table' and values[1] == ARGV[1] then
+      forget(values[1])
       return {'0', redis.call('ZREM', KEYS[1], page[2][i])}
     end
   end
