@@ -204,7 +204,7 @@ async def test_publish_many_gives_one_id_per_item_in_order(harness: Harness, top
 async def test_publish_many_of_what_cannot_be_done_fails_that_item_only(harness: Harness, topic: str) -> None:
     messages = [Message(topic, str(number).encode()) for number in range(3)]
     async with harness.make_backend() as backend:
-        if {"dedup", "confirm", "trim"} & backend.features:
+        if {"dedup", "confirm"} & backend.features:
             pytest.skip("this backend can publish with a spec")
         results = await backend.publish_many(
             [(topic, messages[0], None), (topic, messages[1], PublishSpec()), (topic, messages[2], None)]

@@ -60,6 +60,10 @@ class BackendError(EventBusError):
         self.can_pass = can_pass
 
 
+class ServerFullError(BackendError):
+    """The server has no memory left for what was asked. Nothing was stored. It may pass: somebody may free memory."""
+
+
 class GroupLostError(BackendError):
     """The consumer group, or its whole stream, no longer exists on the backend. The bus recreates it.
 
