@@ -50,7 +50,6 @@ from anybus._runtime.statistics import Counters
 from anybus.abc import RetentionKeeper, Trimmed
 from anybus.backends.redis._keys import retention as retention_key
 
-
 VIRTUAL = {"clock": trio.testing.MockClock(autojump_threshold=0)}
 """For one test: a clock that jumps."""
 
@@ -446,15 +445,13 @@ def lost_by(recorder: Recorder, group: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_whatever_is_done_counts_are_exact_and_nothing_else_goes(
-    harness: Harness, topic: str, seed: int
-) -> None:
+async def test_whatever_is_done_counts_are_exact_and_nothing_else_goes(harness: Harness, topic: str, seed: int) -> None:
     """Against a model that knows everything."""
     chance = random.Random(seed)
     groups = ["a", "b", "c"][: 1 + seed % 3]
     async with keeper_of(harness) as backend:
         model: list[str] = []
-        read = {group: 0 for group in groups}
+        read = dict.fromkeys(groups, 0)
         pending: dict[str, list[str]] = {group: [] for group in groups}
         gone = 0
         for group in groups:
@@ -776,4 +773,3 @@ async def test_a_topic_that_has_grown_is_told_once(
     [event] = recorder.of("on_topic_grown")
     assert (event.topic, event.count) == (topic, 51)
     assert caplog.text.count("has grown to 51 entries") == 1
-
