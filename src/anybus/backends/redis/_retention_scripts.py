@@ -20,6 +20,9 @@ VERSION: Final = 1
 MOST_REMOVED: Final = 10_000
 """How many entries one call removes at most."""
 
+MOST_BYTES: Final = 60_000_000
+"""How many bytes one call removes, about."""
+
 MOST_COUNTED: Final = 4000
 """How many pending entries one call counts at most, of all groups together."""
 
@@ -115,30 +118,55 @@ local function after(id)
 end
 """
 
-# Removes entries below an id, at most so many. Whole nodes of the stream go at once. What is below the id in the node
-# that has the id is counted first, and then removed by the length, so that no step is larger than it should be.
-_CLEAR: Final = """
+# `clear` removes entries below an id, at most so many; `drop` removes the first so many. Whole nodes of the stream go at
+# once. What is below the id in the node that has the id is counted first, and then removed by the length. To free large
+# entries takes the server long (0.05 ms for each MB), so after some of them, the size of those that come next is looked
+# at. `spare` is how many bytes may still be removed in this call.
+_CLEAR: Final = (
+    f"local spare = {MOST_BYTES}"
+    """
+local function weigh(entries, count)
+  local bytes = 0
+  for _, entry in ipairs(entries) do
+    for i = 2, #entry[2], 2 do bytes = bytes + #entry[2][i] end
+  end
+  local size = math.max(bytes / math.max(#entries, 1), 1)
+  spare = spare - size * count
+  return math.max(10, math.min(2000, math.floor(1000000 / size)))
+end
 local function clear(stream, id, most)
-  local removed, page = 0, 10
-  while removed < most do
-    local count = redis.call('XTRIM', stream, 'MINID', '~', id, 'LIMIT', most - removed)
+  local removed, chunk = 0, 10
+  while removed < most and spare > 0 do
+    local asked = math.min(chunk, most - removed)
+    local count = redis.call('XTRIM', stream, 'MINID', '~', id, 'LIMIT', asked)
+    local next_ones
     if count == 0 then
-      local asked = math.min(page, most - removed)
-      local entries = redis.call('XRANGE', stream, '-', '(' .. id, 'COUNT', asked)
-      count = #entries
+      asked = math.min(asked, 100)
+      next_ones = redis.call('XRANGE', stream, '-', '(' .. id, 'COUNT', asked)
+      count = #next_ones
       if count > 0 then redis.call('XTRIM', stream, 'MAXLEN', redis.call('XLEN', stream) - count) end
       if count < asked then return removed + count end
-      local bytes = 0
-      for _, entry in ipairs(entries) do
-        for i = 2, #entry[2], 2 do bytes = bytes + #entry[2][i] end
-      end
-      if bytes < 10000 then page = 100 end
+    else
+      next_ones = redis.call('XRANGE', stream, '-', '(' .. id, 'COUNT', 1)
+      if #next_ones == 0 then return removed + count end
     end
+    chunk = weigh(next_ones, count)
+    removed = removed + count
+  end
+  return removed
+end
+local function drop(stream, most)
+  local removed, chunk = 0, 10
+  while removed < most and spare > 0 do
+    local count = math.min(chunk, most - removed)
+    redis.call('XTRIM', stream, 'MAXLEN', redis.call('XLEN', stream) - count)
+    chunk = weigh(redis.call('XRANGE', stream, '-', '+', 'COUNT', 1), count)
     removed = removed + count
   end
   return removed
 end
 """
+)
 
 # Limits. The last delivered ids of the groups divide the stream: what is between two of them was not delivered to the
 # same groups. So the entries of each part are removed together, and their number is the loss of these groups. Pending
@@ -162,12 +190,7 @@ local function limit(stream, kept, groups, now, budget)
     end
     local most = math.min(over - count, budget - removed - count)
     if most > 0 then
-      if bound then
-        most = clear(stream, bound, most)
-      else
-        redis.call('XTRIM', stream, 'MAXLEN', redis.call('XLEN', stream) - most)
-      end
-      count = count + most
+      count = count + (bound and clear(stream, bound, most) or drop(stream, most))
     end
     for i = 1, part - 1 do lost[groups[i].name] = (lost[groups[i].name] or 0) + count end
     removed, over = removed + count, over - count
@@ -189,7 +212,7 @@ local function limit(stream, kept, groups, now, budget)
     end
     kept.trimmed = first
   end
-  return removed, lost, removed >= budget
+  return removed, lost, removed >= budget or (spare <= 0 and removed > 0)
 end
 """
 )
@@ -268,7 +291,7 @@ local function trim(stream, retention, meta)
   local until_ms = tonumber(kept['until'])
   if kept.by ~= ARGV[1] and until_ms and until_ms > now and until_ms <= now + lease then
     busy = true
-  elseif left <= 0 then
+  elseif left <= 0 or spare <= 0 then
     more = true
   else
     groups = groups_of(stream)
@@ -278,7 +301,7 @@ local function trim(stream, retention, meta)
       holder, position = acknowledged(stream, retention, meta, kept, groups, now)
       if position then
         removed = clear(stream, position, left)
-        more = removed >= left
+        more = removed >= left or (spare <= 0 and removed > 0)
       end
     end
     left = left - removed
