@@ -31,6 +31,8 @@ class Counts(Protocol):
     """Counters of a subscription."""
 
     received: int
+    handled: int
+    retried: int
     dead_lettered: int
     lost: int
 
@@ -43,6 +45,12 @@ class Ward:
         self.group = group
         self.dead_letter_topic = dead_letter_topic
         self.counts = counts
+
+    @property
+    def activity(self) -> int:
+        """A number that changes when entries may have become superfluous."""
+        counts = self.counts
+        return counts.received + counts.handled + counts.retried + counts.dead_lettered
 
 
 class Topic:
@@ -156,7 +164,7 @@ class Caretaker:
         now = anyio.current_time()
         activities: dict[str, int] = {}
         for ward in self._wards:
-            activities[ward.topic] = activities.get(ward.topic, 0) + ward.counts.received
+            activities[ward.topic] = activities.get(ward.topic, 0) + ward.activity
             if ward.dead_letter_topic is not None:
                 activity = activities.get(ward.dead_letter_topic, 0) + ward.counts.dead_lettered
                 activities[ward.dead_letter_topic] = activity
@@ -217,6 +225,7 @@ class Caretaker:
             try:
                 is_declared = topic.name in self._declared
                 await keeper.declare_retention(topic.name, wanted, "declare" if is_declared else "default")
+                topic.looked_at = -math.inf
             except EventBusError as error:
                 if not can_pass(error):
                     self._notices.once(f"the retention of {topic.name!r} cannot be declared again: {error}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 LOOK = 5.0
-"""A topic that has a retention is looked at this often, while a subscription of this bus takes messages of it."""
+"""A topic that has a retention is looked at this often, while a subscription of this bus takes or
+settles messages of it."""
 
 QUIET = 60.0
 """All other topics are looked at this often."""
