@@ -118,10 +118,10 @@ local function after(id)
 end
 """
 
-# `clear` removes entries below an id, at most so many; `drop` removes the first so many. Whole nodes of the stream go at
-# once. What is below the id in the node that has the id is counted first, and then removed by the length. To free large
-# entries takes the server long (0.05 ms for each MB), so after some of them, the size of those that come next is looked
-# at. `spare` is how many bytes may still be removed in this call.
+# `clear` removes entries below an id, at most so many; `drop` removes the first so many. Whole nodes of the stream go
+# at once. What is below the id in the node that has the id is counted first, and then removed by the length. To free
+# large entries takes the server long (0.05 ms for each MB), so after some of them, the size of those that come next is
+# looked at. `spare` is how many bytes may still be removed in this call.
 _CLEAR: Final = (
     f"local spare = {MOST_BYTES}"
     """
