@@ -33,6 +33,10 @@ async def handle(delivery: Delivery) -> None:
     """Nothing: the cost is the bus's own."""
 
 
+def client_of(server: Server) -> Any:
+    return redis.Redis(port=server.port)
+
+
 def server_seconds(pid: int) -> float:
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / 100
@@ -56,14 +60,14 @@ async def handle_all(server: Server, topic: str, retention: Retention | None, co
                 await anyio.sleep(0.01)
             own, theirs = time.process_time() - own, server_seconds(server.pid) - theirs
             if retention is not None:
-                with redis.Redis(port=server.port) as client:
+                with client_of(server) as client:
                     while client.xlen(topic):
                         await anyio.sleep(0.05)
     return own / count * 1e6, theirs / count * 1e6
 
 
 async def memory_and_cost(server: Server, count: int, rounds: int) -> None:
-    with redis.Redis(port=server.port) as client:
+    with client_of(server) as client:
         costs: dict[str, list[tuple[float, float]]] = {"undeclared": [], "Interest": []}
         memory: dict[str, list[int]] = {"undeclared": [], "Interest": []}
         await handle_all(server, "warm", None, 1000)
@@ -84,7 +88,7 @@ async def memory_and_cost(server: Server, count: int, rounds: int) -> None:
 
 
 async def longest(server: Server, retention: Retention, *, groups: int, size: int, count: int, acked: bool) -> None:
-    with redis.Redis(port=server.port) as client:
+    with client_of(server) as client:
         client.flushall()
         async with RedisBackend(f"redis://127.0.0.1:{server.port}") as backend:
             for number in range(groups):
@@ -123,7 +127,7 @@ async def longest(server: Server, retention: Retention, *, groups: int, size: in
 
 async def quiet(server: Server, count: int, seconds: float) -> None:
     """The commands of so many quiet subscriptions, with and without looking after their topics."""
-    with redis.Redis(port=server.port) as client:
+    with client_of(server) as client:
         client.flushall()
         found: dict[str, float] = {}
         for name in ("without", "with"):

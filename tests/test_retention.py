@@ -14,7 +14,7 @@ import logging
 import math
 import random
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -47,7 +47,7 @@ from anybus._reporting import Notices
 from anybus._retention import pace
 from anybus._retention.caretaker import Caretaker, Ward
 from anybus._runtime.statistics import Counters
-from anybus.abc import RetentionKeeper, Trimmed
+from anybus.abc import BusEvent, RetentionKeeper, Trimmed
 from anybus.backends.redis._keys import retention as retention_key
 
 VIRTUAL = {"clock": trio.testing.MockClock(autojump_threshold=0)}
@@ -773,3 +773,35 @@ async def test_a_topic_that_has_grown_is_told_once(
     [event] = recorder.of("on_topic_grown")
     assert (event.topic, event.count) == (topic, 51)
     assert caplog.text.count("has grown to 51 entries") == 1
+
+
+async def test_an_observer_whose_hooks_raise_harms_nothing(
+    harness: Harness, topic: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Raising(Recorder):
+        def _keep(self, hook: str, event: BusEvent) -> None:
+            super()._keep(hook, event)
+            if hook in ("on_entries_lost", "on_group_stalled", "on_topic_grown"):
+                raise RuntimeError(f"{hook} has a bug")
+
+    for name, value in (("STALLED", 0.0), ("STALLED_ENTRIES", 1), ("GROWN", 1)):
+        monkeypatch.setattr(pace, name, value)
+    recorder = Raising()
+    async with StreamBus(harness.make_backend(), quick(recorder)) as bus:
+        names: dict[str, Retention | None] = {
+            "on_entries_lost": Limits(length=1),
+            "on_group_stalled": Interest(),
+            "on_topic_grown": None,
+        }
+        async with AsyncExitStack() as stack:
+            for hook, retention in names.items():
+                if retention is not None:
+                    await bus.declare_topic(f"{topic}.{hook}", retention)
+                await bus.backend.create_group(f"{topic}.{hook}", "dead", "0")
+                await stack.enter_async_context(bus.subscribe(SubscriptionConfig(f"{topic}.{hook}", "g"), handle))
+                await publish(bus, f"{topic}.{hook}", 5)
+            for hook in names:
+                await until(lambda hook=hook: bool(recorder.of(hook)))  # type: ignore[misc]
+                assert f"the observer's {hook} raised" in caplog.text
+            await publish(bus, f"{topic}.on_entries_lost", 5)
+            await until(length_is(harness, f"{topic}.on_entries_lost", 1))

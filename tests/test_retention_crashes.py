@@ -16,7 +16,8 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,15 @@ class Stage:
     def all_lines(self, group: str, what: str) -> list[str]:
         return [line for path in self._folder.glob(f"{group}-*.{what}") for line in path.read_text().splitlines()]
 
+    def count_handled(self, *groups: str) -> int:
+        return sum(len(self.all_lines(group, "handled")) for group in groups)
+
+    def has_handled(self, goal: int, *groups: str) -> bool:
+        return self.count_handled(*groups) >= goal
+
+    def has_handled_all(self, group: str) -> bool:
+        return self.handled(group) == set(self.published)
+
     def handled(self, group: str) -> set[str]:
         return set(self.all_lines(group, "handled"))
 
@@ -146,20 +156,13 @@ def make_a_dead_group(stage: Stage) -> int:
     return len(stage.published) - 40
 
 
-def run_with_kills(stage: Stage, rounds: int, options: dict[str, tuple[str, ...]], count: int) -> None:
+def run_with_kills(stage: Stage, rounds: int, options: Mapping[str, tuple[str, ...]], count: int) -> None:
     """Publish in parts. In each round, a process is killed and another one started."""
     for _ in range(rounds):
         for _ in range(5):
             stage.publish(count // 5)
-            groups = tuple(options)
-            before = sum(len(stage.all_lines(group, "handled")) for group in groups)
-            goal = before + random.randrange(1, 50)
-            wait_until(
-                lambda goal=goal, groups=groups: (
-                    sum(len(stage.all_lines(group, "handled")) for group in groups) >= goal
-                ),  # type: ignore[misc]
-                "somebody to handle something",
-            )
+            goal = stage.count_handled(*options) + random.randrange(1, 50)
+            wait_until(partial(stage.has_handled, goal, *options), "somebody to handle something")
         group = stage.kill_one_of(*options)
         stage.wait_ready(stage.start(group, *options[group]))
 
@@ -176,9 +179,7 @@ def test_interest_keeps_all_that_a_group_needs_whoever_is_killed(rounds: int, st
     run_with_kills(stage, rounds, options, 500)
     everything = set(stage.published)
     for group in options:
-        wait_until(
-            lambda group=group: stage.handled(group) == everything, f"{group} to handle all", growing=grows(stage)
-        )  # type: ignore[misc]
+        wait_until(partial(stage.has_handled_all, group), f"{group} to handle all", growing=grows(stage))
     # The dead group alone keeps what is there: all that it has not handled, and nothing else.
     needed += len(stage.published) - 100
     wait_until(lambda: stage.length() == needed, "the rest to be removed")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
+import os
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -87,7 +87,7 @@ class Caretaker:
         self._unsupported = f"{type(backend).__name__} cannot keep a topic's retention"
         if options.retention is not None:
             self._checked_keeper()
-        self._trimmer = secrets.token_hex(8)
+        self._trimmer = os.urandom(8).hex()
         self._wards: set[Ward] = set()
         self._topics: dict[str, Topic] = {}
         self._declared: dict[str, Retention] = {}
