@@ -628,6 +628,26 @@ async def test_one_trims_at_a_time(harness: Harness, topic: str) -> None:
         assert (await trim(backend, topic, "me")).removed == 10
 
 
+async def test_topics_of_many_groups_take_more_than_one_step(harness: Harness, topic: str) -> None:
+    if isinstance(harness, MemoryHarness):
+        pytest.skip("in memory, each topic is a step of its own")
+    names = [f"{{{topic}}}.{number}" for number in range(4)]
+    client = harness.server.client() if isinstance(harness, RedisHarness) else None
+    async with keeper_of(harness) as backend:
+        for name in names:
+            await backend.declare_retention(name, Interest(), "declare")
+            [entry_id] = await fill(backend, name, 1)
+
+            def make_groups(name: str = name, entry_id: str = entry_id) -> None:
+                for number in range(1001):
+                    client.xgroup_create(name, f"g{number}", entry_id)  # type: ignore[union-attr]
+
+            await to_thread.run_sync(make_groups)
+        results = await backend.trim(names, trimmer="me")
+        assert [(result.removed, result.more) for result in results] == [(1, False)] * 2 + [(0, True)] * 2
+        assert [result.removed for result in await backend.trim(names[2:], trimmer="me")] == [1, 1]
+
+
 async def test_many_topics_are_trimmed_in_one_call_and_one_that_fails_harms_no_other(
     harness: Harness, topic: str
 ) -> None:

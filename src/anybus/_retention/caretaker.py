@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Protocol
 
 import anyio
@@ -19,6 +20,7 @@ from .._ground.errors import EventBusError, UnsupportedError, ValidationError, c
 from .._options import StreamBusOptions
 from .._reporting import Notices, Reporter
 from ..abc import Limits, Retention, RetentionKeeper, StreamBackend, Trimmed, WorkQueue
+from ..abc._backend import result_or_error
 from ..abc._retention import RETENTION, check_retention
 from . import pace
 
@@ -108,7 +110,8 @@ class Caretaker:
         retention = check_retention("retention", retention)
         if not isinstance(change, bool):
             refuse("change", change, "True or False")
-        if topic.endswith(_DEAD) and not isinstance(retention, Limits):
+        is_dead = topic.endswith(_DEAD) or any(ward.dead_letter_topic == topic for ward in self._wards)
+        if is_dead and not isinstance(retention, Limits):
             refuse("retention", retention, f"an anybus.Limits for the dead-letter topic {topic!r}: nobody handles it")
         stored = await self._checked_keeper().declare_retention(topic, retention, "change" if change else "declare")
         if stored != retention:
@@ -182,16 +185,15 @@ class Caretaker:
         return due
 
     async def _trim(self, keeper: RetentionKeeper, topics: list[Topic]) -> None:
+        trim = partial(keeper.trim, trimmer=self._trimmer)
+        found = await result_or_error(trim, [topic.name for topic in topics])
         results: Iterable[Trimmed | EventBusError]
-        try:
-            results = await keeper.trim([topic.name for topic in topics], trimmer=self._trimmer)
-        except EventBusError as error:
-            results = [error] * len(topics)
+        results = [found] * len(topics) if isinstance(found, EventBusError) else found
         for topic, result in zip(topics, results, strict=True):
             topic.more = isinstance(result, Trimmed) and result.more
             if isinstance(result, Trimmed):
                 await self._note(keeper, topic, result)
-            elif not can_pass(result) and self._wants(topic.name) is not None:
+            elif not can_pass(result) and (topic.retention or self._wants(topic.name)) is not None:
                 self._notices.once(f"the retention of {topic.name!r} cannot be applied: {result}")
 
     def _wants(self, name: str) -> Retention | None:

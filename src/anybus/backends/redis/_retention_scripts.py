@@ -23,6 +23,9 @@ MOST_REMOVED: Final = 10_000
 MOST_BYTES: Final = 60_000_000
 """How many bytes one call removes, about."""
 
+MOST_LOOKS: Final = 2000
+"""After so many groups, one call looks at no other stream."""
+
 MOST_COUNTED: Final = 4000
 """How many pending entries one call counts at most, of all groups together."""
 
@@ -262,7 +265,7 @@ TRIM: Final = Script(
     + _CLEAR
     + _LIMIT
     + _ACKNOWLEDGED
-    + f"local version, left, lease = '{VERSION}', {MOST_REMOVED}, {LEASE}"
+    + f"local version, left, looks, lease = '{VERSION}', {MOST_REMOVED}, {MOST_LOOKS}, {LEASE}"
     + """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -291,10 +294,11 @@ local function trim(stream, retention, meta)
   local until_ms = tonumber(kept['until'])
   if kept.by ~= ARGV[1] and until_ms and until_ms > now and until_ms <= now + lease then
     busy = true
-  elseif left <= 0 or spare <= 0 then
+  elseif left <= 0 or spare <= 0 or looks <= 0 then
     more = true
   else
     groups = groups_of(stream)
+    looks = looks - #groups
     if kept.policy == 'limits' then
       removed, lost, more = limit(stream, kept, groups, now, left)
     else
