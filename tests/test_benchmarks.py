@@ -216,3 +216,11 @@ def test_a_quick_run_measures_large_backlogs(tmp_path: Path) -> None:
         assert name in printed
         assert all(value > 0 for measure in ("rate", "client_us", "server_us") for value in measured[measure])
         assert all(value >= 0 for value in measured["longest_ms"])
+
+
+def test_a_quick_run_measures_retention() -> None:
+    printed = run("retention.py", "cost", "longest", "--count", 1000, "--rounds", 1, "--look", 0.1)
+    assert printed.count("memory, ") == printed.count("per message, ") == 2
+    assert printed.count("longest step, Interest()") == 4
+    assert printed.count("longest step, Limits(") == 6
+    assert "990 of 1000 removed" in printed
