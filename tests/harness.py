@@ -226,6 +226,15 @@ class Recorder(Observer):
     def on_group_made_again(self, event: BusEvent) -> None:
         self._keep("on_group_made_again", event)
 
+    def on_entries_lost(self, event: BusEvent) -> None:
+        self._keep("on_entries_lost", event)
+
+    def on_group_stalled(self, event: BusEvent) -> None:
+        self._keep("on_group_stalled", event)
+
+    def on_topic_grown(self, event: BusEvent) -> None:
+        self._keep("on_topic_grown", event)
+
 
 def new_topic() -> str:
     """A topic that no other test uses."""

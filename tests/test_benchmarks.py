@@ -229,3 +229,11 @@ def test_a_quick_run_compares_a_cluster_with_a_single_server(tmp_path: Path) -> 
         for measured in contestants.values():
             assert all(len(values) == 2 for values in measured.values())
             assert all(value > 0 for value in measured["rate"])
+
+
+def test_a_quick_run_measures_retention() -> None:
+    printed = run("retention.py", "cost", "longest", "--count", 1000, "--rounds", 1, "--look", 0.1)
+    assert printed.count("memory, ") == printed.count("per message, ") == 2
+    assert printed.count("longest step, Interest()") == 4
+    assert printed.count("longest step, Limits(") == 6
+    assert "990 of 1000 removed" in printed

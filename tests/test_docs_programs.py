@@ -102,6 +102,18 @@ def test_the_guides_publisher_and_worker_print_what_the_guide_says(
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_the_retention_pages_program_leaves_nothing_on_the_server(
+    loop: str, server: RunningServer, client: Any
+) -> None:
+    soon = "from anybus._retention import pace\n\npace.LOOK = 0.1\n"
+    program = named("docs/retention.md", "worker.py").replace("sleep(7)", "sleep(2)")
+    out, err = run(soon + program, loop, server.url)
+    assert (out, err) == ("charged order-1\n", "")
+    assert client.exists(TOPIC)
+    assert client.xlen(TOPIC) == 0
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.usefixtures("client")
 def test_a_worker_that_comes_after_the_publisher_says_what_it_will_not_see(loop: str, server: RunningServer) -> None:
     run(named("docs/guide.md", "publisher.py"), loop, server.url)

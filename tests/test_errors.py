@@ -27,6 +27,7 @@ from anybus import (
     Reject,
     Retry,
     SerializationError,
+    ServerFullError,
 )
 
 
@@ -39,6 +40,7 @@ def public_exceptions() -> list[type[Any]]:
 EXAMPLES: dict[type[Any], list[Exception]] = {
     BackendError: [BackendError("no", may_have_happened=False, can_pass=True), BackendError("no")],
     GroupLostError: [GroupLostError("orders", "billing", "5-0"), GroupLostError("orders", "billing")],
+    ServerFullError: [ServerFullError("full", may_have_happened=False), ServerFullError("full")],
     SerializationError: [SerializationError("no", payload_of="u-1"), SerializationError("no")],
     Retry: [Retry("later", delay=1.5), Retry()],
     Reject: [Reject("never"), Reject()],

@@ -137,11 +137,16 @@ def where(event: BusEvent) -> tuple[str | None, str | None, str | None]:
 # --- the class and its events
 
 
+RETENTION = ("on_entries_lost", "on_group_stalled", "on_topic_grown")
+"""Tested in ``test_retention.py``."""
+
+
 def test_every_hook_of_the_base_class_does_nothing() -> None:
     observer = Observer()
     assert set(HOOKS) == {
         *("on_error", "on_started", "on_ended", "on_published", "on_received", "on_settled", "on_dead_lettered"),
         *("on_lease_lost", "on_group_made_again", "on_circuit_opened", "on_circuit_closed"),
+        *RETENTION,
     }
     for hook in HOOKS:
         assert getattr(observer, hook)(BusEvent("test")) is None
@@ -741,7 +746,7 @@ async def test_an_observer_whose_every_hook_raises_harms_nothing_and_is_logged(
     assert len(await harness.entries(f"{topic}.dead")) == 2
     assert len(observer.of("on_ended")) == 1
     raised = {hook for hook, _ in observer.events}
-    assert raised == set(HOOKS) - {"on_lease_lost"}
+    assert raised == set(HOOKS) - {"on_lease_lost", *RETENTION}
     texts = [record.getMessage() for record in logged(caplog)]
     for hook in raised:
         assert any(hook in text for text in texts)

@@ -27,6 +27,7 @@ from ._ground.errors import HandlerTimeoutError as HandlerTimeoutError
 from ._ground.errors import LeaseLostError as LeaseLostError
 from ._ground.errors import NotConfirmedError as NotConfirmedError
 from ._ground.errors import SerializationError as SerializationError
+from ._ground.errors import ServerFullError as ServerFullError
 from ._ground.errors import UnsupportedError as UnsupportedError
 from ._ground.errors import ValidationError as ValidationError
 from ._messages.message import Headers as Headers
@@ -46,7 +47,11 @@ from ._runtime.statistics import SubscriptionStatistics as SubscriptionStatistic
 from ._runtime.subscription import Subscription as Subscription
 from .abc import BusEvent as BusEvent
 from .abc import Duplicate as Duplicate
+from .abc import Interest as Interest
+from .abc import Limits as Limits
 from .abc import Observer as Observer
+from .abc import Retention as Retention
+from .abc import WorkQueue as WorkQueue
 from .backends.memory.backend import MemoryBackend as MemoryBackend
 
 

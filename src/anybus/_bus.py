@@ -25,12 +25,13 @@ from ._options import PublishOptions, StreamBusOptions, SubscriptionConfig
 from ._publishing.batch import BatchOutcome
 from ._publishing.outbox import Outbox
 from ._publishing.publisher import Publisher
-from ._reporting import Reporter
+from ._reporting import Notices, Reporter
+from ._retention.caretaker import Caretaker
 from ._runtime.members import Members
 from ._runtime.pool import Handler
 from ._runtime.pull import DeliveryStream, PullTaker
 from ._runtime.subscription import ClosedWhileEnteredError, Subscription
-from .abc import StreamBackend
+from .abc import Retention, StreamBackend
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,6 +48,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
     :param backend: the backend that holds the streams.
     :param options: durations, sizes and the observer.
     :raises ValidationError: if one of them has the wrong type.
+    :raises UnsupportedError: if the options have a retention, and the backend cannot keep one.
     """
 
     def __init__(self, backend: StreamBackend, options: StreamBusOptions | None = None) -> None:
@@ -59,7 +61,9 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         self._reporter = Reporter(self._options.observer)
         self._publisher = Publisher(backend, self._options, self._reporter)
         self._outbox = Outbox(self._publisher, self._options, self._reporter)
-        self._members = Members(backend, self._options)
+        notices = Notices()
+        self._caretaker = Caretaker(backend, self._options, notices)
+        self._members = Members(backend, self._options, self._caretaker, notices)
         self._state = "not entered"
         self._home: Home | None = None
         self._entered: Entered[None] | None = None
@@ -181,6 +185,24 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         """
         self._check_open("closing")
         self._outbox.put(message, options)
+
+    async def declare_topic(self, topic: str, retention: Retention | None = None, *, change: bool = False) -> None:
+        """Declare how long a topic keeps its entries. This is stored on the server, and holds for all processes.
+
+        Any subscription of the topic, in any process, trims it. A topic without a declaration is never trimmed.
+        Declaring again what is declared changes nothing.
+
+        :param retention: :class:`Limits`, :class:`Interest` or :class:`WorkQueue`; for a topic that ends in ``.dead``
+            only :class:`Limits`. None = the default of the bus's options.
+        :param change: replace another retention that is declared. (A default is replaced without this.)
+        :raises ValidationError: if a parameter is refused, if the topic is declared with another retention, or if it is
+            to be a :class:`WorkQueue` and has several groups. Nothing was stored.
+        :raises UnsupportedError: if the backend is not an :class:`anybus.abc.RetentionKeeper`.
+        :raises BackendError: if the backend failed. Declaring again does no harm.
+        :raises ClosedError: if the bus is not open.
+        """
+        self._check_open()
+        await self._caretaker.declare(topic, retention, change=change)
 
     def dead_letters(
         self,

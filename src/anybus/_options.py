@@ -16,6 +16,7 @@ from ._ground.windows import check_window
 from ._messages.message import Headers
 from .abc import Confirmation
 from .abc._observer import Observer
+from .abc._retention import Retention, check_retention
 
 Guarantee = Literal["at-least-once", "at-most-once"]
 OnLeaseLost = Literal["continue", "cancel"]
@@ -80,6 +81,9 @@ class StreamBusOptions:
     :param max_payload_bytes: larger payloads are refused; 0 = no limit.
     :param close_timeout: how long a graceful end waits for running handlers before it cancels them.
     :param cleanup_timeout: how long the end may take to settle what is left.
+    :param retention: the retention of topics that have none declared, applied when a subscription of this bus starts:
+        :class:`Limits`, :class:`Interest` or :class:`WorkQueue`. It does not apply to topics that end in ``.dead``.
+        None = such topics are never trimmed.
     :param observer: told of everything that happens. Errors are logged by the ``anybus`` logger, unless the observer
         overrides ``on_error``.
     :raises ValidationError: if a value is refused.
@@ -98,6 +102,7 @@ class StreamBusOptions:
     max_payload_bytes: int = 4 * 1024 * 1024
     close_timeout: float = 30.0
     cleanup_timeout: float = 5.0
+    retention: Retention | None = None
     observer: Observer | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +116,8 @@ class StreamBusOptions:
         if not isinstance(self.change_lease, bool):
             refuse("change_lease", self.change_lease, "True or False")
         _keep(self, "group_start_id", check_start_id("group_start_id", self.group_start_id))
+        if self.retention is not None:
+            _keep(self, "retention", check_retention("retention", self.retention))
         if self.observer is not None:
             _check_observer(self.observer)
 
@@ -147,6 +154,8 @@ class SubscriptionConfig:
     :param handler_timeout: a handler that runs longer is cancelled, which counts as a failure; None = no limit.
     :param group_start_id: where the group starts if it is created; None = the value of the bus's options.
     :param on_lease_lost: ``continue`` (``delivery.lease_lost`` tells the handler), or ``cancel`` the handler.
+    :param wait_if_full: if the server is full when the subscription starts, wait until there is room. Otherwise
+        entering raises :class:`ServerFullError` after ``publish_timeout``.
     :raises ValidationError: if a value is refused, or contradicts another one.
     """
 
@@ -168,6 +177,7 @@ class SubscriptionConfig:
     handler_timeout: float | None = field(default=None, kw_only=True)
     group_start_id: str | None = field(default=None, kw_only=True)
     on_lease_lost: OnLeaseLost = field(default="continue", kw_only=True)
+    wait_if_full: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _keep(self, "topic", check_topic("topic", self.topic))
@@ -196,6 +206,8 @@ class SubscriptionConfig:
             _keep(self, "group_start_id", check_start_id("group_start_id", self.group_start_id))
         on_lease_lost = check_choice("on_lease_lost", self.on_lease_lost, LEASE_LOST, allowed="'continue' or 'cancel'")
         _keep(self, "on_lease_lost", on_lease_lost)
+        if not isinstance(self.wait_if_full, bool):
+            refuse("wait_if_full", self.wait_if_full, "True or False")
         self._check_guarantee()
 
     def _check_guarantee(self) -> None:

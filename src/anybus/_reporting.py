@@ -160,11 +160,11 @@ class Reporter:
             **known,
         }
 
-    def notice(self, hook: str, scope: str, detail: str) -> None:
+    def notice(self, hook: str, scope: str, detail: str, *, count: int | None = None) -> None:
         """Log a warning for the operator, and call the observer's hook as well."""
         fields = {"topic": self._topic, "group": self._group}
         say(logging.WARNING, f"{scope}: %s", detail, fields=fields, hidden=self._place(scope))
-        self.tell(hook, scope, detail=detail)
+        self.tell(hook, scope, detail=detail, count=count)
 
     def tell(
         self,
@@ -176,10 +176,12 @@ class Reporter:
         attempt: int | None = None,
         error: BaseException | None = None,
         detail: str | None = None,
+        count: int | None = None,
     ) -> None:
         if self._observer is None:
             return
-        event = BusEvent(scope, topic or self._topic, self._group, self._consumer, message_id, attempt, error, detail)
+        place = (topic or self._topic, self._group, self._consumer)
+        event = BusEvent(scope, *place, message_id, attempt, error, detail, count)
         try:
             getattr(self._observer, hook)(event)
         except (KeyboardInterrupt, SystemExit):

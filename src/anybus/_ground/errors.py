@@ -77,6 +77,10 @@ class NotConfirmedError(BackendError):
         return partial(type(self), entry_id=self.entry_id), (str(self),), self.__dict__
 
 
+class ServerFullError(BackendError):
+    """The server has no memory left for what was asked. Nothing was stored. It may pass: somebody may free memory."""
+
+
 class GroupLostError(BackendError):
     """The consumer group, or its whole stream, no longer exists on the backend. The bus recreates it.
 

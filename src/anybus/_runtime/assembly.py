@@ -69,6 +69,7 @@ def make_context(
         dead_letter_topic=dead_letter_topic_of(config),
         handler_timeout=config.handler_timeout,
         on_lease_lost=config.on_lease_lost,
+        wait_if_full=config.wait_if_full,
         reporter=Reporter(
             options.observer,
             topic=config.topic,

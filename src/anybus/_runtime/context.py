@@ -81,6 +81,7 @@ class Context:
     dead_letter_topic: str | None
     handler_timeout: float | None
     on_lease_lost: OnLeaseLost
+    wait_if_full: bool
     reporter: Reporter
     notices: Notices
     suspects: SuspectSlot

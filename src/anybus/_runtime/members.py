@@ -12,6 +12,7 @@ from .._ground.checks import refuse
 from .._ground.home import Home
 from .._options import StreamBusOptions, SubscriptionConfig, dead_letter_topic_of
 from .._reporting import Notices
+from .._retention.caretaker import Caretaker
 from ..abc import StreamBackend
 from .assembly import make_context
 from .context import SuspectSlot
@@ -23,10 +24,13 @@ from .subscription import Subscription
 class Members:
     """The subscriptions of a bus."""
 
-    def __init__(self, backend: StreamBackend, options: StreamBusOptions) -> None:
+    def __init__(
+        self, backend: StreamBackend, options: StreamBusOptions, caretaker: Caretaker, notices: Notices
+    ) -> None:
         self._backend = backend
         self._options = options
-        self._notices = Notices()
+        self._caretaker = caretaker
+        self._notices = notices
         self._suspects = SuspectSlot()
         self._names = ConsumerNames()
         self._running: set[Subscription] = set()
@@ -66,7 +70,7 @@ class Members:
             names=self._names,
             pulled=handler is None,
         )
-        subscription = Subscription(context, handler)
+        subscription = Subscription(context, handler, self._caretaker)
         self._running.add(subscription)
         try:
             async with subscription._open():

@@ -18,6 +18,7 @@ class Counters:
     reclaimed: int = 0
     leases_lost: int = 0
     circuit_opened: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class SubscriptionStatistics:
     :ivar reclaimed: entries taken over because their lease had ended, or because they had been released.
     :ivar leases_lost: entries that this subscription held and that no longer belong to it.
     :ivar circuit_opened: how often the circuit has paused the subscription.
+    :ivar lost: how many entries of the topic were removed by its :class:`Limits` before the group had acknowledged
+        them: in all, not only since the subscription started. The server counts them, and this lags by some seconds.
     """
 
     waiting: int
@@ -52,3 +55,4 @@ class SubscriptionStatistics:
     reclaimed: int
     leases_lost: int
     circuit_opened: int
+    lost: int

@@ -26,3 +26,9 @@ from ._entries import PublishSpec as PublishSpec
 from ._entries import Redelivered as Redelivered
 from ._observer import BusEvent as BusEvent
 from ._observer import Observer as Observer
+from ._retention import Interest as Interest
+from ._retention import Limits as Limits
+from ._retention import Retention as Retention
+from ._retention import RetentionKeeper as RetentionKeeper
+from ._retention import Trimmed as Trimmed
+from ._retention import WorkQueue as WorkQueue

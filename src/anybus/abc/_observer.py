@@ -18,6 +18,7 @@ class BusEvent:
     :ivar attempt: the number of the handling, from 1.
     :ivar error: the exception.
     :ivar detail: more, as text: how a delivery was settled, or at which position a group was recreated.
+    :ivar count: how many entries the event is about, where it is about several.
     """
 
     scope: str
@@ -28,6 +29,7 @@ class BusEvent:
     attempt: int | None = None
     error: BaseException | None = None
     detail: str | None = None
+    count: int | None = None
 
 
 class Observer:
@@ -77,3 +79,18 @@ class Observer:
 
     def on_group_made_again(self, event: BusEvent) -> None:
         """A lost group was recreated. ``event.detail`` is the position. :meth:`on_error` is told of the loss, too."""
+
+    def on_entries_lost(self, event: BusEvent) -> None:
+        """Limits removed ``event.count`` entries of ``event.topic`` that ``event.group`` had not acknowledged. The
+        process that removed them is told, whichever groups it has. This is also logged.
+        """
+
+    def on_group_stalled(self, event: BusEvent) -> None:
+        """``event.group`` does not go on, and so ``event.count`` entries of ``event.topic`` cannot be removed. This is
+        also logged.
+        """
+
+    def on_topic_grown(self, event: BusEvent) -> None:
+        """``event.topic`` has no retention, and has grown to ``event.count`` entries. Told once per topic and bus. This
+        is also logged.
+        """

@@ -26,6 +26,7 @@ from ...abc import (
 )
 from .dead_letters import MemoryDeadLetters
 from .deduplication import MemoryDeduplication, Records
+from .retention import MemoryRetention
 from .store import RETURNED, Group, Pending, Stream
 
 __all__ = ["MemoryBackend"]
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
 
 
-class MemoryBackend(MemoryDeduplication, StreamInspector, LeaseKeeper, MemoryDeadLetters):
+class MemoryBackend(MemoryDeduplication, StreamInspector, LeaseKeeper, MemoryDeadLetters, MemoryRetention):
     """Streams, groups and pending entries in this process's memory.
 
     Like a stream on a server, it keeps every published message, for as long as the backend lives. It uses AnyIO's
@@ -49,7 +50,7 @@ class MemoryBackend(MemoryDeduplication, StreamInspector, LeaseKeeper, MemoryDea
     """
 
     features: frozenset[Feature] = frozenset(
-        {"renew", "release", "fence", "delivery_count", "atomic_transfer", "raw", "delay", "dedup", "inspect"}
+        {"renew", "release", "fence", "delivery_count", "atomic_transfer", "raw", "delay", "dedup", "inspect", "trim"}
     )
 
     def __init__(self, name: str | None = None) -> None:

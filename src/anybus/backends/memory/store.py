@@ -8,7 +8,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import msgspec
@@ -16,6 +16,9 @@ import msgspec
 from ..._messages.message import Message
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
 from .deduplication import Records
+
+if TYPE_CHECKING:
+    from .retention import Kept
 
 RETURNED: Final = "anybus:returned"
 """The parking consumer: released entries belong to it until they are reclaimed."""
@@ -132,10 +135,38 @@ class Stream:
         self.floors: dict[str, int] = {}
         self.leases: defaultdict[str, GroupLease] = defaultdict(GroupLease)
         self.records = Records()
+        self.retention: Kept | None = None
 
     @property
     def last(self) -> int:
         return self._base + len(self._log)
+
+    @property
+    def first(self) -> int:
+        """The sequence of the first entry, which may be deleted."""
+        return self._base + 1
+
+    @property
+    def length(self) -> int:
+        return len(self._log) - self._deletions
+
+    def end_of(self, count: int) -> int:
+        """The sequence that follows the first so many entries."""
+        if not self._deletions:
+            return self._base + min(count, len(self._log)) + 1
+        first = list(itertools.islice((entry for entry in self._log if not entry.deleted), count))
+        return first[-1].sequence + 1 if len(first) == count else self.last + 1
+
+    def drop_before(self, sequence: int) -> int:
+        """Remove all entries before this one. Returns how many there were."""
+        gone = self._log[: max(0, sequence - self._base - 1)]
+        alive = [entry for entry in gone if not entry.deleted]
+        for entry in alive:  # some may be pending
+            entry.deleted, entry.message, entry.raw = True, None, {}
+        del self._log[: len(gone)]
+        self._base += len(gone)
+        self._deletions -= len(gone) - len(alive)
+        return len(alive)
 
     def append(self, message: Message | None, raw: Mapping[str, bytes], at: datetime | None = None) -> Entry:
         sequence = self._base + len(self._log) + 1

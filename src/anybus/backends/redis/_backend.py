@@ -35,6 +35,7 @@ from ...abc import (
 )
 from ._client import Client
 from ._node import Node
+from ._retention import RetentionEverywhere
 from ._scatter import Scatter
 from ._server import ClusterModeError
 from ._settings import Settings, from_client, from_url
@@ -62,6 +63,7 @@ class RedisBackend(
     TimedPublisher,
     DeadLetterStore,
     LeaseKeeper,
+    RetentionEverywhere,
 ):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
@@ -90,6 +92,7 @@ class RedisBackend(
             "dedup",
             "confirm",
             "inspect",
+            "trim",
         }
     )
 
@@ -230,6 +233,10 @@ class RedisBackend(
         if self._cluster is None:
             return await do(self._node)
         return await self._cluster.topology.at(stream, do, asks=asks)
+
+    @property
+    def _is_cluster(self) -> bool:
+        return self._cluster is not None
 
     async def _reading(self, stream: str, group: str, consumer: str, do: Callable[[Node], Awaitable[T]]) -> T:
         """The same for a blocking read."""

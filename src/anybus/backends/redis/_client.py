@@ -17,6 +17,7 @@ from . import (
     _deduplication_scripts,
     _fence_scripts,
     _lease_scripts,
+    _retention_scripts,
     _rights,
     _scripts,
     _taking_scripts,
@@ -55,6 +56,7 @@ _ALL: Final = (
     *_rights.ALL,
     *_dead_letter_scripts.ALL,
     *_deduplication_scripts.ALL,
+    *_retention_scripts.ALL,
 )
 
 

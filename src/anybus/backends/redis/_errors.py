@@ -6,7 +6,7 @@ from copy import copy
 
 import redis.exceptions
 
-from ..._ground.errors import BackendError
+from ..._ground.errors import BackendError, ServerFullError
 from ._protocol import ServerError
 
 _PERMANENT_CODES = ("CROSSSLOT", "NOPERM", "WRONGTYPE")
@@ -132,7 +132,7 @@ def translate(error: ServerError, *, entering: bool = False, may_have_happened: 
         or any(has_code(error, name) for name in _NOTHING_DONE)
         or any(part in text for part in _NOTHING_DONE_TEXTS)
     )
-    translated = BackendError(
+    translated = (ServerFullError if has_code(error, "OOM") else BackendError)(
         f"the server refused: {text}" if surely_not else f"the server answered: {text}",
         # A proxy may have forwarded the command before the error occurred.
         may_have_happened=may_have_happened or not surely_not,

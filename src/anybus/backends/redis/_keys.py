@@ -79,3 +79,9 @@ def waiting_beside(retry_stream: str) -> str:
     """The same, for the group of a retry stream."""
     base, group = _split(retry_stream)
     return f"{base}:waiting{group}"
+
+
+def retention(stream: str) -> str:
+    """The hash with the retention of a topic, and with what trimming notes."""
+    base, _ = _split(stream)
+    return f"{base}:retention"

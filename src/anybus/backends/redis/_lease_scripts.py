@@ -42,6 +42,9 @@ local function agree(key, now, consumer, own, alive, mode)
       if mode == 'join' and running == kept then return kept end
     end
   end
+  -- A full server refuses what needs memory, unless the script has written before. Members must start nevertheless:
+  -- handling and trimming make room.
+  redis.call('ZREM', key, '')
   redis.call('ZADD', key, string.format('%.0f', now + alive), 'member:' .. consumer)
   if not kept or (kept ~= own and mode ~= 'stay') then
     redis.call('ZADD', key, '+inf', 'lease:' .. own)

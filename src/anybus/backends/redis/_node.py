@@ -41,6 +41,7 @@ from ._leases import RedisLeases
 from ._limits import ROOM
 from ._parts import PER_SCRIPT
 from ._protocol import Command, ServerError
+from ._retention import RedisRetention
 from ._rights import TRY, arguments, may_not_run_scripts, missing_rights, probes
 from ._settings import Settings
 from ._taking import Memory, Taking
@@ -49,7 +50,7 @@ from ._transfers import Transfers
 _SHIELDED = 1.0
 
 
-class Node(RedisDeadLetters, RedisLeases, Additions):
+class Node(RedisDeadLetters, RedisLeases, RedisRetention, Additions):
     """One server, with all that a backend does on it. Methods are those of the backend, for streams on this server.
 
     :param memory: what is remembered of the members that read here; None = nothing yet.
@@ -277,6 +278,9 @@ class Node(RedisDeadLetters, RedisLeases, Additions):
         [reply] = await self._client.mux.pipeline((("XGROUP", "CREATE", stream, group, start_id, "MKSTREAM"),))
         if isinstance(reply, ServerError):
             if has_code(reply, "BUSYGROUP"):
+                return False
+            # A full server does not say that the group exists. Its members can free memory.
+            if has_code(reply, "OOM") and await self.has_group(stream, group):
                 return False
             raise self._client.refused(reply)
         return True

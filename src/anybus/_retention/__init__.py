@@ -1,0 +1,1 @@
+"""Retention: the topics of a bus are trimmed as they were declared."""
