@@ -18,6 +18,7 @@ class Counters:
     reclaimed: int = 0
     leases_lost: int = 0
     circuit_opened: int = 0
+    duplicates: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class SubscriptionStatistics:
     :ivar reclaimed: entries taken over because their lease had ended, or because they had been released.
     :ivar leases_lost: entries that this subscription held and that no longer belong to it.
     :ivar circuit_opened: how often the circuit has paused the subscription.
+    :ivar duplicates: messages acknowledged unhandled, because their key was handled before (exactly-once).
     """
 
     waiting: int
@@ -52,3 +54,4 @@ class SubscriptionStatistics:
     reclaimed: int
     leases_lost: int
     circuit_opened: int
+    duplicates: int

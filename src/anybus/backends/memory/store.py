@@ -13,6 +13,7 @@ from typing import Final
 import anyio
 import msgspec
 
+from ..._idempotency.table import KeyTable
 from ..._messages.message import Message
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
 
@@ -130,6 +131,7 @@ class Stream:
         self.groups: dict[str, Group] = {}
         self.floors: dict[str, int] = {}
         self.leases: defaultdict[str, GroupLease] = defaultdict(GroupLease)
+        self.keys: defaultdict[str, KeyTable] = defaultdict(KeyTable)
 
     @property
     def last(self) -> int:
