@@ -18,8 +18,10 @@ from .entry import DUPLICATE, Held, KeyState, Stage
 from .once import key_of
 from .settler import Settler
 
-_SHORTEST = 0.02
-"""After how many seconds a message whose key is claimed comes back at the earliest."""
+_SHORTEST, _LONGEST = 0.02, 1.0
+"""After how many seconds a message whose key is claimed comes back. (The other handling may end long before its claim
+does.)
+"""
 
 
 class Claims:
@@ -45,8 +47,7 @@ class Claims:
             self._settler.ack(held, DUPLICATE)
             return False
         if claim is not None and claim.state == "busy":
-            # It comes back when that claim would end, or at its next renewal.
-            wait = min(max(claim.wait, _SHORTEST), self._context.lease / 3)
+            wait = min(max(claim.wait, _SHORTEST), _LONGEST)
             reason = "another message with the same idempotency key is being handled"
             self._settler.apply(held, Result(Outcome.RELEASED, reason, delay=wait))
             return False
