@@ -717,18 +717,18 @@ async def test_a_claim_lasts_as_long_as_its_handling_and_a_completion_as_long_as
 
     async def handler(delivery: Delivery) -> None:
         handled.append((delivery.message.key, now()))
-        await anyio.sleep(3 * HOUR)
+        await anyio.sleep(HOUR / 4)
 
     def message(key: str) -> Message:
         return Message(topic, key=key, idempotency_key="k")
 
-    config = SubscriptionConfig(topic, "g", guarantee="exactly-once", idempotency_window=HOUR)
+    config = SubscriptionConfig(topic, "g", guarantee="exactly-once", idempotency_window=HOUR / 4)
     async with StreamBus(backend, StreamBusOptions(claim_idle_timeout=60.0)) as bus:
         async with bus.subscribe(config, handler) as one, bus.subscribe(config, handler) as two:
             await bus.publish(message("first"))
             await anyio.sleep(1)
             await bus.publish(message("meanwhile"))
-            await anyio.sleep(4 * HOUR - 60)
+            await anyio.sleep(HOUR / 2 - 60)
             counted = [one.statistics(), two.statistics()]
             assert [key for key, _ in handled] == ["first"]
             assert [sum(each) for each in zip(*((c.handled, c.duplicates) for c in counted), strict=True)] == [1, 1]
