@@ -8,7 +8,7 @@ must not lose them. A claim is given up before the retry or the dead letter is s
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import anyio
 
@@ -106,20 +106,22 @@ class KeyedDispatch(Dispatch):
         return [held for held in entries if held not in failures or _step(held) == "release"]
 
     async def _note_one(self, held: Held, step: KeyStep, failures: dict[Held, Exception]) -> None:
-        context, store, key = self._context, self._once.store, key_of(held)
-        work: Awaitable[None]
         try:
-            if step == "complete":
-                work = store.complete(context.topic, context.group, key, context.consumer, window=self._once.window)
-            else:
-                work = store.release(context.topic, context.group, key, context.consumer)
-            await work
-        except BaseException as raised:  # noqa: ASYNC103 - raised again in there
-            error = as_failure(raised)
-            failure = BackendError(
-                f"the idempotency store failed: {words(error)}", may_have_happened=False, can_pass=can_pass(error)
-            )
-            failure.__cause__ = error
-            failures[held] = failure
+            await self._tell_store(key_of(held), step)
+        except BackendError as error:
+            failures[held] = error
         else:
             held.key = KeyState.COMPLETED if step == "complete" else KeyState.UNKNOWN
+
+    async def _tell_store(self, key: str, step: KeyStep) -> None:
+        context, store = self._context, self._once.store
+        try:
+            if step == "complete":
+                await store.complete(context.topic, context.group, key, context.consumer, window=self._once.window)
+            else:
+                await store.release(context.topic, context.group, key, context.consumer)
+        except BaseException as raised:  # noqa: ASYNC103 - raised again in there
+            error = as_failure(raised)
+            raise BackendError(  # noqa: ASYNC104
+                f"the idempotency store failed: {words(error)}", may_have_happened=False, can_pass=can_pass(error)
+            ) from error
