@@ -10,24 +10,31 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
+from anyio import to_thread
 from harness import Harness, MemoryHarness, until
 from servers import RedisHarness
 
-from anybus import ValidationError
+from anybus import LeaseLostError, ValidationError
 from anybus.abc import CompletionKeeper
 from anybus.idempotency import Claim, IdempotencyStore, MemoryStore, SqlStore
 
 CLAIMED, COMPLETED = Claim("claimed"), Claim("completed")
 
 
-@pytest.fixture(params=["memory", "backend", "server", "sqlite"])
+POSTGRESQL = os.environ.get("ANYBUS_POSTGRESQL", "")
+"""Where a PostgreSQL server is, in the words of psycopg (``host=… dbname=… user=…``): then it is tested, too."""
+
+
+@pytest.fixture(params=["memory", "backend", "server", "sqlite", *(["postgresql"] if POSTGRESQL else [])])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -41,6 +48,9 @@ def opened(kind: str, request: pytest.FixtureRequest, tmp_path: Path):  # type: 
         elif kind == "sqlite":
             async with SqlStore.sqlite(tmp_path / "keys.sqlite") as store:
                 yield store
+        elif kind == "postgresql":
+            async with SqlStore(connect_postgresql, paramstyle="pyformat", now=POSTGRESQL_NOW) as store:
+                yield store
         else:
             harness: Harness = MemoryHarness() if kind == "backend" else request.getfixturevalue("server_harness")
             async with harness.make_backend() as backend:
@@ -48,6 +58,17 @@ def opened(kind: str, request: pytest.FixtureRequest, tmp_path: Path):  # type: 
                 yield backend.idempotency_store
 
     return open_store
+
+
+POSTGRESQL_NOW = "extract(epoch from clock_timestamp())::double precision"
+
+
+def connect_postgresql() -> Any:
+    import psycopg  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    connection = psycopg.connect(POSTGRESQL)
+    SqlStore.create_table(connection)
+    return connection
 
 
 @pytest.fixture
@@ -239,3 +260,35 @@ def test_bad_input_is_refused() -> None:
         SqlStore.sqlite("x", table="a; DROP TABLE b")
     with pytest.raises(ValidationError, match="paramstyle must be one of qmark"):
         SqlStore(lambda: sqlite3.connect("x"), paramstyle="dollar")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not POSTGRESQL, reason="ANYBUS_POSTGRESQL is not set")
+async def test_an_open_transaction_keeps_its_claim_on_postgresql(topic: str) -> None:
+    """Whoever would take the entry over waits for the end of the transaction, and finds the key completed."""
+    mine = await to_thread.run_sync(connect_postgresql)
+    async with (
+        SqlStore(connect_postgresql, paramstyle="pyformat", now=POSTGRESQL_NOW) as one,
+        SqlStore(connect_postgresql, paramstyle="pyformat", now=POSTGRESQL_NOW) as two,
+    ):
+        assert await claim(one, topic, consumer="a") == CLAIMED
+        answers: list[Claim] = []
+
+        async def take_over() -> None:
+            answers.append(await claim(two, topic, consumer="b"))
+
+        async with anyio.create_task_group() as tasks:
+            async with one.transaction(topic, "g", "k", "a", entry="1-0", window=900, connection=mine):
+                tasks.start_soon(take_over)
+                await anyio.sleep(0.2)
+                assert answers == []
+        assert answers == [COMPLETED]
+        # A transaction that is rolled back leaves the claim as it was.
+        assert await claim(one, topic, "other", consumer="a") == CLAIMED
+        with pytest.raises(LookupError):
+            async with one.transaction(topic, "g", "other", "a", entry="1-0", window=900, connection=mine):
+                raise LookupError
+        assert (await claim(two, topic, "other", consumer="b", entry="2-0")).state == "busy"
+        with pytest.raises(LeaseLostError):
+            async with one.transaction(topic, "g", "other", "b", entry="2-0", window=900, connection=mine):
+                raise AssertionError("not reached")
+    await to_thread.run_sync(mine.close)
