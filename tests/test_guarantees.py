@@ -163,9 +163,9 @@ async def test_at_least_once_by_hand(harness: Harness, topic: str) -> None:
             await until(lambda: subscription.statistics().handled == 1)
 
 
-@pytest.mark.parametrize("value", ["exactly-once", "at-least-ones", "", 1, True, ["at-most-once"]], ids=repr)
+@pytest.mark.parametrize("value", ["exactly-twice", "at-least-ones", "", 1, True, ["at-most-once"]], ids=repr)
 def test_an_unknown_guarantee_is_refused(value: Any) -> None:
-    with refused("guarantee", repr(value), "one of at-least-once, at-most-once, or None"):
+    with refused("guarantee", repr(value), "one of at-least-once, at-most-once, exactly-once, or None"):
         SubscriptionConfig("t", "g", guarantee=value)
 
 

@@ -705,3 +705,36 @@ async def test_acknowledgements_are_flushed_at_any_hour_of_the_clock(
                 await bus.publish_batch([Message(topic) for _ in range(3)])
                 await anyio.sleep(0.1)
                 assert subscription.statistics().handled == 3 * number
+
+
+# --- exactly-once effects
+
+
+async def test_a_claim_lasts_as_long_as_its_handling_and_a_completion_as_long_as_the_window(
+    backend: MemoryBackend, topic: str
+) -> None:
+    handled: list[tuple[str, float]] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append((delivery.message.key, now()))
+        await anyio.sleep(HOUR / 4)
+
+    def message(key: str) -> Message:
+        return Message(topic, key=key, idempotency_key="k")
+
+    config = SubscriptionConfig(topic, "g", guarantee="exactly-once", idempotency_window=HOUR / 4)
+    async with StreamBus(backend, StreamBusOptions(claim_idle_timeout=60.0)) as bus:
+        async with bus.subscribe(config, handler) as one, bus.subscribe(config, handler) as two:
+            await bus.publish(message("first"))
+            await anyio.sleep(1)
+            await bus.publish(message("meanwhile"))
+            await anyio.sleep(HOUR / 2 - 60)
+            counted = [one.statistics(), two.statistics()]
+            assert [key for key, _ in handled] == ["first"]
+            assert [sum(each) for each in zip(*((c.handled, c.duplicates) for c in counted), strict=True)] == [1, 1]
+            await bus.publish(message("in the window"))
+            await anyio.sleep(120)
+            await bus.publish(message("after the window"))
+            await anyio.sleep(1)
+            assert [key for key, _ in handled] == ["first", "after the window"]
+            assert one.statistics().duplicates + two.statistics().duplicates == 2

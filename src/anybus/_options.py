@@ -15,20 +15,23 @@ from ._ground.checks import check_choice, check_delay, check_int, check_name, ch
 from ._ground.windows import check_window
 from ._messages.message import Headers
 from .abc import Confirmation
+from .abc._idempotency import IdempotencyStore
 from .abc._observer import Observer
 from .abc._retention import Retention, check_retention
 
-Guarantee = Literal["at-least-once", "at-most-once"]
+Guarantee = Literal["at-least-once", "at-most-once", "exactly-once"]
 OnLeaseLost = Literal["continue", "cancel"]
 
 CONFIRMATIONS: Final[tuple[Confirmation, ...]] = ("accepted", "replicated", "persisted")
-GUARANTEES: Final[tuple[Guarantee, ...]] = ("at-least-once", "at-most-once")
+GUARANTEES: Final[tuple[Guarantee, ...]] = ("at-least-once", "at-most-once", "exactly-once")
 ACK_MODES: Final[tuple[AckMode, ...]] = ("auto-on-handler-success", "manual", "auto-on-receive")
 LEASE_LOST: Final[tuple[OnLeaseLost, ...]] = ("continue", "cancel")
 LABEL_SUFFIX_BYTES: Final = 17
 DEFAULT_BACKOFF: Final = ExponentialBackoff()
 DEFAULT_MAX_RETRY: Final = 3
 DEFAULT_MAX_DELIVERIES: Final = 10
+DEFAULT_IDEMPOTENCY_WINDOW: Final = 86_400.0
+LONGEST_IDEMPOTENCY_WINDOW: Final = 90 * 86_400.0
 
 
 class Drop(enum.Enum):
@@ -130,8 +133,9 @@ class SubscriptionConfig:
     :param group: the consumer group whose members share the work.
     :param consumer: a label for this member. Its name on the server is ``<label>-<unique>``. No other member
         of the group ever has that name.
-    :param guarantee: ``at-least-once`` (the default), or ``at-most-once``: messages are acknowledged when they are
-        received, and never retried. None = what ``ack_mode`` implies.
+    :param guarantee: ``at-least-once`` (the default), ``at-most-once``: messages are acknowledged when they are
+        received, and never retried, or ``exactly-once``: a message is not handled if one with the same key was
+        handled before. None = what ``ack_mode`` implies.
     :param ack_mode: ``auto-on-handler-success`` (the default), ``manual``, or ``auto-on-receive`` (the only mode for
         ``at-most-once``). None = what ``guarantee`` implies.
     :param max_in_flight: the maximum number of handlers that run at once.
@@ -156,6 +160,9 @@ class SubscriptionConfig:
     :param on_lease_lost: ``continue`` (``delivery.lease_lost`` tells the handler), or ``cancel`` the handler.
     :param wait_if_full: if the server is full when the subscription starts, wait until there is room. Otherwise
         entering raises :class:`ServerFullError` after ``publish_timeout``.
+    :param idempotency_store: for ``exactly-once``, remembers which keys were handled; None = the backend's own store.
+    :param idempotency_window: for ``exactly-once``, for how many seconds a handled key is remembered, at most 90 days;
+        None = one day.
     :raises ValidationError: if a value is refused, or contradicts another one.
     """
 
@@ -178,6 +185,8 @@ class SubscriptionConfig:
     group_start_id: str | None = field(default=None, kw_only=True)
     on_lease_lost: OnLeaseLost = field(default="continue", kw_only=True)
     wait_if_full: bool = field(default=False, kw_only=True)
+    idempotency_store: IdempotencyStore | None = field(default=None, kw_only=True)
+    idempotency_window: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _keep(self, "topic", check_topic("topic", self.topic))
@@ -209,6 +218,7 @@ class SubscriptionConfig:
         if not isinstance(self.wait_if_full, bool):
             refuse("wait_if_full", self.wait_if_full, "True or False")
         self._check_guarantee()
+        self._check_idempotency()
 
     def _check_guarantee(self) -> None:
         if self.guarantee is not None and self.ack_mode is not None:
@@ -230,6 +240,20 @@ class SubscriptionConfig:
             refuse(
                 "on_lease_lost", self.on_lease_lost, f"'continue' with {named}, which holds no lease during handling"
             )
+
+    def _check_idempotency(self) -> None:
+        store, window = self.idempotency_store, self.idempotency_window
+        if self.guarantee != "exactly-once":
+            for name, value in (("idempotency_store", store), ("idempotency_window", window)):
+                if value is not None:
+                    refuse(name, value, "unset without guarantee='exactly-once'")
+        if store is not None and not isinstance(store, IdempotencyStore):
+            refuse("idempotency_store", store, "an anybus.idempotency.IdempotencyStore, or None")
+        if window is not None:
+            window = check_delay("idempotency_window", window, positive=True)
+            if window > LONGEST_IDEMPOTENCY_WINDOW:
+                refuse("idempotency_window", window, f"at most {LONGEST_IDEMPOTENCY_WINDOW:.0f} seconds (90 days)")
+            _keep(self, "idempotency_window", window)
 
     def _check_retry_policy(self) -> None:
         retry_on = check_rules("retry_on", self.retry_on)

@@ -8,6 +8,7 @@ from .._failure.settlement import Policy
 from .._ground.clock import loop_clock
 from .._ground.home import Home
 from .._options import (
+    DEFAULT_IDEMPOTENCY_WINDOW,
     DEFAULT_MAX_DELIVERIES,
     DEFAULT_MAX_RETRY,
     StreamBusOptions,
@@ -16,9 +17,9 @@ from .._options import (
     dead_letter_topic_of,
 )
 from .._reporting import Notices, Reporter
-from ..abc import StreamBackend
+from ..abc import CompletionKeeper, StreamBackend
 from .budget import Budget
-from .context import Context, LeaseTerm, SuspectSlot
+from .context import Context, ExactlyOnce, LeaseTerm, SuspectSlot
 from .ledger import Ledger
 from .naming import ConsumerNames
 from .statistics import Counters
@@ -84,4 +85,15 @@ def make_context(
         clock=loop_clock(),
         term=LeaseTerm(options.claim_idle_timeout),
         home=home,
+        once=_exactly_once(config, backend),
     )
+
+
+def _exactly_once(config: SubscriptionConfig, backend: StreamBackend) -> ExactlyOnce | None:
+    if config.guarantee != "exactly-once":
+        return None
+    window = config.idempotency_window or DEFAULT_IDEMPOTENCY_WINDOW
+    if config.idempotency_store is not None:
+        return ExactlyOnce(config.idempotency_store, None, window)
+    assert isinstance(backend, CompletionKeeper)
+    return ExactlyOnce(backend.idempotency_store, backend, window)

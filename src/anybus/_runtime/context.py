@@ -15,7 +15,7 @@ from .._failure.settlement import Policy
 from .._ground.home import Home
 from .._options import OnLeaseLost, StreamBusOptions
 from .._reporting import Notices, Reporter
-from ..abc import StreamBackend
+from ..abc import CompletionKeeper, IdempotencyStore, StreamBackend
 from .entry import Held, Stage
 from .ledger import Ledger
 from .statistics import Counters
@@ -65,6 +65,19 @@ class LeaseTerm:
 
 
 @dataclass(frozen=True)
+class ExactlyOnce:
+    """What a subscription with exactly-once effects works with.
+
+    :ivar keeper: the backend, if the store is its own: completions are stored in the step of the acknowledgement.
+    :ivar window: for how many seconds a completed key is remembered.
+    """
+
+    store: IdempotencyStore
+    keeper: CompletionKeeper | None
+    window: float
+
+
+@dataclass(frozen=True)
 class Context:
     """Fixed for the life of a subscription. ``clock`` is AnyIO's, in seconds."""
 
@@ -90,6 +103,7 @@ class Context:
     clock: Callable[[], float]
     term: LeaseTerm
     home: Home
+    once: ExactlyOnce | None
 
     @cached_property
     def retry_stream(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 
@@ -81,6 +82,22 @@ class Delivery(msgspec.Struct, eq=False):
         :raises ValidationError: if the delay is negative or not a number.
         """
         await self._keeper.settle(self._entry, Result(Outcome.RELEASED, delay=check_delay("delay", delay)))
+
+    def transaction(self, connection: object) -> AbstractAsyncContextManager[None]:
+        """A transaction of the handler's own database connection, to which the completion of this message belongs.
+
+        For ``guarantee="exactly-once"`` with an :class:`anybus.idempotency.SqlStore`. If the body returns, its effects
+        and the completion are committed together. If it raises, both are rolled back. Settle the delivery afterwards,
+        or return.
+
+        :param connection: a DB-API connection that may be used in worker threads, or a connection of SQLAlchemy. It has
+            no open transaction.
+        :raises UnsupportedError: if the subscription's store cannot take part in a transaction.
+        :raises ValidationError: if the connection cannot be used.
+        :raises LeaseLostError: if another consumer has taken the message over. Nothing was changed.
+        :raises AlreadySettledError: if the delivery was settled before.
+        """
+        return self._keeper.transaction(self._entry, connection)
 
     async def extend(self) -> None:
         """Renew the lease now, for a whole ``claim_idle_timeout``. While a handler runs, the bus does this by itself.

@@ -9,7 +9,15 @@ import anyio
 
 from .._failure.settlement import CANCELLED, DeadLetter, Decision, Outcome, Result
 from .._ground.cancellation import as_failure
-from .._ground.errors import ClosedError, GroupLostError, LeaseLostError, can_pass, may_have_happened, words
+from .._ground.errors import (
+    ClosedError,
+    EventBusError,
+    GroupLostError,
+    LeaseLostError,
+    can_pass,
+    may_have_happened,
+    words,
+)
 from ..abc import Output
 from ..abc._observer import ErrorScope
 from .context import Context
@@ -19,6 +27,7 @@ from .entry import (
     ACKED_WITH,
     DEAD_LETTERED,
     DROPPED,
+    DUPLICATE,
     MISSING,
     PLAIN,
     RELEASED,
@@ -109,58 +118,63 @@ class Dispatch:
             self.done(held)
 
     async def _flush_acks(self, batch: list[Held]) -> None:
-        async def send(stream: str, entries: list[Held]) -> None:
-            context = self._context
-            ids = [held.id for held in entries]
-            refused = await context.backend.ack_many(stream, context.group, ids, consumer=self._fence)
-            if not refused:
-                self._all_done(stream, entries, ids)
-                return
-            not_ours = set(refused)
-            for held in entries:
-                if held.id in not_ours:
-                    self._refused(held, self.acks)
-                else:
-                    self.done(held)
+        await self._flush(batch, self._send_acks, self.acks)
 
-        await self._flush(batch, send, self.acks)
+    async def _send_acks(self, stream: str, entries: list[Held]) -> None:
+        context = self._context
+        ids = [held.id for held in entries]
+        refused = await context.backend.ack_many(stream, context.group, ids, consumer=self._fence)
+        if not refused:
+            self._all_done(stream, entries, ids)
+            return
+        not_ours = set(refused)
+        for held in entries:
+            if held.id in not_ours:
+                self._refused(held, self.acks)
+            else:
+                self.done(held)
 
     async def _flush_transfers(self, batch: list[Held]) -> None:
-        async def send(stream: str, entries: list[Held]) -> None:
-            context = self._context
-            items = [(held.id, (held.settlement or PLAIN).outputs) for held in entries]
-            results = await context.backend.transfer_many(stream, context.group, context.consumer, items)
-            for held, result in zip(entries, results, strict=True):
-                if isinstance(result, Exception):
-                    self._failed(held, result, self._transfers)
-                elif result is None:
-                    self._refused(held, self._transfers)
-                else:
-                    self.done(held)
-                    if held.intent == ACKED_WITH and context.reporter.hears_published:
-                        self._tell_published(held, result)
+        await self._flush(batch, self._send_transfers, self._transfers)
 
-        await self._flush(batch, send, self._transfers)
+    async def _send_transfers(self, stream: str, entries: list[Held]) -> None:
+        context = self._context
+        items = [(held.id, (held.settlement or PLAIN).outputs) for held in entries]
+        results = await context.backend.transfer_many(stream, context.group, context.consumer, items)
+        self._transferred(entries, results, self._transfers)
+
+    def _transferred(
+        self, entries: list[Held], results: Sequence[list[str] | EventBusError | None], lane: Lane
+    ) -> None:
+        for held, result in zip(entries, results, strict=True):
+            if isinstance(result, Exception):
+                self._failed(held, result, lane)
+            elif result is None:
+                self._refused(held, lane)
+            else:
+                self.done(held)
+                if held.intent == ACKED_WITH and self._context.reporter.hears_published:
+                    self._tell_published(held, result)
 
     async def _flush_releases(self, batch: list[Held]) -> None:
-        async def send(stream: str, entries: list[Held]) -> None:
-            context = self._context
-            ids = [held.id for held in entries]
-            # A call under way may bring these. Only the server knows whether they were delivered before or after this.
-            context.ledger.note_doubt(stream, ids)
-            try:
-                await context.backend.release(stream, context.group, context.consumer, ids)
-            except GroupLostError:  # then nothing is ours any more: nothing to release
-                context.ledger.group_was_lost(stream)
-            for held in entries:
-                if held.retaken:
-                    # Delivered to us again between the release and its reply: it is ours once more.
-                    held.retaken = False
-                    self._releases.put(held)
-                else:
-                    self.done(held)
+        await self._flush(batch, self._send_releases, self._releases)
 
-        await self._flush(batch, send, self._releases)
+    async def _send_releases(self, stream: str, entries: list[Held]) -> None:
+        context = self._context
+        ids = [held.id for held in entries]
+        # A call under way may bring these. Only the server knows whether they were delivered before or after this.
+        context.ledger.note_doubt(stream, ids)
+        try:
+            await context.backend.release(stream, context.group, context.consumer, ids)
+        except GroupLostError:  # then nothing is ours any more: nothing to release
+            context.ledger.group_was_lost(stream)
+        for held in entries:
+            if held.retaken:
+                # Delivered to us again between the release and its reply: it is ours once more.
+                held.retaken = False
+                self._releases.put(held)
+            else:
+                self.done(held)
 
     async def _flush(self, batch: list[Held], send: Callable[[str, list[Held]], Awaitable[None]], lane: Lane) -> None:
         by_stream: defaultdict[str, list[Held]] = defaultdict(list)
@@ -246,6 +260,8 @@ class Dispatch:
             counters.released += 1
         elif intent in (DEAD_LETTERED, DROPPED):
             counters.dead_lettered += 1
+        elif intent == DUPLICATE:
+            counters.duplicates += 1
         if sure and not handed_back:
             context.ledger.note_settled(held.stream, (held.id,), (held.message.uid,))
         elif not sure:
@@ -266,7 +282,8 @@ class Dispatch:
             self.settle(again, SETTLED_BEFORE)
 
     def _tell_published(self, held: Held, ids: Sequence[str]) -> None:
-        for output, entry_id in zip((held.settlement or PLAIN).outputs, ids, strict=True):
+        # There are no ids if nothing was published, because the key of the message was completed before.
+        for output, entry_id in zip((held.settlement or PLAIN).outputs, ids, strict=False):
             self._context.reporter.tell("on_published", "published", topic=output.stream, message_id=entry_id)
 
     def tell_dead_lettered(self, held: Held) -> None:
@@ -294,7 +311,8 @@ class Dispatch:
             # so, that try had no effect. A handled entry is only acked then, one with outputs is handled again.
             self.done(held, sure=False)
             if intent == ACKED:
-                context.ledger.remember_handled(held, SETTLED_BEFORE)
+                # If it has to be acked again, exactly-once has to complete its key, too.
+                context.ledger.remember_handled(held, SETTLED_BEFORE if context.once is None else ACKED)
             return
         context.ledger.note_vanished(held, context.clock())
         if intent == ACKED:

@@ -24,6 +24,9 @@ ACKED, ACKED_WITH, ACCEPTED, RETRIED, DEAD_LETTERED, DROPPED, RELEASED, MISSING 
     "released",
     "missing",
 )
+DUPLICATE = "duplicate"
+"""The intent of an ack for a message that is not handled, because its key was handled before (exactly-once)."""
+
 SETTLED_BEFORE = "settled before"
 """The intent of an ack for an entry that was settled here and was redelivered: it is not counted again."""
 
@@ -53,6 +56,18 @@ TRANSITIONS: Final[Mapping[Stage, frozenset[Stage]]] = {
     Stage.GONE: frozenset(),
 }
 """The stages that may follow each stage. The tests check every change of a stage against this table."""
+
+
+class KeyState(enum.IntEnum):
+    """What is known of a message's idempotency key (exactly-once)."""
+
+    UNKNOWN = 0
+    CLAIMED = 1
+    """Claimed for this entry, so its handler may run."""
+    IN_TRANSACTION = 2
+    """Its completion is part of the handler's transaction, which is not over."""
+    COMPLETED = 3
+    """Its completion is stored, so the message must not be handled again."""
 
 
 class Waiter:
@@ -98,6 +113,7 @@ class Held(msgspec.Struct, eq=False):
     :ivar settlement: None while it is open, and for a plain ack on its first try.
     :ivar scope: cancels its handler; None if that can never be necessary.
     :ivar gone: set when the entry is no longer held. Only a suspect has it.
+    :ivar key: what is known of its idempotency key.
     """
 
     stream: str
@@ -117,6 +133,7 @@ class Held(msgspec.Struct, eq=False):
     waiter: Waiter | None = None
     scope: anyio.CancelScope | None = None
     gone: anyio.Event | None = None
+    key: KeyState = KeyState.UNKNOWN
 
     @property
     def intent(self) -> str:

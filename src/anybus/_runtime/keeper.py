@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 
 from .._failure.settlement import Outcome, Result
 from .._ground.checks import refuse
-from .._ground.errors import AlreadySettledError, LeaseLostError
+from .._ground.errors import AlreadySettledError, LeaseLostError, UnsupportedError
 from .._messages.message import Message, check_outgoing
 from ..abc import Output
 from .circuit import Circuit
+from .claims import Claims
 from .context import Context
-from .entry import Held, Stage
+from .entry import Held, KeyState, Stage
 from .leases import Leases
 from .settler import Settler
 
@@ -41,11 +43,14 @@ class DeliveryState:
 class EntryKeeper:
     """Answers the deliveries of one subscription."""
 
-    def __init__(self, context: Context, settler: Settler, leases: Leases, circuit: Circuit | None) -> None:
+    def __init__(
+        self, context: Context, settler: Settler, leases: Leases, circuit: Circuit | None, claims: Claims | None
+    ) -> None:
         self._context = context
         self._settler = settler
         self._leases = leases
         self._circuit = circuit
+        self._claims = claims
 
     def describe(self, entry: Held) -> DeliveryState:
         return DeliveryState(
@@ -80,7 +85,22 @@ class EntryKeeper:
             )
         await self._settle(entry, None, outputs)
 
+    def transaction(self, entry: Held, connection: object) -> AbstractAsyncContextManager[None]:
+        self._context.home.check("the delivery")
+        if self._claims is None:
+            raise UnsupportedError("transaction() is for guarantee='exactly-once' with an anybus.idempotency.SqlStore")
+        return self._claims.transaction(entry, connection)
+
     async def _settle(self, entry: Held, result: Result | None, outputs: Sequence[Output] = ()) -> None:
+        if entry.key is KeyState.IN_TRANSACTION:
+            raise RuntimeError("settle the delivery after its transaction, not inside")
+        if entry.key is KeyState.COMPLETED and entry.stage in (Stage.OPEN, Stage.RETURNED):
+            if result is not None:
+                raise AlreadySettledError(
+                    f"the transaction of entry {entry.id} is committed, so it has been handled: only ack() is left"
+                )
+            if outputs:
+                refuse("publish", outputs, "empty after transaction(): a crash in between would lose the messages")
         await self._settler.settle(entry, result, outputs)
         if self._circuit is not None:
             self._circuit.saw(Outcome.RETURNED if result is None else result.outcome)

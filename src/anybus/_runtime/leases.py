@@ -13,6 +13,7 @@ import anyio
 from .._failure.backoff import recovery_delay
 from .._ground.cancellation import as_failure
 from .._ground.errors import GroupLostError, LeaseLostError, UnsupportedError, can_pass
+from .claims import Claims
 from .context import Context
 from .entry import Held, Stage
 from .fate import tell_let_go, tell_lost
@@ -23,11 +24,15 @@ _RENEWED = (*_UNSTARTED, Stage.OPEN, Stage.SETTLING)
 
 
 class Leases:
-    """The renewal task."""
+    """The renewal task.
 
-    def __init__(self, context: Context, settler: Settler) -> None:
+    :param claims: with exactly-once effects, renewed with the leases.
+    """
+
+    def __init__(self, context: Context, settler: Settler, claims: Claims | None) -> None:
         self._context = context
         self._settler = settler
+        self._claims = claims
         self._can_renew = "renew" in context.backend.features
 
     def adopt(self, lease: float) -> None:
@@ -49,6 +54,8 @@ class Leases:
             if self._can_renew:
                 for stream in self._context.streams:
                     renewed = await self._renew(stream) and renewed
+            if self._claims is not None:
+                await self._claims.renew()
             failures = 0 if renewed else failures + 1
             self._look_for_expired()
 
@@ -126,3 +133,5 @@ class Leases:
             raise LeaseLostError(f"entry {entry.id} of {entry.stream!r} is no longer ours")
         entry.lease_until = started + context.lease
         entry.lost = False
+        if self._claims is not None:
+            await self._claims.extend(entry)

@@ -9,11 +9,12 @@ import anyio
 
 from .._ground.cancellation import persist
 from .._ground.checks import refuse
+from .._ground.errors import UnsupportedError
 from .._ground.home import Home
 from .._options import StreamBusOptions, SubscriptionConfig, dead_letter_topic_of
 from .._reporting import Notices
 from .._retention.caretaker import Caretaker
-from ..abc import StreamBackend
+from ..abc import CompletionKeeper, StreamBackend
 from .assembly import make_context
 from .context import SuspectSlot
 from .naming import ConsumerNames
@@ -47,6 +48,12 @@ class Members:
             config.topic.endswith(".dead") or config.topic in self._dead_letter_topics
         ):
             refuse("dead_letter_topic", None, "set (a topic or anybus.DROP) for a subscription on a dead-letter topic")
+        own_store = config.guarantee == "exactly-once" and config.idempotency_store is None
+        if own_store and not isinstance(self._backend, CompletionKeeper):
+            name = type(self._backend).__name__
+            raise UnsupportedError(
+                f"{name} has no idempotency store of its own: guarantee='exactly-once' needs an idempotency_store"
+            )
         return config
 
     @asynccontextmanager

@@ -32,9 +32,10 @@ from .._ground.cancellation import (
 from .._ground.errors import HandlerTimeoutError, words
 from .._ground.log import logger
 from .circuit import Circuit
+from .claims import Claims
 from .context import Context
 from .delivery import Delivery
-from .entry import Held, Stage
+from .entry import Held, KeyState, Stage
 from .fate import tell_handled
 from .keeper import EntryKeeper
 from .settler import Settler
@@ -73,6 +74,7 @@ class HandlerPool(Taker):
         settler: Settler,
         keeper: EntryKeeper,
         circuit: Circuit | None,
+        claims: Claims | None,
         ready: MemoryObjectReceiveStream[list[Held]],
         again: MemoryObjectSendStream[list[Held]],
         handler: Handler,
@@ -81,13 +83,14 @@ class HandlerPool(Taker):
         super().__init__(context, settler, ready, again)
         self._keeper = keeper
         self._circuit = circuit
+        self._claims = claims
         self._handler = handler
         self._fail = fail
         self._conclude = settler.conclude if circuit is None else self._conclude_watched
         self._limit = context.max_in_flight
         self._needs_scope = context.handler_timeout is not None or context.on_lease_lost == "cancel"
         self._on_receive = context.policy.ack_mode == "auto-on-receive"
-        self._is_plain = not (self._on_receive or self._needs_scope)
+        self._is_plain = not (self._on_receive or self._needs_scope or claims is not None)
         self._workers = 0
         self._pausing = 0
         self._places: set[Place] = set()
@@ -184,8 +187,10 @@ class HandlerPool(Taker):
                         conclude(held, RETURNED)
                 elif self._on_receive:
                     await self._handle_acked(held)
-                else:
+                elif self._claims is None or await self._claims.admit(held):
                     await self._handle(held)
+                else:
+                    continue
                 if debug:
                     tell_handled(self._context, held)
             except anyio.get_cancelled_exc_class():
@@ -277,7 +282,7 @@ class HandlerPool(Taker):
             self._settler.conclude(held, CANCELLED)
             raise cancellation
         verdict = sole(error)  # a Retry from the handler's own task group is wrapped
-        settled = held.stage is not Stage.OPEN and not self._on_receive
+        settled = (held.stage is not Stage.OPEN or held.key is KeyState.COMPLETED) and not self._on_receive
         if isinstance(verdict, Retry) and not settled and not self._on_receive:
             return Result(Outcome.RETRY, words(verdict), "Retry", verdict.delay, verdict)
         if isinstance(verdict, Reject) and not settled:

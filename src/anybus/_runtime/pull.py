@@ -11,6 +11,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from .._ground.cancellation import persist
 from .._ground.home import Home
+from .claims import Claims
 from .context import Context
 from .delivery import Delivery
 from .entry import Held, Stage
@@ -27,11 +28,13 @@ class PullTaker(Taker):
         context: Context,
         settler: Settler,
         keeper: EntryKeeper,
+        claims: Claims | None,
         ready: MemoryObjectReceiveStream[list[Held]],
         again: MemoryObjectSendStream[list[Held]],
     ) -> None:
         super().__init__(context, settler, ready, again)
         self._keeper = keeper
+        self._claims = claims
         self._limit = context.max_in_flight
         self._given: set[Held] = set()
 
@@ -47,7 +50,7 @@ class PullTaker(Taker):
         self._given = {held for held in self._given if held.stage in (Stage.OPEN, Stage.SETTLING)}
 
     async def take(self) -> Delivery | None:
-        """The next delivery; None when there are no more. Nothing is awaited between taking and returning it."""
+        """The next delivery; None when there are no more. Once it is open for its handler, nothing is awaited."""
         await checkpoint()
         while not self._stopped:
             if len(self._given) >= self._limit:
@@ -57,7 +60,8 @@ class PullTaker(Taker):
             elif (held := self.next_entry()) is not None:
                 self._given.add(held)
                 self._wake_next()
-                return Delivery(held, self._keeper)
+                if self._claims is None or await self._claims.admit(held):
+                    return Delivery(held, self._keeper)
             else:
                 try:
                     await self._receive()

@@ -32,7 +32,6 @@ from .._ground.cancellation import is_crash
 from .._ground.errors import AlreadySettledError, ClosedError, LeaseLostError
 from ..abc import Output
 from .context import Context
-from .dispatch import Dispatch
 from .entry import (
     ACCEPTED,
     ACKED,
@@ -43,11 +42,13 @@ from .entry import (
     RELEASED,
     RETRIED,
     Held,
+    KeyState,
     Settlement,
     Stage,
     Waiter,
 )
 from .fate import tell_fate, tell_unsettled
+from .once import dispatch_for
 from .postponed import Postponed
 
 _OPEN, _SETTLING = Stage.OPEN, Stage.SETTLING  # read for every message
@@ -63,7 +64,7 @@ class Settler:
         self._context = context
         self._postponed = postponed
         self._judgement = Judgement(context.policy, context.failure_policy)
-        self.dispatch = Dispatch(context, self.apply)
+        self.dispatch = dispatch_for(context, self.apply)
         self._put_ack = self.dispatch.acks.put
         self.given_back = 0
         """How many entries were released that could be taken again at once. Then the next pass waits: no spinning."""
@@ -209,6 +210,9 @@ class Settler:
 
     def apply(self, held: Held, result: Result, *, raw: Mapping[str, bytes] | None = None) -> None:
         """Do what the table decides. ``raw``: the fields of a malformed entry, kept beside its dead letter."""
+        if held.key is KeyState.COMPLETED and result.outcome not in (Outcome.RETURNED, Outcome.CRASHED):
+            self.ack(held)  # the handler's transaction is committed: whatever came afterwards, it has been handled
+            return
         result = self._judgement.weigh(result, held.message, held.attempt, partial(self._complain, held))
         decision = self._decide(held, result)
         if isinstance(decision, Ack):
@@ -251,6 +255,7 @@ class Settler:
         if not self._can_delay:
             # A new record waits here until it is due: the old delivery is settled.
             again = held.again(decision.attempt, Stage.PARKED)
+            again.key = held.key  # the claim is kept while it waits here
             held.settle(intent, (), result, decision)
             self.dispatch.done(held, sure=False)
             self._context.ledger.add(again)

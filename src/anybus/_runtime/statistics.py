@@ -19,6 +19,7 @@ class Counters:
     leases_lost: int = 0
     circuit_opened: int = 0
     lost: int = 0
+    duplicates: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class SubscriptionStatistics:
     :ivar circuit_opened: how often the circuit has paused the subscription.
     :ivar lost: how many entries of the topic were removed by its :class:`Limits` before the group had acknowledged
         them: in all, not only since the subscription started. The server counts them, and this lags by some seconds.
+    :ivar duplicates: messages acknowledged unhandled, because their key was handled before (exactly-once).
     """
 
     waiting: int
@@ -56,3 +58,4 @@ class SubscriptionStatistics:
     leases_lost: int
     circuit_opened: int
     lost: int
+    duplicates: int

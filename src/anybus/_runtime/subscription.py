@@ -28,6 +28,7 @@ from .._reporting import said
 from .._retention.caretaker import Caretaker, Ward
 from ..abc import RightsChecker, StreamInspector
 from .circuit import Circuit
+from .claims import Claims
 from .context import Context
 from .entry import Held, Stage
 from .group_lease import GroupLease
@@ -62,15 +63,16 @@ class Subscription:
         self._circuit: Circuit | None = None
         if context.circuit is not None:
             self._circuit = Circuit(context.circuit, context, self._intake, send.clone())
-        self._leases = Leases(context, self._settler)
+        claims = None if context.once is None else Claims(context, self._settler, context.once)
+        self._leases = Leases(context, self._settler, claims)
         self._group_lease = GroupLease(context, self._leases)
-        keeper = EntryKeeper(context, self._settler, self._leases, self._circuit)
+        keeper = EntryKeeper(context, self._settler, self._leases, self._circuit, claims)
         self._taker: Taker
         if handler is None:
-            self._taker = PullTaker(context, self._settler, keeper, ready, send.clone())
+            self._taker = PullTaker(context, self._settler, keeper, claims, ready, send.clone())
         else:
             self._taker = HandlerPool(
-                context, self._settler, keeper, self._circuit, ready, send.clone(), handler, self._fail
+                context, self._settler, keeper, self._circuit, claims, ready, send.clone(), handler, self._fail
             )
         self._entering = anyio.CancelScope()
         self._body = anyio.CancelScope()

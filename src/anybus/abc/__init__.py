@@ -24,6 +24,11 @@ from ._entries import Output as Output
 from ._entries import PendingEntry as PendingEntry
 from ._entries import PublishSpec as PublishSpec
 from ._entries import Redelivered as Redelivered
+from ._idempotency import Claim as Claim
+from ._idempotency import CompletionKeeper as CompletionKeeper
+from ._idempotency import IdempotencyStore as IdempotencyStore
+from ._idempotency import KeyedTransfer as KeyedTransfer
+from ._idempotency import TransactionalStore as TransactionalStore
 from ._observer import BusEvent as BusEvent
 from ._observer import Observer as Observer
 from ._retention import Interest as Interest

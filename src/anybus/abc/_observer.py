@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ErrorScope = Literal["read", "reclaim", "ack-flush", "renew", "publish", "handler", "close"]
+ErrorScope = Literal["read", "reclaim", "claim", "ack-flush", "renew", "publish", "handler", "close"]
 
 
 @dataclass(frozen=True)
 class BusEvent:
     """What happened, and where. The same frozen type for every hook. A field is None if it does not apply.
 
-    :ivar scope: for errors, the part of the bus that failed: ``read``, ``reclaim``, ``ack-flush``, ``renew``,
-        ``publish``, ``handler`` or ``close``. For all other events, the hook's own name (``settled``).
+    :ivar scope: for errors, the part of the bus that failed: ``read``, ``reclaim``, ``claim``, ``ack-flush``,
+        ``renew``, ``publish``, ``handler`` or ``close``. For all other events, the hook's own name (``settled``).
     :ivar message_id: the entry's id on the backend.
     :ivar attempt: the number of the handling, from 1.
     :ivar error: the exception.
@@ -59,7 +59,7 @@ class Observer:
 
     def on_settled(self, event: BusEvent) -> None:
         """The backend accepted a settlement; ``event.detail`` is ``acked``, ``retried``, ``dead-lettered``,
-        ``dropped`` or ``released``."""
+        ``dropped``, ``released``, or ``duplicate``: acknowledged unhandled, because its key was handled before."""
 
     def on_dead_lettered(self, event: BusEvent) -> None:
         """A message was given up on, and the backend has stored the dead letter. ``event.detail`` is the code and the

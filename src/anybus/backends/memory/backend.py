@@ -24,6 +24,7 @@ from ...abc import (
     StreamInspector,
     TransferItem,
 )
+from .completions import MemoryCompletions
 from .dead_letters import MemoryDeadLetters
 from .deduplication import MemoryDeduplication, Records
 from .retention import MemoryRetention
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 _shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
 
 
-class MemoryBackend(MemoryDeduplication, StreamInspector, LeaseKeeper, MemoryDeadLetters, MemoryRetention):
+class MemoryBackend(
+    MemoryDeduplication, StreamInspector, LeaseKeeper, MemoryDeadLetters, MemoryRetention, MemoryCompletions
+):
     """Streams, groups and pending entries in this process's memory.
 
     Like a stream on a server, it keeps every published message, for as long as the backend lives. It uses AnyIO's

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import anyio
 import msgspec
 
+from ..._idempotency.table import KeyTable
 from ..._messages.message import Message
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
 from .deduplication import Records
@@ -136,6 +137,7 @@ class Stream:
         self.leases: defaultdict[str, GroupLease] = defaultdict(GroupLease)
         self.records = Records()
         self.retention: Kept | None = None
+        self.keys: defaultdict[str, KeyTable] = defaultdict(KeyTable)
 
     @property
     def last(self) -> int:

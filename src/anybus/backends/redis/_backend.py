@@ -14,10 +14,14 @@ from ..._codec import JsonCodec
 from ..._ground.errors import EventBusError
 from ..._messages.message import Message
 from ...abc import (
+    Claim,
     Codec,
+    CompletionKeeper,
     DeadLetterStore,
     Feature,
     FetchedEntry,
+    IdempotencyStore,
+    KeyedTransfer,
     LeaseKeeper,
     Move,
     Output,
@@ -34,6 +38,7 @@ from ...abc import (
     TransferItem,
 )
 from ._client import Client
+from ._completions import RedisStore
 from ._node import Node
 from ._retention import RetentionEverywhere
 from ._scatter import Scatter
@@ -64,6 +69,7 @@ class RedisBackend(
     DeadLetterStore,
     LeaseKeeper,
     RetentionEverywhere,
+    CompletionKeeper,
 ):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
@@ -376,6 +382,31 @@ class RedisBackend(
 
     async def until_lease_changes(self, stream: str, group: str, consumer: str, lease: float) -> float:
         return await self._at(stream, lambda node: node.until_lease_changes(stream, group, consumer, lease))
+
+    @property
+    def idempotency_store(self) -> IdempotencyStore:
+        """Keys are kept beside their topic, on the same server."""
+        return RedisStore(self)
+
+    async def settle_keyed(
+        self, topic: str, stream: str, group: str, consumer: str, items: Sequence[KeyedTransfer], *, window: float
+    ) -> list[list[str] | EventBusError | None]:
+        where = self._node if self._cluster is None else self._cluster.scatter
+        return await where.settle_keyed(topic, stream, group, consumer, items, window=window)
+
+    async def claim_key(self, topic: str, group: str, key: str, consumer: str, *, entry: str, lease: float) -> Claim:
+        """For the backend's own store, as its ``claim``."""
+        return await self._at(topic, lambda node: node.claim_key(topic, group, key, consumer, entry=entry, lease=lease))
+
+    async def renew_keys(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None:
+        """For the backend's own store, as its ``renew``."""
+        await self._at(topic, lambda node: node.renew_keys(topic, group, keys, consumer, lease=lease))
+
+    async def end_keys(
+        self, topic: str, group: str, keys: Sequence[str], consumer: str, *, window: float | None
+    ) -> None:
+        """For the backend's own store: its ``complete`` or, without a window, its ``release``."""
+        await self._at(topic, lambda node: node.end_keys(topic, group, keys, consumer, window=window))
 
     async def last_entry_id(self, stream: str) -> str | None:
         return await self._at(stream, lambda node: node.last_entry_id(stream))

@@ -13,6 +13,7 @@ import anyio
 from ..._ground.errors import BackendError, GroupLostError
 from ..._ground.log import say
 from . import (
+    _completion_scripts,
     _dead_letter_scripts,
     _deduplication_scripts,
     _fence_scripts,
@@ -57,6 +58,7 @@ _ALL: Final = (
     *_dead_letter_scripts.ALL,
     *_deduplication_scripts.ALL,
     *_retention_scripts.ALL,
+    *_completion_scripts.ALL,
 )
 
 

@@ -57,6 +57,18 @@ def losses(stream: str, group: str) -> str:
     return f"{base}:losses:{group}"
 
 
+def completions(stream: str, group: str) -> str:
+    """The sorted set of the idempotency keys of a topic's group, by the time at which each is forgotten."""
+    base, _ = _split(stream)
+    return f"{base}:keys:{group}"
+
+
+def claims(stream: str, group: str) -> str:
+    """The hash of those among these keys that are claimed, not completed."""
+    base, _ = _split(stream)
+    return f"{base}:claims:{group}"
+
+
 def waiting(stream: str, group: str) -> str:
     """The set that exists while entries of a topic's group, or of its retry stream, wait for a pass."""
     base, _ = _split(stream)

@@ -30,6 +30,7 @@ from . import _fence_scripts as fence
 from . import _scripts as scripts
 from ._additions import Addition, Additions
 from ._client import Client
+from ._completions import RedisCompletions
 from ._confirming import Confirmer, xadd
 from ._crowds import Crowds
 from ._dead_letters import RedisDeadLetters
@@ -50,7 +51,7 @@ from ._transfers import Transfers
 _SHIELDED = 1.0
 
 
-class Node(RedisDeadLetters, RedisLeases, RedisRetention, Additions):
+class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Additions):
     """One server, with all that a backend does on it. Methods are those of the backend, for streams on this server.
 
     :param memory: what is remembered of the members that read here; None = nothing yet.

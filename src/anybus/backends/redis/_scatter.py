@@ -7,6 +7,7 @@ first. If the process dies between the two, the output exists, and the entry com
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ import anyio
 
 from ..._ground.checks import is_entry_id
 from ..._ground.errors import BackendError, EventBusError
-from ...abc import Codec, Move, Output, PublishItem, TransferItem
+from ...abc import Codec, KeyedTransfer, Move, Output, PublishItem, TransferItem
 from ._additions import Addition
 from ._deadlines import last_moment
 from ._errors import broken, duplicate
@@ -160,6 +161,44 @@ class Scatter:
             for index, answer in zip(part, answers, strict=True):
                 results[index] = answer
         return results
+
+    async def settle_keyed(
+        self, topic: str, stream: str, group: str, consumer: str, items: Sequence[KeyedTransfer], *, window: float
+    ) -> list[Transferred]:
+        """Outputs in other slots are appended before. Then the key is completed after its entry is acknowledged."""
+        slot = slot_of(stream)
+        results: list[Transferred] = [None] * len(items)
+        near: list[int] = []
+        for index, item in enumerate(items):
+            try:
+                if all(slot_of(output.stream) == slot for output in item.outputs):
+                    near.append(index)
+                    continue
+                if item.step == "release":
+                    await self._end_key(topic, group, item.key, consumer, None)
+                [results[index]] = await self.transfer_many(stream, group, consumer, ((item.id, item.outputs),))
+            except EventBusError as error:
+                results[index] = error
+                continue
+            if item.step == "complete" and isinstance(results[index], list):
+                with suppress(BackendError):  # it is acknowledged, so its entry is not handled again
+                    await self._end_key(topic, group, item.key, consumer, window)
+        if near:
+            some = [items[index] for index in near]
+            try:
+                answers: Sequence[Transferred] = await self._topology.at(
+                    stream, lambda node: node.settle_keyed(topic, stream, group, consumer, some, window=window)
+                )
+            except BackendError as error:
+                if len(near) == len(items):
+                    raise
+                answers = [duplicate(error) for _ in near]  # not raised, because the results of others are known
+            for index, answer in zip(near, answers, strict=True):
+                results[index] = answer
+        return results
+
+    async def _end_key(self, topic: str, group: str, key: str, consumer: str, window: float | None) -> None:
+        await self._topology.at(topic, lambda node: node.end_keys(topic, group, (key,), consumer, window=window))
 
     async def _transfer_near(
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]

@@ -9,10 +9,11 @@ from typing import Any, Final, Union
 
 from ..._ground.errors import BackendError, EventBusError, SerializationError, ValidationError
 from ..._messages.message import Message
-from ...abc import Output, TransferItem
+from ...abc import KeyedTransfer, Output, TransferItem
 from . import _scripts as scripts
 from ._additions import Addition
 from ._client import Client
+from ._completion_scripts import SETTLE
 from ._errors import is_out_of_reach
 from ._keys import RESERVED, delayed, waiting_beside
 from ._parts import fitting, size
@@ -25,10 +26,14 @@ Transferred = Union[list[str], EventBusError, None]
 
 @dataclass(frozen=True)
 class _Item:
-    """A transfer that is ready to be sent. For each output: its key, its delay in ms (-1 = none), its fields."""
+    """A transfer that is ready to be sent. For each output: its key, its delay in ms (-1 = none), its fields.
+
+    :ivar keyed: the idempotency key of its message, and what to do with it.
+    """
 
     id: str
     outputs: Sequence[tuple[str, int, list[Argument]]]
+    keyed: tuple[str, str] | None = None
 
     @property
     def size(self) -> int:
@@ -37,6 +42,14 @@ class _Item:
     @property
     def is_large(self) -> bool:
         return any(len(fields) > 2 * _MOST_FIELDS for _, _, fields in self.outputs)
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Where idempotency keys are, and for how many ms completed ones are remembered."""
+
+    places: tuple[str, str]
+    window: int
 
 
 class Transfers:
@@ -65,10 +78,31 @@ class Transfers:
     async def transfer_many(
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
     ) -> list[Transferred]:
+        prepared = [self._prepare(message_id, outputs) for message_id, outputs in items]
+        return await self._transfer(stream, group, consumer, prepared, None)
+
+    async def settle_keyed(
+        self,
+        stream: str,
+        group: str,
+        consumer: str,
+        items: Sequence[KeyedTransfer],
+        places: tuple[str, str],
+        window: float,
+    ) -> list[Transferred]:
+        """Transfers that also complete idempotency keys, or give up their claims.
+
+        :param places: the sorted set and the hash of the keys.
+        """
+        prepared = [self._prepare(item.id, item.outputs, (item.key, item.step)) for item in items]
+        return await self._transfer(stream, group, consumer, prepared, _Keys(places, round(window * 1000)))
+
+    async def _transfer(
+        self, stream: str, group: str, consumer: str, items: Sequence[_Item | EventBusError], idempotency: _Keys | None
+    ) -> list[Transferred]:
         results: list[Transferred] = [None] * len(items)
         ready: list[tuple[int, _Item]] = []
-        for index, (message_id, outputs) in enumerate(items):
-            item = self._prepare(message_id, outputs)
+        for index, item in enumerate(items):
             if isinstance(item, EventBusError):
                 results[index] = item
             elif item.is_large:
@@ -81,14 +115,17 @@ class Transfers:
             start += count
             answers: Sequence[Transferred]
             try:
-                answers = await self._send(stream, group, consumer, [item for _, item in part])
+                answers = await self._send(stream, group, consumer, [item for _, item in part], idempotency)
             except BackendError as error:
                 if len(items) == 1:
                     raise
                 if is_out_of_reach(error):
                     # A script is refused as a whole if the user may not access one of its keys. Only the item with that
                     # key must fail.
-                    answers = [await self._send_alone(stream, group, consumer, item) for _, item in part]  # noqa: ASYNC120
+                    answers = [
+                        await self._send_alone(stream, group, consumer, item, idempotency)  # noqa: ASYNC120
+                        for _, item in part
+                    ]
                 elif len(part) == len(items):
                     raise
                 else:
@@ -97,12 +134,14 @@ class Transfers:
                 results[index] = answer
         return results
 
-    def _prepare(self, message_id: str, outputs: Sequence[Output]) -> _Item | EventBusError:
+    def _prepare(
+        self, message_id: str, outputs: Sequence[Output], keyed: tuple[str, str] | None = None
+    ) -> _Item | EventBusError:
         """Encode an item. If it cannot be encoded, or is too large, the error concerns only this item."""
         prepared = self._encoded(outputs)
         if isinstance(prepared, EventBusError):
             return prepared
-        item = _Item(message_id, prepared)
+        item = _Item(message_id, prepared, keyed)
         if item.is_large and (len(prepared) > 1 or prepared[0][1] >= 0):
             return ValidationError(
                 f"an output with more than {_MOST_FIELDS} raw fields must be its transfer's only one, without a delay"
@@ -130,26 +169,33 @@ class Transfers:
             return SerializationError(f"the codec raised {error!r}")  # noqa: ASYNC104
         return prepared
 
-    async def _send_alone(self, stream: str, group: str, consumer: str, item: _Item) -> Transferred:
+    async def _send_alone(
+        self, stream: str, group: str, consumer: str, item: _Item, idempotency: _Keys | None
+    ) -> Transferred:
         try:
-            [result] = await self._send(stream, group, consumer, [item])
+            [result] = await self._send(stream, group, consumer, [item], idempotency)
         except BackendError as error:
             return error
         return result
 
     async def _send(
-        self, stream: str, group: str, consumer: str, items: Sequence[_Item]
+        self, stream: str, group: str, consumer: str, items: Sequence[_Item], idempotency: _Keys | None
     ) -> list[list[str] | BackendError | None]:
         keys: list[str] = [stream]
-        args: list[Argument] = [group, consumer, len(items)]
+        args: list[Argument] = [group, consumer]
+        if idempotency is not None:
+            keys += idempotency.places
+            args.append(idempotency.window)
+        args.append(len(items))
         for item in items:
-            args += (item.id, len(item.outputs))
+            args += (item.id, *(item.keyed or ()), len(item.outputs))
             for key, delay, fields in item.outputs:
                 if key not in keys:
                     keys.append(key)
                 beside = secrets.token_hex(8) if delay >= 0 else waiting_beside(key) if key.startswith(RESERVED) else ""
                 args += (keys.index(key) + 1, delay, beside, len(fields), *fields)
-        reply = await self._client.run(scripts.TRANSFER, stream, group, keys, args)
+        script = scripts.TRANSFER if idempotency is None else SETTLE
+        reply = await self._client.run(script, stream, group, keys, args)
         results: list[list[str] | BackendError | None] = []
         with self._client.reading(reply):
             for _, (status, *values) in zip(items, reply, strict=True):

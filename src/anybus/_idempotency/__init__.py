@@ -1,0 +1,1 @@
+"""Stores that remember which messages were handled."""

@@ -1,0 +1,88 @@
+"""Exactly-once effects on Redis: the keys of a group are kept beside its topic, in the topic's slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from ..._ground.errors import EventBusError
+from ...abc import Claim, IdempotencyStore, KeyedTransfer
+from ._client import Client
+from ._completion_scripts import CLAIM, END
+from ._keys import claims, completions
+from ._parts import PER_SCRIPT
+from ._protocol import Argument
+from ._transfers import Transfers
+
+
+class RedisCompletions:
+    """The part of a server for exactly-once effects."""
+
+    _client: Client
+    _transfers: Transfers
+
+    async def claim_key(self, topic: str, group: str, key: str, consumer: str, *, entry: str, lease: float) -> Claim:
+        args = (key, entry, consumer, round(lease * 1000))
+        reply = await self._client.run(CLAIM, topic, group, (completions(topic, group), claims(topic, group)), args)
+        with self._client.reading(reply):
+            return Claim(_STATES[reply[0]], int(reply[1]) / 1000)
+
+    async def renew_keys(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None:
+        await self._end(topic, group, keys, consumer, "renew", lease)
+
+    async def end_keys(
+        self, topic: str, group: str, keys: Sequence[str], consumer: str, *, window: float | None
+    ) -> None:
+        await self._end(topic, group, keys, consumer, "release" if window is None else "complete", window or 0.0)
+
+    async def _end(self, topic: str, group: str, keys: Sequence[str], consumer: str, what: str, seconds: float) -> None:
+        places = completions(topic, group), claims(topic, group)
+        for start in range(0, len(keys), PER_SCRIPT):
+            args: tuple[Argument, ...] = (consumer, what, round(seconds * 1000), *keys[start : start + PER_SCRIPT])
+            await self._client.run(END, topic, group, places, args)
+
+    async def settle_keyed(
+        self, topic: str, stream: str, group: str, consumer: str, items: Sequence[KeyedTransfer], *, window: float
+    ) -> list[list[str] | EventBusError | None]:
+        places = completions(topic, group), claims(topic, group)
+        return await self._transfers.settle_keyed(stream, group, consumer, items, places, window)
+
+
+_STATES: dict[bytes, Literal["claimed", "busy", "completed"]] = {
+    b"claimed": "claimed",
+    b"busy": "busy",
+    b"completed": "completed",
+}
+
+
+class KeyServer(Protocol):
+    """The backend, as far as its store needs it."""
+
+    async def claim_key(
+        self, topic: str, group: str, key: str, consumer: str, *, entry: str, lease: float
+    ) -> Claim: ...
+
+    async def renew_keys(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None: ...
+
+    async def end_keys(
+        self, topic: str, group: str, keys: Sequence[str], consumer: str, *, window: float | None
+    ) -> None: ...
+
+
+class RedisStore(IdempotencyStore):
+    """The store of a Redis backend."""
+
+    def __init__(self, server: KeyServer) -> None:
+        self._server = server
+
+    async def claim(self, topic: str, group: str, key: str, consumer: str, *, entry: str, lease: float) -> Claim:
+        return await self._server.claim_key(topic, group, key, consumer, entry=entry, lease=lease)
+
+    async def renew(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None:
+        await self._server.renew_keys(topic, group, keys, consumer, lease=lease)
+
+    async def complete(self, topic: str, group: str, key: str, consumer: str, *, window: float) -> None:
+        await self._server.end_keys(topic, group, (key,), consumer, window=window)
+
+    async def release(self, topic: str, group: str, key: str, consumer: str) -> None:
+        await self._server.end_keys(topic, group, (key,), consumer, window=None)
