@@ -43,6 +43,9 @@ from ._runtime.pool import Handler as Handler
 from ._runtime.pull import DeliveryStream as DeliveryStream
 from ._runtime.statistics import SubscriptionStatistics as SubscriptionStatistics
 from ._runtime.subscription import Subscription as Subscription
+from ._scheduling.delayed import Scheduled as Scheduled
+from ._scheduling.delayed import ScheduledMessages as ScheduledMessages
+from ._scheduling.delayed import ScheduledPage as ScheduledPage
 from .abc import BusEvent as BusEvent
 from .abc import Observer as Observer
 from .backends.memory.backend import MemoryBackend as MemoryBackend

@@ -24,3 +24,6 @@ from ._entries import PublishSpec as PublishSpec
 from ._entries import Redelivered as Redelivered
 from ._observer import BusEvent as BusEvent
 from ._observer import Observer as Observer
+from ._schedules import DelayedEntry as DelayedEntry
+from ._schedules import DelayedPage as DelayedPage
+from ._schedules import ScheduleStore as ScheduleStore

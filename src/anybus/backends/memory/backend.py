@@ -26,6 +26,7 @@ from ...abc import (
     TransferItem,
 )
 from .dead_letters import MemoryDeadLetters
+from .delayed import Delays, MemorySchedules
 from .store import RETURNED, Group, Pending, Stream
 
 __all__ = ["MemoryBackend"]
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
 
 
-class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLetters):
+class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLetters, MemorySchedules):
     """Streams, groups and pending entries in this process's memory.
 
     Like a stream on a server, it keeps every published message, for as long as the backend lives. It uses AnyIO's
@@ -238,12 +239,12 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
             raise self._refusal(spec)
         await checkpoint()
         if at is not None:
-            delay = max(0.0, (check_time("at", at) - datetime.now(timezone.utc)).total_seconds())
-        return self._schedule(stream, message, None, check_delay("delay", delay))
+            return self._schedule(stream, message, None, self._stream(stream).delays.time_of(check_time("at", at)))
+        return self._schedule(stream, message, None, anyio.current_time() + check_delay("delay", delay))
 
     async def cancel_later(self, stream: str, schedule_id: str) -> bool:
         await checkpoint()
-        return stream in self._streams and self._streams[stream].unschedule(schedule_id)
+        return stream in self._streams and self._stream(stream).delays.cancel(schedule_id)
 
     async def count_entries(self, stream: str) -> int:
         await checkpoint()
@@ -271,7 +272,8 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
 
     def entries(self, stream: str) -> list[tuple[str, Message | None, Mapping[str, bytes]]]:
         """The entries of a stream: id, message (None if malformed) and raw fields of each. For tests."""
-        store = self._streams.get(plain_text(stream))
+        stream = plain_text(stream)
+        store = self._stream(stream) if stream in self._streams else None
         return [] if store is None else [(entry.id, entry.message, entry.raw) for entry in store.alive()]
 
     def delete_entry(self, stream: str, entry_id: str) -> None:
@@ -297,7 +299,12 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         store = self._streams.get(name) if type(name) is str else None
         if store is None:
             store = self._streams.setdefault(plain_text(name), Stream(0))
+        if store.delays:
+            store.move_due(anyio.current_time())
         return store
+
+    def _delays(self, stream: str) -> Delays:
+        return self._stream(stream).delays if stream in self._streams else Delays()
 
     def _group_or_none(self, stream: str, group: str) -> Group | None:
         store = self._streams.get(plain_text(stream))
@@ -349,15 +356,15 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
     def _put(self, output: Output) -> str:
         raw = {f"raw:{name}": value for name, value in (output.raw or {}).items()}
         if output.delay > 0:
-            return self._schedule(output.stream, output.message, raw, output.delay)
+            return self._schedule(output.stream, output.message, raw, anyio.current_time() + output.delay)
         store = self._stream(output.stream)
         entry_id = store.append(lift_headers(output.message), raw).id
         store.wake_readers()
         return entry_id
 
-    def _schedule(self, stream: str, message: Message, raw: Mapping[str, bytes] | None, delay: float) -> str:
+    def _schedule(self, stream: str, message: Message, raw: Mapping[str, bytes] | None, due: float) -> str:
         store = self._stream(stream)
-        schedule_id = store.schedule(anyio.current_time() + delay, lift_headers(message), dict(raw or {}))
+        schedule_id = store.delays.add(due, lift_headers(message), dict(raw or {}))
         for members in store.groups.values():
             members.wake_all()  # blocked readers must check again when the next entry is due
         return schedule_id
