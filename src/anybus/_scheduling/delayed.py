@@ -164,8 +164,8 @@ class DelayedPublishing:
     def _store(self) -> ScheduleStore:
         if not isinstance(self._backend, ScheduleStore) or "delay" not in self._backend.features:
             raise UnsupportedError(
-                f"{type(self._backend).__name__} cannot delay messages: it does not implement anybus.abc.ScheduleStore, "
-                "or does not have the feature 'delay'"
+                f"{type(self._backend).__name__} cannot delay messages: it does not implement "
+                "anybus.abc.ScheduleStore, or does not have the feature 'delay'"
             )
         return self._backend
 
