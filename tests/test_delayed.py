@@ -327,7 +327,7 @@ async def test_pages_hold_everything_once_although_the_times_are_equal(harness: 
             if len(pages) == 2:  # the place is found although what it names is gone
                 assert await view.cancel(made[9])
         assert [len(page) for page in pages] == [5, 5, 5, 5, 3]
-        assert sum(pages, []) == [one.id for one in made]
+        assert [one for page in pages for one in page] == [one.id for one in made]
 
 
 async def test_a_page_of_large_messages_is_short(harness: Harness, topic: str) -> None:
