@@ -28,12 +28,14 @@ from anybus import (
     Delivery,
     Message,
     PublishOptions,
+    Retry,
     StreamBus,
     SubscriptionConfig,
     UnsupportedError,
     ValidationError,
 )
 from anybus.abc import ScheduleStore
+from anybus.backends.redis import _watch
 
 SHORT = 0.15
 NOW = datetime.now(timezone.utc)
@@ -347,3 +349,41 @@ async def test_an_empty_topic_has_an_empty_page(harness: Harness, topic: str) ->
         assert repr(bus.scheduled(topic)) == f"<ScheduledMessages for {topic!r}>"
         assert bus.scheduled(topic).topic == topic
         assert isinstance(bus.backend, ScheduleStore)
+
+
+# --- retries
+
+
+async def test_a_retry_comes_back_when_it_is_due_and_not_at_an_interval(
+    harness: Harness, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_watch, "_TICK", HOUR)
+    attempts: list[int] = []
+
+    async def handler(delivery: Delivery) -> None:
+        attempts.append(delivery.state.attempt)
+        raise Retry(delay=SHORT)
+
+    async with open_bus(harness, reclaim_interval=HOUR) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g", max_retry=3), handler) as subscription:
+            await bus.publish(Message(topic))
+            await until(lambda: subscription.statistics().dead_lettered == 1)
+    assert attempts == [1, 2, 3, 4]
+
+
+async def test_an_earlier_retry_does_not_wait_for_a_later_one(
+    harness: Harness, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_watch, "_TICK", HOUR)
+    handled: list[bytes] = []
+
+    async def handler(delivery: Delivery) -> None:
+        if delivery.state.attempt == 1:
+            raise Retry(delay=HOUR if delivery.message.payload == b"late" else SHORT)
+        handled.append(delivery.message.payload)
+
+    async with open_bus(harness, reclaim_interval=HOUR) as bus:
+        async with bus.subscribe(SubscriptionConfig(topic, "g"), handler):
+            for payload in (b"late", b"early", b"late", b"early"):
+                await bus.publish(Message(topic, payload))
+            await until(lambda: handled == [b"early", b"early"])

@@ -18,6 +18,7 @@ from .._reporting import Notices, Reporter
 from ..abc import StreamBackend
 from .entry import Held, Stage
 from .ledger import Ledger
+from .retry_times import RetryTimes
 from .statistics import Counters
 
 
@@ -88,6 +89,7 @@ class Context:
     counters: Counters
     clock: Callable[[], float]
     term: LeaseTerm
+    retry_times: RetryTimes
     home: Home
 
     @cached_property

@@ -136,6 +136,9 @@ class Dispatch:
                 elif result is None:
                     self._refused(held, self._transfers)
                 else:
+                    for output in (held.settlement or PLAIN).outputs:
+                        if output.delay:
+                            context.retry_times.expect(output.delay)
                     self.done(held)
                     if held.intent == ACKED_WITH and context.reporter.hears_published:
                         self._tell_published(held, result)

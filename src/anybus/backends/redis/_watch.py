@@ -231,7 +231,7 @@ class Watch:
         await self._react(looked_at, quiet, checked, call.replies)
 
     def _looks(self, quiet: Collection[Post], now: float) -> Iterable[Post]:
-        """Those that are quiet, for a pass. And, twice a second, all others: messages become due on their topics, too."""
+        """Those that are quiet, for a pass. And, twice a second, all others: messages become due there, too."""
         if len(quiet) == len(self._posts):
             self._looked_at = now
         if now - self._looked_at < _TICK * 0.9:
