@@ -54,18 +54,16 @@ def run(
             options = ("--loop", loop, "--url", server.url, "--topic", topic, "--label", label, "--count", str(count))
             delays = ("--least", "0.2", "--most", str(most), "--pause", str(pause))
             children.append(Child(folder, "scheduler.py", label, *options, *delays))
-        for child in children:
-            wait_until(lambda child=child: ["ready"] in child.lines("state"), "the processes to be ready")
+        wait_until(lambda: all(["ready"] in child.lines("state") for child in children), "the processes to be ready")
         doomed, rest = children[:2], children[2:]
         # One in the middle of its work, one when it has stored everything.
         wait_until(lambda: len(doomed[0].lines("acknowledged")) > count // 3, "a process to have stored something")
         doomed[0].signal(signal.SIGKILL)
-        for child in children[1:]:
-            wait_until(
-                lambda child=child: ["scheduled"] in child.lines("state"),
-                "the processes to have stored everything",
-                growing=lambda child=child: len(child.lines("acknowledged")),
-            )
+        wait_until(
+            lambda: all(["scheduled"] in child.lines("state") for child in children[1:]),
+            "the processes to have stored everything",
+            growing=lambda: sum(len(child.lines("acknowledged")) for child in children),
+        )
         doomed[1].signal(signal.SIGKILL)
         for child in doomed:
             child.process.wait()

@@ -286,7 +286,8 @@ class Watch:
                 _wake(post for post in part if post in quiet)
             else:
                 with self._client.reading(reply):
-                    found, soon = reply
+                    found: list[int] = reply[0]
+                    soon: list[tuple[int, int]] = reply[1]
                     _wake(post for index in found if (post := part[index - 1]) in quiet)
                     for index, wait in soon:
                         self._expect(part[index - 1].stream, wait / 1000, False)
