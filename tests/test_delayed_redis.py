@@ -10,11 +10,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from acl import user_with
 from anyio import to_thread
 from conftest import SERVER
 from harness import HOUR, SOON, new_topic, quick, until
@@ -193,6 +196,19 @@ async def test_a_server_that_has_forgotten_the_scripts_is_told_again(
         assert await scheduled.cancel() is False
         await to_thread.run_sync(admin.script_flush)
         assert (await bus.scheduled(topic).page()).scheduled == ()
+
+
+async def test_the_documented_rights_are_enough(server: RunningServer, topic: str) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "delayed.md").read_text()
+    (rights,) = re.findall(r"`(\+eval [^`]*)`", text)
+    async with user_with(server, "resetkeys", f"~{topic}", "~anybus:*", "-@all", *rights.split()) as user:
+        async with StreamBus(RedisBackend(user.url), quick()) as bus:
+            await bus.publish_later(Message(topic), delay=0.05)
+            mistake = await bus.publish_later(Message(topic), delay=HOUR)
+            assert mistake.id in [one.id async for one in bus.scheduled(topic)]
+            assert await mistake.cancel()
+            with server.client() as client:
+                await until(has(client, topic, 1))
 
 
 async def test_messages_outlive_the_server(own_server: RunningServer, topic: str) -> None:

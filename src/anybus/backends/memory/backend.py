@@ -299,7 +299,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         store = self._streams.get(name) if type(name) is str else None
         if store is None:
             store = self._streams.setdefault(plain_text(name), Stream(0))
-        if store.delays:
+        if store.delays.waiting:
             store.move_due(anyio.current_time())
         return store
 

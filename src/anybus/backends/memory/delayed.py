@@ -47,13 +47,10 @@ class Delays:
     """The messages that wait for a stream, in the order of their due times."""
 
     def __init__(self) -> None:
-        self._waiting: list[Later] = []
+        self.waiting: list[Later] = []
         self._keys: dict[str, tuple[float, int]] = {}
         self._tickets = itertools.count(1)
         self._behind = math.inf
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     def time_of(self, at: datetime) -> float:
         """A point in time by AnyIO's clock; now, if it is in the past."""
@@ -75,30 +72,30 @@ class Delays:
         wall = min(due + self._difference(anyio.current_time()), _LAST)
         later = Later((due, ticket), f"{round(wall * 1000)}-{ticket}", message, raw)
         self._keys[later.id] = later.key
-        bisect.insort(self._waiting, later, key=_key)
+        bisect.insort(self.waiting, later, key=_key)
         return later.id
 
     def cancel(self, schedule_id: str) -> bool:
         key = self._keys.pop(schedule_id, None)
         if key is None:
             return False
-        del self._waiting[bisect.bisect_left(self._waiting, key, key=_key)]
+        del self.waiting[bisect.bisect_left(self.waiting, key, key=_key)]
         return True
 
     def next_due(self) -> float:
-        return self._waiting[0].key[0] if self._waiting else math.inf
+        return self.waiting[0].key[0] if self.waiting else math.inf
 
     def take_due(self, now: float) -> list[Later]:
         """Remove what is due, not more than one call may append."""
-        due = self._waiting[: min(bisect.bisect_right(self._waiting, (now, math.inf), key=_key), MOVED_AT_ONCE)]
-        del self._waiting[: len(due)]
+        due = self.waiting[: min(bisect.bisect_right(self.waiting, (now, math.inf), key=_key), MOVED_AT_ONCE)]
+        del self.waiting[: len(due)]
         for later in due:
             del self._keys[later.id]
         return due
 
     def after(self, key: tuple[float, int], count: int) -> list[Later]:
-        start = bisect.bisect_right(self._waiting, key, key=_key)
-        return self._waiting[start : start + count]
+        start = bisect.bisect_right(self.waiting, key, key=_key)
+        return self.waiting[start : start + count]
 
 
 class MemorySchedules(ScheduleStore):

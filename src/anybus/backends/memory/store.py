@@ -205,7 +205,7 @@ class Stream:
 
     def move_due(self, now: float) -> None:
         """Append what is due. What comes late, because nobody looked, counts as published when it was due."""
-        due = self.delays.take_due(now)
+        due = self.delays.take_due(now) if self.delays.waiting else ()
         if due:
             at = datetime.now(timezone.utc)
             for later in due:
