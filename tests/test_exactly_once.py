@@ -482,7 +482,7 @@ async def test_an_error_of_the_store_that_cannot_pass_ends_the_subscription(topi
 
     keys = Failing(1, BackendError("no permission", can_pass=False))
     backend = MemoryBackend()
-    with pytest.raises(BackendError, match="no permission"), anyio.fail_after(SOON):
+    with pytest.raises(BackendError, match="no permission"), anyio.fail_after(SOON):  # noqa: PT012
         async with StreamBus(backend, quick(Recorder())) as bus:
             async with bus.subscribe(once(topic, idempotency_store=keys), handler):
                 await bus.publish(Message(topic))

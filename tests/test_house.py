@@ -25,6 +25,7 @@ RECORDS = {
     *Waiter.__slots__,
     *pool.Place.__slots__,
     *statistics.Counters.__dataclass_fields__,
+    "deadline",  # of a cancel scope
 }
 """Fields of what is no part, but passed from part to part."""
 

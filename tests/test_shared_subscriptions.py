@@ -402,9 +402,9 @@ async def test_a_look_finds_the_groups_for_which_a_pass_would_find_something(ser
             admin.zadd(delayed(due), {"x": 1})
             admin.zadd(delayed(retry_stream(later, "g")), {"x": 2**50})
             admin.zadd(waiting(left, "g"), {"x": 0})
-            return admin.eval(LOOK.source, len(keys), *keys)
+            return admin.eval(LOOK.source, len(keys), *keys, 1000)
 
-        assert await to_thread.run_sync(look) == [1, 37]
+        assert await to_thread.run_sync(look) == [[1, 37], [[1, 0]]]
 
 
 async def test_many_members_of_a_backend_that_fails_go_on_when_it_works_again(own_server: RunningServer) -> None:

@@ -45,6 +45,9 @@ from ._runtime.pool import Handler as Handler
 from ._runtime.pull import DeliveryStream as DeliveryStream
 from ._runtime.statistics import SubscriptionStatistics as SubscriptionStatistics
 from ._runtime.subscription import Subscription as Subscription
+from ._scheduling.delayed import Scheduled as Scheduled
+from ._scheduling.delayed import ScheduledMessages as ScheduledMessages
+from ._scheduling.delayed import ScheduledPage as ScheduledPage
 from .abc import BusEvent as BusEvent
 from .abc import Duplicate as Duplicate
 from .abc import Interest as Interest

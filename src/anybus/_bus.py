@@ -31,6 +31,7 @@ from ._runtime.members import Members
 from ._runtime.pool import Handler
 from ._runtime.pull import DeliveryStream, PullTaker
 from ._runtime.subscription import ClosedWhileEnteredError, Subscription
+from ._scheduling.delayed import DelayedPublishing, Scheduled, ScheduledMessages
 from .abc import Retention, StreamBackend
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         notices = Notices()
         self._caretaker = Caretaker(backend, self._options, notices)
         self._members = Members(backend, self._options, self._caretaker, notices)
+        self._delayed = DelayedPublishing(backend, self._publisher, self._options, self._reporter, self._check_open)
         self._state = "not entered"
         self._home: Home | None = None
         self._entered: Entered[None] | None = None
@@ -203,6 +205,42 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         """
         self._check_open()
         await self._caretaker.declare(topic, retention, change=change)
+
+    async def publish_later(
+        self,
+        message: Message,
+        options: PublishOptions | None = None,
+        *,
+        delay: float | None = None,
+        at: datetime | None = None,
+    ) -> Scheduled:
+        """Store a message now. It is appended to its topic when it is due, even if this process has ended by then.
+
+        Give exactly one of ``delay`` and ``at``. The server's clock decides when the message is due. It is appended
+        exactly once. A time in the past means at once.
+
+        :param delay: seconds from now, at most ten years.
+        :param at: the time, with a time zone, at most ten years from now.
+        :return: what was stored: its id, when it is due, and how to cancel it.
+        :raises ValidationError: if the message, the options or the time is refused. Nothing was stored.
+        :raises SerializationError: if the codec cannot encode the message. Nothing was stored.
+        :raises UnsupportedError: if the backend is not an :class:`anybus.abc.ScheduleStore`.
+        :raises BackendError: if the backend failed, or ``publish_timeout`` passed. ``may_have_happened`` tells whether
+            the message may have been stored.
+        :raises ClosedError: if the bus is not open.
+        """
+        self._check_open("closing")
+        return await self._delayed.publish(message, options, delay, at)
+
+    def scheduled(self, topic: str) -> ScheduledMessages:
+        """The messages that wait for a topic: to list and to cancel them. This call itself reads nothing.
+
+        :raises ValidationError: if the topic is refused.
+        :raises UnsupportedError: if the backend is not an :class:`anybus.abc.ScheduleStore`.
+        :raises ClosedError: if the bus is not open.
+        """
+        self._check_open("closing")
+        return self._delayed.view(topic)
 
     def dead_letters(
         self,

@@ -22,6 +22,7 @@ from .budget import Budget
 from .context import Context, ExactlyOnce, LeaseTerm, SuspectSlot
 from .ledger import Ledger
 from .naming import ConsumerNames
+from .retry_times import RetryTimes
 from .statistics import Counters
 
 
@@ -49,6 +50,7 @@ def make_context(
         counts_crashes={"delivery_count", "renew", "release"} <= backend.features,
     )
     notices.mention_limits(backend, options.claim_idle_timeout)
+    clock = loop_clock()
     streams = (config.topic, retry_stream(config.topic, config.group))
     max_pending_acks = config.max_pending_acks or 2 * config.max_in_flight
     return Context(
@@ -82,8 +84,9 @@ def make_context(
         suspects=suspects,
         ledger=Ledger(streams, Budget(config.max_in_flight, max_pending_acks)),
         counters=Counters(),
-        clock=loop_clock(),
+        clock=clock,
         term=LeaseTerm(options.claim_idle_timeout),
+        retry_times=RetryTimes(clock),
         home=home,
         once=_exactly_once(config, backend),
     )

@@ -18,6 +18,7 @@ from .._reporting import Notices, Reporter
 from ..abc import CompletionKeeper, IdempotencyStore, StreamBackend
 from .entry import Held, Stage
 from .ledger import Ledger
+from .retry_times import RetryTimes
 from .statistics import Counters
 
 
@@ -102,6 +103,7 @@ class Context:
     counters: Counters
     clock: Callable[[], float]
     term: LeaseTerm
+    retry_times: RetryTimes
     home: Home
     once: ExactlyOnce | None
 

@@ -152,6 +152,9 @@ class Dispatch:
             elif result is None:
                 self._refused(held, lane)
             else:
+                for output in (held.settlement or PLAIN).outputs:
+                    if output.delay:
+                        self._context.retry_times.expect(output.delay)
                 self.done(held)
                 if held.intent == ACKED_WITH and self._context.reporter.hears_published:
                     self._tell_published(held, result)

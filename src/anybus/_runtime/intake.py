@@ -143,12 +143,13 @@ class Intake:
     async def _until_next_pass(self, *, quiet: bool) -> None:
         context = self._context
         interval = context.options.reclaim_interval
-        if self._shared is None or not quiet:
-            await anyio.sleep(interval)
-        else:
-            await self._shared.until_pass_is_due(
-                *context.streams, context.group, context.consumer, min_idle=context.min_idle, interval=interval
-            )
+        with context.retry_times.nap(interval):
+            if self._shared is None or not quiet:
+                await anyio.sleep(interval)
+            else:
+                await self._shared.until_pass_is_due(
+                    *context.streams, context.group, context.consumer, min_idle=context.min_idle, interval=interval
+                )
 
     async def _take_turns(self) -> None:
         """See ``Budget.takes_turns``: a reclaim pass after each read, which blocks for at most ``reclaim_interval``."""
@@ -198,6 +199,7 @@ class Intake:
     async def _pass(self) -> bool:
         """Take idle entries and due retries once. True: some may be left for lack of room."""
         backend = self._context.backend
+        self._context.retry_times.pass_begins()
         if isinstance(backend, PassSource):
             return await self._pass_at_once(backend)
         full = False

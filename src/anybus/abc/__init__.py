@@ -37,3 +37,6 @@ from ._retention import Retention as Retention
 from ._retention import RetentionKeeper as RetentionKeeper
 from ._retention import Trimmed as Trimmed
 from ._retention import WorkQueue as WorkQueue
+from ._schedules import DelayedEntry as DelayedEntry
+from ._schedules import DelayedPage as DelayedPage
+from ._schedules import ScheduleStore as ScheduleStore

@@ -27,6 +27,7 @@ from ...abc import (
 from .completions import MemoryCompletions
 from .dead_letters import MemoryDeadLetters
 from .deduplication import MemoryDeduplication, Records
+from .delayed import Delays, MemorySchedules
 from .retention import MemoryRetention
 from .store import RETURNED, Group, Pending, Stream
 
@@ -40,7 +41,13 @@ _shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
 
 
 class MemoryBackend(
-    MemoryDeduplication, StreamInspector, LeaseKeeper, MemoryDeadLetters, MemoryRetention, MemoryCompletions
+    MemoryDeduplication,
+    StreamInspector,
+    LeaseKeeper,
+    MemoryDeadLetters,
+    MemoryRetention,
+    MemoryCompletions,
+    MemorySchedules,
 ):
     """Streams, groups and pending entries in this process's memory.
 
@@ -241,14 +248,16 @@ class MemoryBackend(
         if known is not None:
             return known
         if at is not None:
-            delay = max(0.0, (check_time("at", at) - datetime.now(timezone.utc)).total_seconds())
-        schedule_id = self._schedule(stream, message, None, check_delay("delay", delay))
+            due = self._stream(stream).delays.time_of(check_time("at", at))
+        else:
+            due = now + check_delay("delay", delay)
+        schedule_id = self._schedule(stream, message, None, due)
         records.keep(spec, schedule_id, now, scheduled=True)
         return schedule_id
 
     async def cancel_later(self, stream: str, schedule_id: str) -> bool:
         await checkpoint()
-        if stream not in self._streams or not self._streams[stream].unschedule(schedule_id):
+        if stream not in self._streams or not self._stream(stream).delays.cancel(schedule_id):
             return False
         self._records(stream).forget(schedule_id)
         return True
@@ -279,7 +288,8 @@ class MemoryBackend(
 
     def entries(self, stream: str) -> list[tuple[str, Message | None, Mapping[str, bytes]]]:
         """The entries of a stream: id, message (None if malformed) and raw fields of each. For tests."""
-        store = self._streams.get(plain_text(stream))
+        stream = plain_text(stream)
+        store = self._stream(stream) if stream in self._streams else None
         return [] if store is None else [(entry.id, entry.message, entry.raw) for entry in store.alive()]
 
     def delete_entry(self, stream: str, entry_id: str) -> None:
@@ -305,10 +315,15 @@ class MemoryBackend(
         store = self._streams.get(name) if type(name) is str else None
         if store is None:
             store = self._streams.setdefault(plain_text(name), Stream(0))
+        if store.delays.waiting:
+            store.move_due(anyio.current_time())
         return store
 
     def _records(self, stream: str) -> Records:
         return self._stream(stream).records
+
+    def _delays(self, stream: str) -> Delays:
+        return self._stream(stream).delays if stream in self._streams else Delays()
 
     def _group_or_none(self, stream: str, group: str) -> Group | None:
         store = self._streams.get(plain_text(stream))
@@ -360,15 +375,15 @@ class MemoryBackend(
     def _put(self, output: Output) -> str:
         raw = {f"raw:{name}": value for name, value in (output.raw or {}).items()}
         if output.delay > 0:
-            return self._schedule(output.stream, output.message, raw, output.delay)
+            return self._schedule(output.stream, output.message, raw, anyio.current_time() + output.delay)
         store = self._stream(output.stream)
         entry_id = store.append(lift_headers(output.message), raw).id
         store.wake_readers()
         return entry_id
 
-    def _schedule(self, stream: str, message: Message, raw: Mapping[str, bytes] | None, delay: float) -> str:
+    def _schedule(self, stream: str, message: Message, raw: Mapping[str, bytes] | None, due: float) -> str:
         store = self._stream(stream)
-        schedule_id = store.schedule(anyio.current_time() + delay, lift_headers(message), dict(raw or {}))
+        schedule_id = store.delays.add(due, lift_headers(message), dict(raw or {}))
         for members in store.groups.values():
             members.wake_all()  # blocked readers must check again when the next entry is due
         return schedule_id

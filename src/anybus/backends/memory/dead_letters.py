@@ -25,7 +25,7 @@ class MemoryDeadLetters(DeadLetterStore):
 
     async def last_entry_id(self, stream: str) -> str | None:
         await checkpoint()
-        store = self._streams.get(stream)
+        store = self._stream(stream) if stream in self._streams else None
         return None if store is None else next((entry.id for entry in store.backwards()), None)
 
     async def read_page(
@@ -34,7 +34,7 @@ class MemoryDeadLetters(DeadLetterStore):
         await checkpoint()
         first, last = 0 if after is None else _sequence("after", after), _sequence("until", until)
         page: list[StoredEntry] = []
-        store = self._streams.get(stream)
+        store = self._stream(stream) if stream in self._streams else None
         left = max_bytes
         for entry in () if store is None else store.between(first, last):
             stored = _stored(entry)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -17,6 +16,7 @@ from ..._idempotency.table import KeyTable
 from ..._messages.message import Message
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
 from .deduplication import Records
+from .delayed import Delays
 
 if TYPE_CHECKING:
     from .retention import Kept
@@ -130,8 +130,7 @@ class Stream:
         self._base = base
         self._log: list[Entry] = []
         self._deletions = 0
-        self._due: list[tuple[float, int, Message, Mapping[str, bytes]]] = []
-        self._tickets = itertools.count(1)
+        self.delays = Delays()
         self.groups: dict[str, Group] = {}
         self.floors: dict[str, int] = {}
         self.leases: defaultdict[str, GroupLease] = defaultdict(GroupLease)
@@ -236,26 +235,14 @@ class Stream:
             return MissingEntry(entry.id)
         return MalformedEntry(entry.id, entry.raw, "the entry has no message that can be decoded", deliveries)
 
-    def schedule(self, due: float, message: Message, raw: Mapping[str, bytes]) -> str:
-        ticket = next(self._tickets)
-        heapq.heappush(self._due, (due, ticket, message, raw))
-        return f"later-{ticket}"
-
-    def unschedule(self, schedule_id: str) -> bool:
-        kept = [item for item in self._due if f"later-{item[1]}" != schedule_id]
-        found = len(kept) != len(self._due)
-        self._due = kept
-        heapq.heapify(self._due)
-        return found
-
     def next_due(self) -> float:
-        return self._due[0][0] if self._due else math.inf
+        return self.delays.next_due()
 
     def move_due(self, now: float) -> None:
-        moved = False
-        while self._due and self._due[0][0] <= now:
-            _, _, message, raw = heapq.heappop(self._due)
-            self.append(message, raw)
-            moved = True
-        if moved:
+        """Append what is due. What comes late, because nobody looked, counts as published when it was due."""
+        due = self.delays.take_due(now) if self.delays.waiting else ()
+        if due:
+            at = datetime.now(timezone.utc)
+            for later in due:
+                self.append(later.message, later.raw, at - timedelta(seconds=max(0.0, now - later.key[0])))
             self.wake_readers()

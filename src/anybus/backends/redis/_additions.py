@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ..._ground.errors import BackendError, EventBusError
-from . import _scripts as scripts
 from ._client import Client
 from ._dead_letters import RAW
 from ._errors import duplicate
-from ._keys import RESERVED, delayed
+from ._keys import RESERVED
 from ._protocol import Argument, ServerError
+from ._schedules import RedisSchedules
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class Addition:
     fields: Sequence[Argument]
 
 
-class Additions:
+class Additions(RedisSchedules):
     """The part of a server for work that concerns other servers, too."""
 
     _client: Client
 
     async def append(self, additions: Sequence[Addition]) -> list[str | EventBusError]:
-        """Append, in order within each stream. Returns the id of each (if delayed: its token), or its error."""
+        """Append, in order within each stream. Returns the id of each (if delayed: its schedule id), or its error."""
         client = self._client
         results: list[str | EventBusError] = [""] * len(additions)
         now = [index for index, addition in enumerate(additions) if addition.delay < 0]
@@ -70,13 +69,10 @@ class Additions:
             return error
 
     async def _schedule(self, addition: Addition) -> str | BackendError:
-        token = secrets.token_hex(8)
-        args = (f"+{addition.delay}", token, *addition.fields)
         try:
-            await self._client.run(scripts.SCHEDULE, addition.stream, "", (delayed(addition.stream),), args)
+            return await self.schedule(addition.stream, f"+{addition.delay}", addition.fields)
         except BackendError as error:
             return error
-        return token
 
     async def find_entries(self, stream: str, entry_ids: Sequence[str]) -> list[list[Argument] | None]:
         """The raw fields of these entries, as they were before they became dead letters; None = it is gone."""

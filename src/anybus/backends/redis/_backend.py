@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, Final, TypeVar
@@ -18,6 +18,7 @@ from ...abc import (
     Codec,
     CompletionKeeper,
     DeadLetterStore,
+    DelayedPage,
     Feature,
     FetchedEntry,
     IdempotencyStore,
@@ -39,9 +40,11 @@ from ...abc import (
 )
 from ._client import Client
 from ._completions import RedisStore
+from ._mover import DueMover
 from ._node import Node
 from ._retention import RetentionEverywhere
 from ._scatter import Scatter
+from ._schedules import Expect, RedisScheduleStore
 from ._server import ClusterModeError
 from ._settings import Settings, from_client, from_url
 from ._slots import slot_of
@@ -54,8 +57,8 @@ T = TypeVar("T")
 class Cluster:
     """What a backend has on a cluster, instead of one server."""
 
-    def __init__(self, settings: Settings, codec: Codec) -> None:
-        self.topology = Topology(settings, codec)
+    def __init__(self, settings: Settings, codec: Codec, expect: Expect) -> None:
+        self.topology = Topology(settings, codec, expect)
         self.scatter = Scatter(self.topology, codec)
 
 
@@ -70,6 +73,7 @@ class RedisBackend(
     LeaseKeeper,
     RetentionEverywhere,
     CompletionKeeper,
+    RedisScheduleStore,
 ):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
@@ -137,8 +141,9 @@ class RedisBackend(
         self._direct: set[str] = set()
         self._settings = settings
         self._codec = codec or JsonCodec()
-        self._single = None if settings.seeds else Node(settings, self._codec)
-        self._cluster = Cluster(settings, self._codec) if settings.seeds else None
+        self._mover = DueMover(self._append_due, self._due_within, self._kept_together)
+        self._single = None if settings.seeds else Node(settings, self._codec, self._mover.expect)
+        self._cluster = Cluster(settings, self._codec, self._mover.expect) if settings.seeds else None
 
     @property
     def _node(self) -> Node:
@@ -196,6 +201,7 @@ class RedisBackend(
             raise anyio.get_cancelled_exc_class()
 
     async def _open(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
+        self._mover.start(tasks, alarm)
         if self._single is not None:
             self._single.start(tasks, alarm)
             try:
@@ -204,7 +210,7 @@ class RedisBackend(
                 await self._single.aclose()
                 self._call_no_longer_directly()
                 self._settings = self._settings.as_cluster(self._settings)
-                self._cluster = Cluster(self._settings, self._codec)
+                self._cluster = Cluster(self._settings, self._codec, self._mover.expect)
                 self._single = None
             else:
                 self._call_directly(self._single, _METHODS)
@@ -213,6 +219,7 @@ class RedisBackend(
             self._call_directly(self._cluster.topology, ("publish_within",))
 
     async def _close(self) -> None:
+        self._mover.close()
         if self._single is not None:
             await self._single.aclose()
         if self._cluster is not None:
@@ -276,6 +283,20 @@ class RedisBackend(
 
     async def cancel_later(self, stream: str, schedule_id: str) -> bool:
         return await self._at(stream, lambda node: node.cancel_later(stream, schedule_id))
+
+    async def delayed_page(self, stream: str, *, after: str | None, count: int, max_bytes: int) -> DelayedPage:
+        return await self._at(
+            stream, lambda node: node.delayed_page(stream, after=after, count=count, max_bytes=max_bytes)
+        )
+
+    async def _append_due(self, stream: str) -> float | None:
+        return await self._at(stream, lambda node: node.append_due(stream))
+
+    async def _due_within(self, streams: Sequence[str], seconds: float) -> list[float | None]:
+        return await self._at(streams[0], lambda node: node.due_within(streams, seconds))
+
+    def _kept_together(self, stream: str) -> Hashable:
+        return None if self._cluster is None else slot_of(stream)
 
     async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
         if self._cluster is not None and dead_letter_topic is not None:

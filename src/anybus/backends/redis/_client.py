@@ -20,6 +20,7 @@ from . import (
     _lease_scripts,
     _retention_scripts,
     _rights,
+    _schedule_scripts,
     _scripts,
     _taking_scripts,
     _watch_scripts,
@@ -59,6 +60,7 @@ _ALL: Final = (
     *_deduplication_scripts.ALL,
     *_retention_scripts.ALL,
     *_completion_scripts.ALL,
+    *_schedule_scripts.ALL,
 )
 
 

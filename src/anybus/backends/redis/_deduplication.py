@@ -110,18 +110,25 @@ class Deduplicator:
             for item, answer in zip(part, answers, strict=True):
                 results[item.index] = answer
 
-    async def schedule(self, stream: str, due: str, token: str, message: Message, spec: PublishSpec) -> str:
-        """Store a message until it is due. See ``SCHEDULE_ONCE``."""
+    async def schedule(
+        self, stream: str, due: str, random: str, message: Message, spec: PublishSpec
+    ) -> tuple[str, float | None]:
+        """Store a message until it is due. See ``SCHEDULE_ONCE``.
+
+        :return: its schedule id, and in how many seconds it is due; for a duplicate: what was returned first, and None.
+        """
         item = self._item(0, message, spec)
         keys = (delayed(stream), dedup_ids(stream), dedup_ends(stream))
         reply = await self._run(
-            scripts.SCHEDULE_ONCE, keys, (due, token, item.field, item.window, "message", item.data)
+            scripts.SCHEDULE_ONCE, keys, (due, random, item.field, item.window, "message", item.data)
         )
         with self._client.reading(reply):
+            if len(reply) == 2 and isinstance(reply[1], int):
+                return str(reply[0].decode()), reply[1] / 1000
             result = self._result(reply)
         if isinstance(result, EventBusError):
             raise result
-        return result
+        return result, None
 
     def _item(self, index: int, message: Message, spec: PublishSpec | None) -> _Item:
         data = self._encode(message)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from ._schedule_scripts import SCHEDULING
 from ._scripts import FAILED, Script
 
 # KEYS[2] and KEYS[3]: the hash of records, and the sorted set of their ends. Cleaning always makes its calls, so that
@@ -89,25 +90,25 @@ return results
 )
 
 # KEYS: the sorted set of delayed entries, the records, their ends. ARGV: due time in ms, absolute or (with a leading +)
-# from now; token; the field of the record; the window in ms; the entry's fields. The token has a record of its own, by
-# which a cancellation finds the key. Replies as PUBLISH_ONCE does for one message, with the token as its id.
+# from now; a random text; the field of the record; the window in ms; the entry's fields. The schedule id has a record
+# of its own, by which a cancellation finds the key. Replies with the schedule id and in how many ms it is due, or as
+# PUBLISH_ONCE does for one message.
 SCHEDULE_ONCE: Final = Script(
     "schedule once",
     _RECORDS
+    + SCHEDULING
     + """
-local due, token, field = ARGV[1], ARGV[2], ARGV[3]
+local field = ARGV[3]
 local over = read_over(4)
 local first = first_of(redis.call('HGET', KEYS[2], field))
 if first then return {first} end
-if due:sub(1, 1) == '+' then due = string.format('%.0f', now + tonumber(due:sub(2))) end
-local values = {token}
+local values = {}
 for i = 5, #ARGV do values[#values + 1] = ARGV[i] end
-local member = cmsgpack.pack(values)
-redis.call('ZADD', KEYS[1], due, member)
-local stop = string.format('%.0f', now + tonumber(ARGV[4]))
-local failure = clean(over) or keep('@' .. token, stop, field) or keep(field, stop, stop .. ' ' .. token)
-if not failure then return token end
-local left = failed(redis.pcall('ZREM', KEYS[1], member))
+local scheduled = schedule(KEYS[1], ARGV[1], ARGV[2], values)
+local id, stop = scheduled[1], string.format('%.0f', now + tonumber(ARGV[4]))
+local failure = clean(over) or keep('@' .. id, stop, field) or keep(field, stop, stop .. ' ' .. id)
+if not failure then return scheduled end
+local left = failed(redis.pcall('ZREM', KEYS[1], cmsgpack.pack(values)))
 return {left and 'half' or 'error', failure}
 """,
 )

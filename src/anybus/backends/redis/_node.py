@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from datetime import datetime
 from itertools import groupby
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from ..._ground.checks import check_delay, check_start_id, check_time, is_entry_id
+from ..._ground.checks import check_start_id, is_entry_id
 from ..._ground.errors import BackendError, EventBusError, SerializationError, ValidationError
 from ..._messages.message import Message
 from ...abc import (
@@ -37,13 +34,14 @@ from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, span
 from ._deduplication import Deduplicator
 from ._errors import has_code, is_out_of_reach
-from ._keys import RESERVED, dedup_ends, dedup_ids, delayed, leases, losses
+from ._keys import RESERVED, leases, losses
 from ._leases import RedisLeases
 from ._limits import ROOM
 from ._parts import PER_SCRIPT
 from ._protocol import Command, ServerError
 from ._retention import RedisRetention
 from ._rights import TRY, arguments, may_not_run_scripts, missing_rights, probes
+from ._schedules import Expect
 from ._settings import Settings
 from ._taking import Memory, Taking
 from ._transfers import Transfers
@@ -56,20 +54,23 @@ class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Addi
 
     :param memory: what is remembered of the members that read here; None = nothing yet.
     :param together: streams with the same result may be named in one command.
+    :param expect: called when something will be due.
     """
 
     def __init__(
         self,
         settings: Settings,
         codec: Codec,
+        expect: Expect,
         *,
         memory: Memory | None = None,
         together: Callable[[str], Hashable] = lambda stream: None,
     ) -> None:
         self._codec = codec
+        self._expect = expect
         self.client = self._client = Client(settings)
         self._decoder = EntryDecoder(codec)
-        self.taking = self._taking = Taking(self._client, self._decoder, together, memory)
+        self.taking = self._taking = Taking(self._client, self._decoder, expect, together, memory)
         self._transfers = Transfers(self._client, self._encode, self._encode_copy)
         self._crowds = Crowds()
         self._once = Deduplicator(self._client, self._encode)
@@ -226,40 +227,6 @@ class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Addi
                 f"a message must be at most {limit.size - room} bytes when encoded, not {len(data)}: "
                 f"{self._client.settings.place} does not accept more ({limit.setting})"
             )
-
-    async def publish_later(
-        self,
-        stream: str,
-        message: Message,
-        *,
-        delay: float | None = None,
-        at: datetime | None = None,
-        spec: PublishSpec | None = None,
-    ) -> str:
-        if (delay is None) == (at is None):
-            raise ValidationError("publish_later takes exactly one of delay and at")
-        if at is not None:
-            due = f"{check_time('at', at).timestamp() * 1000:.0f}"
-        else:
-            due = f"+{check_delay('delay', delay) * 1000:.0f}"
-        token = secrets.token_hex(8)
-        if spec is not None and spec.idempotency_key is not None:
-            return await self._once.schedule(stream, due, token, message, spec)
-        args = (due, token, "message", self._encode(message))
-        await self._client.run(scripts.SCHEDULE, stream, "", (delayed(stream),), args)
-        return token
-
-    async def cancel_later(self, stream: str, schedule_id: str) -> bool:
-        if not re.fullmatch(r"[0-9a-f]{16}", schedule_id):
-            return False
-        cursor = "0"
-        while True:
-            keys = (delayed(stream), dedup_ids(stream), dedup_ends(stream))
-            reply = await self._client.run(scripts.CANCEL, stream, "", keys, (schedule_id, cursor))
-            with self._client.reading(reply):
-                cursor, removed = reply[0].decode(), int(reply[1])
-            if removed or cursor == "0":
-                return bool(removed)
 
     async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
         asked = list(probes(stream, retry_stream, group, dead_letter_topic))

@@ -153,54 +153,6 @@ return {'not ours'}
 """,
 )
 
-# ARGV: due time in ms, absolute or (with a leading +) from now; token; fields.
-SCHEDULE: Final = Script(
-    "schedule",
-    """
-local due = ARGV[1]
-if due:sub(1, 1) == '+' then
-  local time = redis.call('TIME')
-  due = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(due:sub(2)))
-end
-local values = {}
-for i = 2, #ARGV do values[#values + 1] = ARGV[i] end
-redis.call('ZADD', KEYS[1], due, cmsgpack.pack(values))
-return due
-""",
-)
-
-# Searches a part of the set for a delayed member, by its token, from a cursor on. A member begins with the head of a
-# list, the head of a string, and the token. Replies with the next cursor ('0' = the end), and how many it removed. The
-# member's idempotency key, if it has one, is forgotten first (KEYS 2 and 3: see `_deduplication_scripts`).
-CANCEL: Final = Script(
-    "cancel",
-    """
-local function forget(token)
-  local field = redis.pcall('HGET', KEYS[2], '@' .. token)
-  if type(field) ~= 'string' then return end
-  local record = redis.pcall('HGET', KEYS[2], field)
-  local fields = {'@' .. token}
-  if type(record) == 'string' and record:match('^%d+ (.*)$') == token then fields[2] = field end
-  redis.pcall('HDEL', KEYS[2], unpack(fields))
-  redis.pcall('ZREM', KEYS[3], unpack(fields))
-end
-local cursor = ARGV[2]
-for scan = 1, 10 do
-  local page = redis.call('ZSCAN', KEYS[1], cursor, 'MATCH', '??' .. ARGV[1] .. '*', 'COUNT', 200)
-  cursor = page[1]
-  for i = 1, #page[2], 2 do
-    local known, values = pcall(cmsgpack.unpack, page[2][i])
-    if known and type(values) == 'table' and values[1] == ARGV[1] then
-      forget(values[1])
-      return {'0', redis.call('ZREM', KEYS[1], page[2][i])}
-    end
-  end
-  if cursor == '0' then break end
-end
-return {cursor, 0}
-""",
-)
-
 # Keeps a group's safe floor beside its streams: all members have settled everything up to it. KEYS: pairs of a stream
 # and its meta hash. A floor is the last delivered id or, if there are pending entries, "before" and the lowest of them.
 FLOOR: Final = Script(
@@ -258,4 +210,4 @@ return 1
 """,
 )
 
-ALL: Final = (TRANSFER, SETTLE_APPENDED, SCHEDULE, CANCEL, FLOOR, REAP, FORGET)
+ALL: Final = (TRANSFER, SETTLE_APPENDED, FLOOR, REAP, FORGET)

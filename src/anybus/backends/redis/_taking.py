@@ -18,6 +18,7 @@ from ._errors import UNEXPECTED, has_code, leads_elsewhere, translate, unexpecte
 from ._keys import delayed, losses, waiting
 from ._protocol import Command, ServerError
 from ._readers import Readers
+from ._schedules import Expect
 from ._shared_reader import Track, Wait
 from ._taking_calls import Taken, TakingCalls
 from ._upkeep import Upkeep
@@ -54,6 +55,7 @@ class Memory:
 class Taking:
     """The part of the backend that takes entries. For each consumer it keeps a connection and cursors.
 
+    :param expect: called when something will be due.
     :param together: streams with the same result may be named in one command.
     :param memory: what is remembered of the members already.
     """
@@ -62,6 +64,7 @@ class Taking:
         self,
         client: Client,
         decoder: EntryDecoder,
+        expect: Expect,
         together: Callable[[str], Hashable] = lambda stream: None,
         memory: Memory | None = None,
     ) -> None:
@@ -78,7 +81,7 @@ class Taking:
         """When a read without waiting last found the stream empty, and when its next delayed entry is due."""
         self._passed: dict[Member, tuple[float, float]] = {}
         """When the last pass over a topic was made, and how long after the one before."""
-        self.watch = Watch(client, self._upkeep, together)
+        self.watch = Watch(client, self._upkeep, expect, together)
         self._readers = Readers(
             client.settings,
             unblock=self._unblock,

@@ -23,6 +23,7 @@ from ._cluster_map import ClusterMap
 from ._errors import broken
 from ._link import Link, open_link
 from ._node import Node
+from ._schedules import Expect
 from ._settings import Locator, Settings
 from ._slots import Address, redirection, slot_of
 from ._taking import Member, Memory
@@ -66,11 +67,13 @@ class _NodeLocator(Locator):
 class Topology:
     """
     :param settings: of the cluster, with its seeds: the nodes that are asked first.
+    :param expect: called when something will be due.
     """
 
-    def __init__(self, settings: Settings, codec: Codec) -> None:
+    def __init__(self, settings: Settings, codec: Codec, expect: Expect) -> None:
         self._settings = settings
         self._codec = codec
+        self._expect = expect
         self._memory = Memory()
         self._clear()
 
@@ -303,7 +306,9 @@ class Topology:
         tasks = self._check_open()
         settings = replace(self._settings.at(*address), asking=asking)
         locator = _NodeLocator(settings, partial(self.map.suspect, address))
-        node = Node(replace(settings, locator=locator), self._codec, memory=self._memory, together=slot_of)
+        node = Node(
+            replace(settings, locator=locator), self._codec, self._expect, memory=self._memory, together=slot_of
+        )
         node.start(tasks, self._alarm)
         self._addresses[node] = address
         return node

@@ -8,7 +8,7 @@ few seconds, group by group, which groups are busy, and marks the members as run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Final
 
@@ -24,12 +24,16 @@ from ._errors import has_code
 from ._keys import delayed, leases, waiting
 from ._lease_scripts import LONGEST
 from ._protocol import Argument, Command, ServerError
+from ._schedules import Expect
 from ._upkeep import Upkeep
 from ._watch_scripts import CHECK, LOOK
 
 _LOOKED_AT: Final = 400
 _CHECKED: Final = 25
 """How many groups one call looks at, or checks: about a millisecond of the server's time."""
+
+_SOON: Final = 1000
+"""Within how many ms a message must become due to be expected."""
 
 _CHECKED_AT_ONCE: Final = 100
 _TICK: Final = 0.5
@@ -89,13 +93,16 @@ class Post:
 class Watch:
     """Wakes members when a pass would find something.
 
+    :param expect: called when something will soon be due on a topic.
     :param together: streams with the same result may be named in one command.
     """
 
-    def __init__(self, client: Client, upkeep: Upkeep, together: Callable[[str], Hashable]) -> None:
+    def __init__(self, client: Client, upkeep: Upkeep, expect: Expect, together: Callable[[str], Hashable]) -> None:
         self._client = client
         self._upkeep = upkeep
+        self._expect = expect
         self._together = together
+        self._looked_at = -math.inf
         self._posts: dict[Member, Post] = {}
         self._scope: anyio.CancelScope | None = None
         self._tasks: TaskGroup | None = None
@@ -210,8 +217,8 @@ class Watch:
         asleep = [
             post for post in self._posts.values() if post.due is not None and now - post.since >= post.interval / 2
         ]
-        quiet = [post for post in asleep if not post.busy]
-        looked_at = list(self._parts(quiet, _LOOKED_AT))
+        quiet = {post for post in asleep if not post.busy}
+        looked_at = list(self._parts(self._looks(quiet, now), _LOOKED_AT))
         checked = list(self._parts(self._take_turns(now, tick), _CHECKED))
         commands = [self._look(part) for part in looked_at] + [self._check(part) for part in checked]
         call = await self._client.mux.start(commands) if commands else None
@@ -221,7 +228,16 @@ class Watch:
         await call.event.wait()
         if call.error is not None:
             raise call.error
-        await self._react(looked_at, checked, call.replies)
+        await self._react(looked_at, quiet, checked, call.replies)
+
+    def _looks(self, quiet: Collection[Post], now: float) -> Iterable[Post]:
+        """Those that are quiet, for a pass. And, twice a second, all others: messages become due there, too."""
+        if len(quiet) == len(self._posts):
+            self._looked_at = now
+        if now - self._looked_at < _TICK * 0.9:
+            return (post for post in self._posts.values() if post in quiet)
+        self._looked_at = now
+        return self._posts.values()
 
     def _take_turns(self, now: float, tick: float) -> list[Post]:
         """Those that are to be checked now. If there are many, a part of them."""
@@ -245,7 +261,7 @@ class Watch:
                 yield part[start : start + most]
 
     def _look(self, posts: Sequence[Post]) -> Command:
-        return self._client.unwatched(LOOK, [key for post in posts for key in post.keys], ())
+        return self._client.unwatched(LOOK, [key for post in posts for key in post.keys], (_SOON,))
 
     def _check(self, posts: Sequence[Post]) -> Command:
         keys: list[str] = []
@@ -258,18 +274,23 @@ class Watch:
             args += (post.group, post.consumer, lease, alive)
         return self._client.unwatched(CHECK, keys, args)
 
-    async def _react(self, looked_at: list[list[Post]], checked: list[list[Post]], replies: list[Any]) -> None:
+    async def _react(
+        self, looked_at: list[list[Post]], quiet: Collection[Post], checked: list[list[Post]], replies: list[Any]
+    ) -> None:
         forgotten = [reply for reply in replies if isinstance(reply, ServerError) and has_code(reply, "NOSCRIPT")]
         if forgotten:
             await self._client.load_scripts()
         for part, reply in zip(looked_at, replies, strict=False):
             if isinstance(reply, ServerError):
                 self._client.refused(reply)  # it may be the wrong server, now
-                _wake(part)
+                _wake(post for post in part if post in quiet)
             else:
                 with self._client.reading(reply):
-                    found: list[int] = reply
-                    _wake(part[index - 1] for index in found)
+                    found: list[int] = reply[0]
+                    soon: list[tuple[int, int]] = reply[1]
+                    _wake(post for index in found if (post := part[index - 1]) in quiet)
+                    for index, wait in soon:
+                        self._expect(part[index - 1].stream, wait / 1000, False)
         for part, reply in zip(checked, replies[len(looked_at) :], strict=True):
             if isinstance(reply, ServerError):
                 self._client.refused(reply)

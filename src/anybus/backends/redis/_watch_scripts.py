@@ -13,17 +13,22 @@ from ._scripts import FAILED, Script
 
 # For each group three keys: the delayed sets of its topic and of its retry stream, and the key that exists while
 # entries wait for a pass (see `note_waiting`). Replies with the indexes, from 1, of the groups for which a pass would
-# find something now. Most groups have none of these keys, so halves that have none are not looked at further.
+# find something now; and with pairs: the index of a group on whose topic something is due within ARGV[1] ms, and in how
+# many ms. Most groups have none of these keys, so halves that have none are not looked at further.
 LOOK: Final = Script(
     "look",
     FAILED
     + """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local found = {}
-local function is_due(delayed)
+local found, soon = {}, {}
+local function is_due(delayed, topic)
   local first = redis.pcall('ZRANGE', delayed, 0, 0, 'WITHSCORES')
-  return failed(first) or (first[1] and tonumber(first[2]) <= now)
+  if failed(first) then return true end
+  if not first[1] then return false end
+  local wait = math.ceil(first[2] - now)
+  if topic and wait <= tonumber(ARGV[1]) then soon[#soon + 1] = {topic, math.max(0, wait)} end
+  return wait <= 0
 end
 local function search(from, to)
   if redis.call('EXISTS', unpack(KEYS, 3 * from - 2, 3 * to)) == 0 then return end
@@ -31,12 +36,13 @@ local function search(from, to)
     local middle = math.floor((from + to) / 2)
     search(from, middle)
     search(middle + 1, to)
-  elseif redis.call('EXISTS', KEYS[3 * from]) == 1 or is_due(KEYS[3 * from - 2]) or is_due(KEYS[3 * from - 1]) then
-    found[#found + 1] = from
+  else
+    local topic_is_due, retries_are_due = is_due(KEYS[3 * from - 2], from), is_due(KEYS[3 * from - 1])
+    if redis.call('EXISTS', KEYS[3 * from]) == 1 or topic_is_due or retries_are_due then found[#found + 1] = from end
   end
 end
 search(1, #KEYS / 3)
-return found
+return {found, soon}
 """,
 )
 
