@@ -378,6 +378,23 @@ async def test_a_key_whose_window_is_over_is_kept_anew_although_it_would_be_remo
             await backend.publish_with(topic, Message(topic), window("order-2", 0.001))
 
 
+async def test_a_key_that_looks_like_what_is_kept_for_another_is_its_own(
+    server: RunningServer, client: Any, topic: str
+) -> None:
+    """Like a schedule id's field, and like that of a long key."""
+    long = "k" * 200
+    async with RedisBackend(server.url) as backend:
+        token = await backend.publish_later(topic, Message(topic), delay=3600, spec=LONG)
+        await backend.publish_with(topic, Message(topic), window(long, 3600))
+        for field in await to_thread.run_sync(client.hkeys, dedup_ids(topic)):
+            assert not isinstance(
+                await backend.publish_with(topic, Message(topic), window(field.decode(), 60)), Duplicate
+            )
+        assert await backend.cancel_later(topic, token)
+        assert isinstance(await backend.publish_with(topic, Message(topic), window(long, 60)), Duplicate)
+        assert not isinstance(await backend.publish_with(topic, Message(topic), LONG), Duplicate)
+
+
 # --- other servers
 
 
