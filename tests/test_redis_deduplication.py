@@ -115,7 +115,9 @@ async def test_a_batch_that_breaks_in_the_middle_is_repeated_and_happens_once_in
 
         def rule(command: list[bytes]) -> CutAfter | CutBefore | None:
             nonlocal calls
-            calls += command[0] == b"EVALSHA"
+            if command[0] != b"EVALSHA":
+                return None
+            calls += 1
             return act if calls == part else None
 
         proxy.rule = rule
