@@ -115,7 +115,9 @@ async def test_a_batch_that_breaks_in_the_middle_is_repeated_and_happens_once_in
 
         def rule(command: list[bytes]) -> CutAfter | CutBefore | None:
             nonlocal calls
-            calls += command[0] == b"EVALSHA"
+            if command[0] != b"EVALSHA":
+                return None
+            calls += 1
             return act if calls == part else None
 
         proxy.rule = rule
@@ -378,7 +380,56 @@ async def test_a_key_whose_window_is_over_is_kept_anew_although_it_would_be_remo
             await backend.publish_with(topic, Message(topic), window("order-2", 0.001))
 
 
+async def test_a_key_that_looks_like_what_is_kept_for_another_is_its_own(
+    server: RunningServer, client: Any, topic: str
+) -> None:
+    """Like a schedule id's field, and like that of a long key."""
+    long = "k" * 200
+    async with RedisBackend(server.url) as backend:
+        token = await backend.publish_later(topic, Message(topic), delay=3600, spec=LONG)
+        await backend.publish_with(topic, Message(topic), window(long, 3600))
+        for field in await to_thread.run_sync(client.hkeys, dedup_ids(topic)):
+            assert not isinstance(
+                await backend.publish_with(topic, Message(topic), window(field.decode(), 60)), Duplicate
+            )
+        assert await backend.cancel_later(topic, token)
+        assert isinstance(await backend.publish_with(topic, Message(topic), window(long, 60)), Duplicate)
+        assert not isinstance(await backend.publish_with(topic, Message(topic), LONG), Duplicate)
+
+
 # --- other servers
+
+
+@pytest.mark.parametrize("reason", ["READONLY", "NOREPLICAS"])
+async def test_a_server_that_takes_no_writes_does_not_say_that_a_message_was_published(reason: str, topic: str) -> None:
+    """It may have been replaced, and what it knows with it: its answer would lose the message."""
+    if (SERVER, reason) == ("redis62", "NOREPLICAS"):
+        pytest.skip("before Redis 7, the commands of scripts are not refused for it")
+    options = PublishOptions(deduplication_window=120)
+    known = Message(topic, idempotency_key="order-1")
+    with RunningServer(SERVER) as own:
+        client: Any = own.client()
+        async with StreamBus(RedisBackend(own.url), quick(publish_timeout=1)) as bus:
+            await bus.publish(known, options)
+            scheduled = await bus.backend.publish_later(topic, Message(topic), delay=3600, spec=window("order-2", 60))
+            if reason == "READONLY":
+                await to_thread.run_sync(client.replicaof, "127.0.0.1", 1)
+            else:
+                await to_thread.run_sync(client.config_set, "min-replicas-to-write", 1)
+            with pytest.raises(BackendError, match=reason) as caught:
+                await bus.publish(known, options)
+            assert (caught.value.may_have_happened, caught.value.can_pass) == (False, True)
+            if reason == "READONLY":
+                return  # the bus looks for the primary now
+            outcome = await bus.publish_batch([known, known, Message(topic), known], options)
+            maybe = [error.may_have_happened for error in outcome.errors if isinstance(error, BackendError)]
+            assert maybe == [False] * 4
+            with pytest.raises(BackendError, match=reason):
+                await bus.backend.publish_later(topic, Message(topic), delay=3600, spec=window("order-2", 60))
+            await to_thread.run_sync(client.config_set, "min-replicas-to-write", 0)
+            assert isinstance(await bus.publish(known, options), Duplicate)
+            again = await bus.backend.publish_later(topic, Message(topic), delay=1, spec=window("order-2", 60))
+            assert again == Duplicate(scheduled)
 
 
 async def test_a_server_that_comes_back_knows_the_keys_whose_messages_it_has(topic: str) -> None:

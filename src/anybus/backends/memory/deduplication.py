@@ -50,7 +50,7 @@ class Records:
     def forget(self, schedule_id: str) -> None:
         """The scheduled message was cancelled: its key is free."""
         key = self._scheduled.pop(schedule_id, None)
-        if key is not None and self._ids[key][1] == schedule_id:
+        if key is not None:
             del self._ids[key]
 
 

@@ -10,6 +10,9 @@ cannot be written, what was appended is removed again. A record without its mess
 publisher would believe the answer to its second try.
 
 All reads come first. They fail, if a key has the wrong type, before anything is written.
+
+A server that takes no writes must not say that a message was published before. It may be a primary that was replaced,
+and what only it knows is about to be lost. So an answer without a write is confirmed by one that changes nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ local function first_of(record)
   local stop, first = (record or ''):match('^(%d+) (.*)$')
   if stop and tonumber(stop) > now then return first end
 end
+local function takes_no_writes()
+  return failed(redis.pcall('ZREM', KEYS[3], ''))
+end
 -- An end without its record does no harm, and is removed when it is over.
 local function keep(field, stop, record)
   local failure = failed(redis.pcall('ZADD', KEYS[3], stop, field))
@@ -60,13 +66,14 @@ local fields = {}
 for i = 1, count do fields[i] = ARGV[3 * i - 1] end
 local found, known = redis.call('HMGET', KEYS[2], unpack(fields)), {}
 for i = 1, count do known[fields[i]] = found[i] end
-local cleaned = false
+local cleaned, appended, answered = false, false, false
 local results = {}
 for i = 1, count do
   local field = fields[i]
   local first = field ~= '' and first_of(known[field])
   if first then
     results[i] = {first}
+    answered = true
   else
     local id = redis.pcall('XADD', KEYS[1], '*', 'message', ARGV[3 * i + 1])
     local failure, status = failed(id), 'error'
@@ -83,8 +90,11 @@ for i = 1, count do
       break
     end
     results[i] = id
+    appended = true
   end
 end
+local failure = answered and not appended and takes_no_writes()
+if failure then return {{'error', failure}} end
 return results
 """,
 )
@@ -101,7 +111,11 @@ SCHEDULE_ONCE: Final = Script(
 local field = ARGV[3]
 local over = read_over(4)
 local first = first_of(redis.call('HGET', KEYS[2], field))
-if first then return {first} end
+if first then
+  local failure = takes_no_writes()
+  if failure then return {'error', failure} end
+  return {first}
+end
 local values = {}
 for i = 5, #ARGV do values[#values + 1] = ARGV[i] end
 local scheduled = schedule(KEYS[1], ARGV[1], ARGV[2], values)
