@@ -22,7 +22,17 @@ from anybus._ground.cancellation import is_abandoned
 
 CHILD = CHILDREN / "abandoning.py"
 
-WAYS = ["bus_only", "with_subscription", "in_a_handler", "pulling", "generator", "elsewhere", "beside", "disconnected"]
+WAYS = [
+    "bus_only",
+    "with_subscription",
+    "in_a_handler",
+    "pulling",
+    "generator",
+    "elsewhere",
+    "beside",
+    "disconnected",
+    "scheduled",
+]
 
 ASYNCIO_LOOPS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),

@@ -65,8 +65,9 @@ def has(admin: Any, topic: str, count: int) -> Any:
 
 
 async def test_what_an_earlier_version_stored_is_listed_cancelled_and_appended(
-    server: RunningServer, admin: Any, topic: str
+    server: RunningServer, admin: Any, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(mover, "_EVERY", 0.1)
     members = {
         packed("0123456789abcdef", Message(topic, b"by id")): 2_000_000_000_000,
         packed("1123456789abcdef", Message(topic, b"listed")): 2_000_000_000_000,
@@ -223,7 +224,7 @@ async def test_messages_outlive_the_server(own_server: RunningServer, topic: str
 
 async def test_what_is_far_away_costs_a_command_a_second(own_server: RunningServer) -> None:
     topics = [new_topic() for _ in range(300)]
-    seconds = 2
+    seconds = 1
     with own_server.client() as client:
 
         def calls() -> int:

@@ -112,10 +112,19 @@ async def disconnected(url: str) -> None:
     raise LookupError("the program's own")
 
 
+async def scheduled(url: str) -> None:
+    """A delayed message waits, and one was about to be appended."""
+    kept.append(await entered(url))
+    for delay in (3600, 0.3):
+        await kept[0].publish_later(Message(TOPIC), delay=delay)
+    raise LookupError("the program's own")
+
+
 WAYS: dict[str, Callable[[str], Awaitable[None]]] = {
     way.__name__: way
     for way in (
         bus_only,
+        scheduled,
         with_subscription,
         in_a_handler,
         pulling,

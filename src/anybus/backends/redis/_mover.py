@@ -17,7 +17,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
-from ..._ground.cancellation import is_stray, sole
+from ..._ground.cancellation import is_abandoned, is_stray, sole
 from ..._ground.errors import EventBusError, words
 from ..._ground.log import say
 
@@ -26,6 +26,9 @@ _EVERY: Final = 1.0
 
 _AHEAD: Final = 1.5
 """What is due later than this, in seconds, is learned from a later question."""
+
+_LOOK: Final = 0.1
+"""After a stray cancellation, every so many seconds: whether the owner of this task has ended without ending it."""
 
 _STREAMS_AT_ONCE: Final = 400
 _CALLS_AT_ONCE: Final = 32
@@ -67,6 +70,8 @@ class DueMover:
         self._scope: anyio.CancelScope | None = None
         self._nap: anyio.CancelScope | None = None
         self._asked_at = -math.inf
+        self._was_hit = False
+        """By a stray cancellation."""
 
     def start(self, tasks: TaskGroup, alarm: Callable[[BaseException], None]) -> None:
         """
@@ -110,13 +115,14 @@ class DueMover:
         """Shielded: the backend ends it when it is left, after the subscriptions."""
         try:
             with scope:
-                while self._own or self._queue or self._moving:
+                while self._is_needed():
                     try:
                         async with anyio.create_task_group() as calls:
                             await self._keep_moving(calls, anyio.CapacityLimiter(_CALLS_AT_ONCE))
                     except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
                         self._moving.clear()
                         self._asking.clear()
+                        self._was_hit = True
                         if not is_stray(error):
                             if isinstance(error, anyio.get_cancelled_exc_class()) or self._alarm is None:
                                 raise
@@ -125,8 +131,12 @@ class DueMover:
         finally:
             self._scope = None
 
+    def _is_needed(self) -> bool:
+        """False also if nobody will ever end this: after a stray cancellation, which may have been the loop's last."""
+        return bool(self._own or self._queue or self._moving) and not (self._was_hit and is_abandoned())
+
     async def _keep_moving(self, calls: TaskGroup, limiter: anyio.CapacityLimiter) -> None:
-        while self._own or self._queue or self._moving:
+        while self._is_needed():
             for stream in self._take_due():
                 self._moving.add(stream)
                 calls.start_soon(self._move, stream, limiter)
@@ -138,7 +148,8 @@ class DueMover:
                     calls.start_soon(self._ask, key, part)
             next_due = self._queue[0][0] if self._queue else math.inf
             next_question = self._asked_at + _EVERY if self._own else now + _EVERY
-            with anyio.CancelScope(deadline=min(next_due, next_question)) as self._nap:
+            next_look = now + _LOOK if self._was_hit else math.inf
+            with anyio.CancelScope(deadline=min(next_due, next_question, next_look)) as self._nap:
                 await anyio.sleep_forever()
             self._nap = None
 
