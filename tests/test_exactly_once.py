@@ -745,7 +745,7 @@ async def test_the_rights_that_the_docs_name_are_enough(server: RunningServer, t
     async with user_with(server, *rights.split()) as user:
         config = once(topic, max_retry=3)
         async with anybus.connect(user.url, quick(Recorder())) as bus:
-            with pytest.raises(BackendError, match=r"zscore|hdel"), anyio.fail_after(SOON):
+            with pytest.raises(BackendError, match=r"zscore|hdel|can't run this command"), anyio.fail_after(SOON):
                 await fail_at(bus, config, handler, message)
             await user.rules("+zscore", "+hdel")
             async with bus.subscribe(config, handler) as subscription:
