@@ -18,6 +18,7 @@ The specification, on memory and on a server:
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -26,10 +27,13 @@ from typing import Any
 
 import anyio
 import pytest
+from acl import user_with
 from anyio import to_thread
 from harness import QUICK, SOON, Harness, MemoryHarness, Recorder, StepByStep, nothing_pending, quick, until
 from refusal import refused
+from servers import RunningServer
 
+import anybus
 from anybus import (
     AlreadySettledError,
     BackendError,
@@ -48,6 +52,8 @@ from anybus import (
 )
 from anybus.abc import Claim, CompletionKeeper, IdempotencyStore, KeyedTransfer, StreamBackend
 from anybus.idempotency import MemoryStore, SqlStore
+
+REDIS_PAGE = Path(__file__).parents[1] / "docs" / "redis.md"
 
 
 @pytest.fixture
@@ -432,7 +438,7 @@ class Failing(MemoryStore):
 
     def __init__(self, times: int, error: Exception) -> None:
         super().__init__()
-        self.left = dict.fromkeys(("claim", "renew", "complete", "release"), times)
+        self.left: dict[str, int] = dict.fromkeys(("claim", "renew", "complete", "release"), times)
         self.error = error
 
     def _fail(self, name: str) -> None:
@@ -482,11 +488,15 @@ async def test_an_error_of_the_store_that_cannot_pass_ends_the_subscription(topi
 
     keys = Failing(1, BackendError("no permission", can_pass=False))
     backend = MemoryBackend()
-    with pytest.raises(BackendError, match="no permission"), anyio.fail_after(SOON):  # noqa: PT012
+
+    async def use() -> None:
         async with StreamBus(backend, quick(Recorder())) as bus:
             async with bus.subscribe(once(topic, idempotency_store=keys), handler):
                 await bus.publish(Message(topic))
                 await anyio.sleep_forever()
+
+    with pytest.raises(BackendError, match="no permission"), anyio.fail_after(SOON):
+        await use()
     [pending] = await backend.pending_entries(topic, "g")
     assert pending.deliveries == 0
 
@@ -713,3 +723,39 @@ def test_the_retry_stream_has_the_keys_of_its_topic() -> None:
         assert completions(retry_stream(topic, "g"), "g") == completions(topic, "g")
         assert claims(retry_stream(topic, "g"), "g") == claims(topic, "g")
     assert completions("orders", "g") == "anybus:{orders}:keys:g"
+
+
+async def test_the_rights_that_the_docs_name_are_enough(server: RunningServer, topic: str) -> None:
+    rights = "~* " + " ".join(
+        word
+        for block in re.findall(
+            r"^```text\n(ACL SETUSER worker.*?)^```", REDIS_PAGE.read_text(), re.DOTALL | re.MULTILINE
+        )
+        for word in block.split()
+        if word[0] in "+-"
+    )
+    handled: list[int] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(delivery.state.attempt)
+        if len(handled) == 1:
+            raise LookupError("not yet")
+
+    message = Message(topic)
+    async with user_with(server, *rights.split()) as user:
+        config = once(topic, max_retry=3)
+        async with anybus.connect(user.url, quick(Recorder())) as bus:
+            with pytest.raises(BackendError, match=r"zscore|hdel|can't run this command"), anyio.fail_after(SOON):
+                await fail_at(bus, config, handler, message)
+            await user.rules("+zscore", "+hdel")
+            async with bus.subscribe(config, handler) as subscription:
+                await until(lambda: subscription.statistics().handled == 1)
+                await bus.publish(message)
+                await until(lambda: subscription.statistics().duplicates == 1)
+    assert handled == [1, 2]
+
+
+async def fail_at(bus: StreamBus, config: SubscriptionConfig, handler: Any, message: Message) -> None:
+    async with bus.subscribe(config, handler):
+        await bus.publish(message)
+        await anyio.sleep_forever()

@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import new_topic
@@ -110,7 +111,8 @@ def test_messages_are_moved_exactly_once(site: Site, count: int, kills: int) -> 
     wait_until(lambda: site.client.xlen(moved) >= count, "all messages", growing=lambda: site.client.xlen(moved))
     wait_until(lambda: site.open_work("movers") == 0, "the acknowledgements")
     codec = JsonCodec()
-    found = Counter(codec.decode(fields[b"message"]).key for _, fields in site.client.xrange(moved))
+    entries: Any = site.client.xrange(moved)
+    found = Counter(codec.decode(fields[b"message"]).key for _, fields in entries)
     assert set(found) == set(keys)
     assert [key for key, times in found.items() if times > 1] == []
     handled = Counter(site.uids("begun"))

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from anybus import LeaseLostError, ValidationError
 from anybus.abc import CompletionKeeper
 from anybus.idempotency import Claim, IdempotencyStore, MemoryStore, SqlStore
 
+Opened = Callable[[], AbstractAsyncContextManager[IdempotencyStore]]
 CLAIMED, COMPLETED = Claim("claimed"), Claim("completed")
 
 
@@ -40,7 +41,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def opened(kind: str, request: pytest.FixtureRequest, tmp_path: Path):  # type: ignore[no-untyped-def]
+def opened(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
     @asynccontextmanager
     async def open_store() -> AsyncGenerator[IdempotencyStore, None]:
         if kind == "memory":
@@ -84,7 +85,7 @@ async def claim(
     return await store.claim(topic, "g", key, consumer, entry=entry, lease=lease)
 
 
-async def test_a_claimed_key_is_busy_for_other_entries(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_a_claimed_key_is_busy_for_other_entries(opened: Opened, topic: str) -> None:
     async with opened() as store:
         assert await claim(store, topic) == CLAIMED
         for consumer in ("a", "b"):
@@ -94,7 +95,7 @@ async def test_a_claimed_key_is_busy_for_other_entries(opened, topic: str) -> No
         assert await claim(store, topic, "other") == CLAIMED
 
 
-async def test_the_same_entry_takes_its_claim_over(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_the_same_entry_takes_its_claim_over(opened: Opened, topic: str) -> None:
     async with opened() as store:
         assert await claim(store, topic, consumer="a") == CLAIMED
         assert await claim(store, topic, consumer="b") == CLAIMED
@@ -102,7 +103,7 @@ async def test_the_same_entry_takes_its_claim_over(opened, topic: str) -> None: 
         assert (await claim(store, topic, entry="2-0")).state == "busy"
 
 
-async def test_a_claim_ends_with_its_lease(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_a_claim_ends_with_its_lease(opened: Opened, topic: str) -> None:
     async with opened() as store:
         assert await claim(store, topic, lease=0.05) == CLAIMED
 
@@ -112,7 +113,7 @@ async def test_a_claim_ends_with_its_lease(opened, topic: str) -> None:  # type:
         await until(is_free, "the end of the lease")
 
 
-async def test_a_renewed_claim_lasts_longer(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_a_renewed_claim_lasts_longer(opened: Opened, topic: str) -> None:
     async with opened() as store:
         assert await claim(store, topic, lease=30) == CLAIMED
         await store.renew(topic, "g", ["k", "unknown"], "b", lease=900)
@@ -122,7 +123,7 @@ async def test_a_renewed_claim_lasts_longer(opened, topic: str) -> None:  # type
         assert await claim(store, topic, "unknown", consumer="b") == CLAIMED
 
 
-async def test_a_completed_key_is_completed_for_every_entry(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_a_completed_key_is_completed_for_every_entry(opened: Opened, topic: str) -> None:
     async with opened() as store:
         assert await claim(store, topic) == CLAIMED
         await store.complete(topic, "g", "k", "a", window=900)
@@ -138,7 +139,7 @@ async def test_a_completed_key_is_completed_for_every_entry(opened, topic: str) 
         assert await claim(store, topic, "taken over", consumer="b") == COMPLETED
 
 
-async def test_a_completion_is_forgotten_after_the_window(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_a_completion_is_forgotten_after_the_window(opened: Opened, topic: str) -> None:
     async with opened() as store:
         await store.complete(topic, "g", "k", "a", window=0.05)
 
@@ -148,7 +149,7 @@ async def test_a_completion_is_forgotten_after_the_window(opened, topic: str) ->
         await until(is_forgotten, "the end of the window")
 
 
-async def test_a_claim_that_is_given_up_is_free(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_a_claim_that_is_given_up_is_free(opened: Opened, topic: str) -> None:
     async with opened() as store:
         assert await claim(store, topic) == CLAIMED
         await store.release(topic, "g", "k", "a")
@@ -156,7 +157,7 @@ async def test_a_claim_that_is_given_up_is_free(opened, topic: str) -> None:  # 
         assert await claim(store, topic, consumer="b", entry="2-0") == CLAIMED
 
 
-async def test_topics_and_groups_are_independent(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_topics_and_groups_are_independent(opened: Opened, topic: str) -> None:
     async with opened() as store:
         await store.complete(topic, "g", "k", "a", window=900)
         assert await store.claim(topic, "other", "k", "a", entry="1-0", lease=60) == CLAIMED
@@ -164,7 +165,7 @@ async def test_topics_and_groups_are_independent(opened, topic: str) -> None:  #
         assert await claim(store, topic) == COMPLETED
 
 
-async def test_of_many_claims_at_once_one_is_granted(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_of_many_claims_at_once_one_is_granted(opened: Opened, topic: str) -> None:
     async with opened() as store:
         answers: list[str] = []
 
@@ -177,7 +178,7 @@ async def test_of_many_claims_at_once_one_is_granted(opened, topic: str) -> None
         assert sorted(answers) == ["busy"] * 19 + ["claimed"]
 
 
-async def test_any_text_can_be_a_key(opened, topic: str) -> None:  # type: ignore[no-untyped-def]
+async def test_any_text_can_be_a_key(opened: Opened, topic: str) -> None:
     async with opened() as store:
         for key in ("ä\n€", "completed", "' OR 1=1 --", "%s ?", "x" * 256):
             assert await claim(store, topic, key, consumer="name\nwith a line end") == CLAIMED

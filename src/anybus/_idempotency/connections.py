@@ -70,7 +70,7 @@ class SqlAlchemyConnection(Protocol):
 class SqlAlchemyAsyncConnection(Protocol):
     """An ``AsyncConnection`` of SQLAlchemy: it runs plain functions with its synchronous connection."""
 
-    async def run_sync(self, fn: Callable[..., T], /, *args: Any) -> T: ...
+    async def run_sync(self, fn: Callable[[Any], T], /) -> T: ...
 
 
 def with_parameters(statement: str, values: Sequence[Any], style: str) -> tuple[str, Parameters]:

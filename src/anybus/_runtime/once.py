@@ -89,13 +89,13 @@ class KeyedDispatch(Dispatch):
         :param lane: where an entry goes whose key could not be completed; None = it is only reported.
         """
         failures: dict[Held, Exception] = {}
-        steps = [(held, step) for held in entries if (step := _step(held)) != "none"]
+        steps = [held for held in entries if _step(held) != "none"]
         if len(steps) == 1:
-            await self._note_one(*steps[0], failures)
+            await self._note_one(steps[0], failures)
         elif steps:
             async with anyio.create_task_group() as tasks:
-                for held, step in steps:
-                    tasks.start_soon(self._note_one, held, step, failures)
+                for held in steps:
+                    tasks.start_soon(self._note_one, held, failures)
         for held, failure in failures.items():
             completing = _step(held) == "complete"
             if completing and lane is not None:
@@ -105,7 +105,8 @@ class KeyedDispatch(Dispatch):
                 self.report("ack-flush", failure, held, what)
         return [held for held in entries if held not in failures or _step(held) == "release"]
 
-    async def _note_one(self, held: Held, step: KeyStep, failures: dict[Held, Exception]) -> None:
+    async def _note_one(self, held: Held, failures: dict[Held, Exception]) -> None:
+        step = _step(held)
         try:
             await self._tell_store(key_of(held), step)
         except BackendError as error:
