@@ -860,7 +860,8 @@ async def test_the_documented_rights_are_enough(server: RunningServer, topic: st
     ]
     async with user_with(server, "resetkeys", f"~{topic}*", "~anybus:*", *rules) as user:
         async with StreamBus(RedisBackend(user.url), quick(Recorder())) as bus:
-            for number, retention in enumerate((Interest(), WorkQueue(), Limits(length=1), Limits(age=0.01))):
+            policies: list[Retention] = [Interest(), WorkQueue(), Limits(length=1), Limits(age=0.01)]
+            for number, retention in enumerate(policies):
                 name = f"{topic}.{number}"
                 await bus.declare_topic(name, retention)
                 async with bus.subscribe(SubscriptionConfig(name, "g"), handle):
