@@ -54,8 +54,8 @@ from anybus.abc import BusEvent, RetentionKeeper, Trimmed
 from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._keys import retention as retention_key
 
-VIRTUAL = {"clock": trio.testing.MockClock(autojump_threshold=0)}
-"""For one test: a clock that jumps."""
+VIRTUAL, ANOTHER = ({"clock": trio.testing.MockClock(autojump_threshold=0)} for _ in range(2))
+"""For one test each: a clock that jumps."""
 
 
 @pytest.fixture(autouse=True)
@@ -396,6 +396,25 @@ async def test_limits_of_age_remove_what_is_older(harness: Harness, topic: str) 
             await publish(bus, topic, 20)
             await until(length_is(harness, topic, 0))
             assert anyio.current_time() - began >= 0.25
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("trio", ANOTHER), id="virtual-clock")])
+async def test_in_memory_the_age_is_by_anyios_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "LOOK", 5.0)
+    monkeypatch.setattr(pace, "QUIET", 60.0)
+    harness = MemoryHarness()
+    async with StreamBus(harness.make_backend()) as bus:
+        await bus.declare_topic("t", Limits(age=3600.0))
+        async with bus.subscribe(SubscriptionConfig("t", "g"), handle):
+            await publish(bus, "t", 3)
+            await anyio.sleep(1800)
+            await publish(bus, "t", 3)
+            await anyio.sleep(1799)
+            assert len(await harness.entries("t")) == 6
+            await anyio.sleep(70)
+            assert len(await harness.entries("t")) == 3
+            await anyio.sleep(1800)
+            assert await harness.entries("t") == []
 
 
 async def test_a_loss_is_counted_for_each_group(harness: Harness, topic: str) -> None:
