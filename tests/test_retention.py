@@ -13,18 +13,21 @@ from __future__ import annotations
 import logging
 import math
 import random
+import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 import trio
 import trio.testing
+from acl import user_with
 from anyio import to_thread
 from harness import Harness, MemoryHarness, Recorder, StepByStep, quick, uids, until
 from refusal import refused
-from servers import RedisHarness
+from servers import RedisHarness, RunningServer
 
 import anybus
 from anybus import (
@@ -48,10 +51,11 @@ from anybus._retention import pace
 from anybus._retention.caretaker import Caretaker, Ward
 from anybus._runtime.statistics import Counters
 from anybus.abc import BusEvent, RetentionKeeper, Trimmed
+from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._keys import retention as retention_key
 
-VIRTUAL = {"clock": trio.testing.MockClock(autojump_threshold=0)}
-"""For one test: a clock that jumps."""
+VIRTUAL, ANOTHER = ({"clock": trio.testing.MockClock(autojump_threshold=0)} for _ in range(2))
+"""For one test each: a clock that jumps."""
 
 
 @pytest.fixture(autouse=True)
@@ -392,6 +396,25 @@ async def test_limits_of_age_remove_what_is_older(harness: Harness, topic: str) 
             await publish(bus, topic, 20)
             await until(length_is(harness, topic, 0))
             assert anyio.current_time() - began >= 0.25
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("trio", ANOTHER), id="virtual-clock")])
+async def test_in_memory_the_age_is_by_anyios_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "LOOK", 5.0)
+    monkeypatch.setattr(pace, "QUIET", 60.0)
+    harness = MemoryHarness()
+    async with StreamBus(harness.make_backend()) as bus:
+        await bus.declare_topic("t", Limits(age=3600.0))
+        async with bus.subscribe(SubscriptionConfig("t", "g"), handle):
+            await publish(bus, "t", 3)
+            await anyio.sleep(1800)
+            await publish(bus, "t", 3)
+            await anyio.sleep(1799)
+            assert len(await harness.entries("t")) == 6
+            await anyio.sleep(70)
+            assert len(await harness.entries("t")) == 3
+            await anyio.sleep(1800)
+            assert await harness.entries("t") == []
 
 
 async def test_a_loss_is_counted_for_each_group(harness: Harness, topic: str) -> None:
@@ -825,3 +848,52 @@ async def test_an_observer_whose_hooks_raise_harms_nothing(
                 assert f"the observer's {hook} raised" in caplog.text
             await publish(bus, f"{topic}.on_entries_lost", 5)
             await until(length_is(harness, f"{topic}.on_entries_lost", 1))
+
+
+# --- rights
+
+
+async def test_without_the_right_to_trim_a_subscription_works_and_says_once_that_it_does_not_trim(
+    server: RunningServer, topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with user_with(server, "+@all", "-xtrim") as user:
+        async with StreamBus(RedisBackend(user.url), quick(Recorder())) as bus:
+            await bus.declare_topic(topic, Interest())
+            async with bus.subscribe(SubscriptionConfig(topic, "g"), handle) as one:
+                await publish(bus, topic, 10)
+                await until(lambda: "cannot be applied" in caplog.text)
+                await publish(bus, topic, 10)
+                await until(lambda: one.statistics().handled == 20)
+                await anyio.sleep(0.2)
+                assert one.is_running
+    assert caplog.text.count("cannot be applied") == 1
+    assert f"the retention of '{topic}' cannot be applied" in caplog.text
+
+
+async def test_the_documented_rights_are_enough(server: RunningServer, topic: str) -> None:
+    rules = [
+        word
+        for line in (*documented("docs/redis.md", "ACL SETUSER worker"), *documented("docs/retention.md", "+xtrim"))
+        for word in line.split()
+        if word[0] in "+-"
+    ]
+    async with user_with(server, "resetkeys", f"~{topic}*", "~anybus:*", *rules) as user:
+        async with StreamBus(RedisBackend(user.url), quick(Recorder())) as bus:
+            policies: list[Retention] = [Interest(), WorkQueue(), Limits(length=1), Limits(age=0.01)]
+            for number, retention in enumerate(policies):
+                name = f"{topic}.{number}"
+                await bus.declare_topic(name, retention)
+                async with bus.subscribe(SubscriptionConfig(name, "g"), handle):
+                    await publish(bus, name, 10)
+                    length = 1 if retention == Limits(length=1) else 0
+                    await until(length_is(RedisHarness(server), name, length))
+            backend: Any = bus.backend
+            await backend.create_group(f"{topic}.1", "second", "0")
+            assert await backend.admit_group(f"{topic}.1", "second", made=True) == "g"
+
+
+def documented(page: str, beginning: str) -> list[str]:
+    """The block of a page that begins with these words."""
+    text = (Path(__file__).parent.parent / page).read_text()
+    [block] = re.findall(rf"^```text\n({re.escape(beginning)}.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return str(block).splitlines()

@@ -160,8 +160,8 @@ def run_with_kills(stage: Stage, rounds: int, options: Mapping[str, tuple[str, .
     """Publish in parts. In each round, a process is killed and another one started."""
     for _ in range(rounds):
         for _ in range(5):
+            goal = stage.count_handled(*options) + random.randrange(1, 50)  # fewer than are published now
             stage.publish(count // 5)
-            goal = stage.count_handled(*options) + random.randrange(1, 50)
             wait_until(partial(stage.has_handled, goal, *options), "somebody to handle something")
         group = stage.kill_one_of(*options)
         stage.wait_ready(stage.start(group, *options[group]))

@@ -12,18 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
-import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
 
-from .._failure.backoff import recovery_delay
 from .._ground.cancellation import as_failure, is_stray, leaves, persist
-from .._ground.errors import ClosedError, EventBusError, ServerFullError, can_pass
+from .._ground.errors import ClosedError, EventBusError
 from .._reporting import said
 from .._retention.caretaker import Caretaker, Ward
 from ..abc import RightsChecker, StreamInspector
@@ -35,14 +31,13 @@ from .group_lease import GroupLease
 from .intake import ENDING, PAUSED, Intake
 from .keeper import EntryKeeper
 from .leases import Leases
+from .patience import Patience
 from .pool import Handler, HandlerPool, handled_by
 from .postponed import Postponed
 from .pull import PullTaker
 from .settler import Settler
 from .statistics import SubscriptionStatistics
 from .taker import Taker
-
-T = TypeVar("T")
 
 
 class ClosedWhileEnteredError(ClosedError):
@@ -55,6 +50,7 @@ class Subscription:
     def __init__(self, context: Context, handler: Handler | None, caretaker: Caretaker) -> None:
         self._context = context
         self._caretaker = caretaker
+        self._patience = Patience(context)
         # From the intake to the handlers. Every batch has an entry, so there are never more batches than the limit.
         send, ready = anyio.create_memory_object_stream[list[Held]](context.ledger.budget.limit)
         postponed = Postponed(context.clock)
@@ -289,7 +285,7 @@ class Subscription:
         context = self._context
         backend = context.backend
         if isinstance(backend, RightsChecker):
-            await self._until_done(
+            await self._patience.until_done(
                 f"the rights on {context.topic!r} are not known yet",
                 backend.check_rights,
                 *context.streams,
@@ -297,45 +293,18 @@ class Subscription:
                 dead_letter_topic=context.dead_letter_topic,
             )
         not_admitted = f"group {context.group!r} is not admitted yet"
-        await self._until_done(not_admitted, self._caretaker.admit, context.topic, context.group, made=False)
+        await self._patience.until_done(not_admitted, self._caretaker.admit, context.topic, context.group, made=False)
         for stream, start in ((context.topic, context.group_start_id), (context.retry_stream, "0")):
-            made = await self._until_done(
+            made = await self._patience.until_done(
                 f"the group of {stream!r} is not created yet", backend.create_group, stream, context.group, start
             )
             if made and stream == context.topic:
-                await self._until_done(not_admitted, self._caretaker.admit, context.topic, context.group, made=True)
+                await self._patience.until_done(
+                    not_admitted, self._caretaker.admit, context.topic, context.group, made=True
+                )
             if made and start == "$" and stream == context.topic:
                 await self._mention_backlog()
-        await self._until_done(f"the lease of {context.group!r} is not agreed on yet", self._group_lease.agree)
-
-    async def _until_done(self, not_yet: str, work: Callable[..., Awaitable[T]], /, *args: object, **more: object) -> T:
-        """Run one step of the start. Transient errors are reported, and the step is repeated."""
-        failures, full_since = 0, None
-        while True:
-            try:
-                return await work(*args, **more)
-            except Exception as error:
-                if not can_pass(error):
-                    raise
-                failures += 1
-                left = math.inf
-                if isinstance(error, ServerFullError) and not self._context.wait_if_full:
-                    full_since = self._context.clock() if full_since is None else full_since
-                    left = self._full_for(full_since, not_yet, error)
-                self._context.reporter.error("read", error, detail=not_yet, times=failures)
-                await anyio.sleep(min(left, recovery_delay(failures, random.random())))
-
-    def _full_for(self, since: float, not_yet: str, error: ServerFullError) -> float:
-        """For how many seconds the start still waits for room on the server. Raises if they are over."""
-        timeout = self._context.options.publish_timeout
-        left = since + timeout - self._context.clock()
-        if left > 0:
-            return left
-        raise ServerFullError(
-            f"{not_yet}, and the server has been full for publish_timeout ({timeout:g} s): {error}. Free memory "
-            "(docs/retention.md), or wait for it with SubscriptionConfig(wait_if_full=True)",
-            may_have_happened=False,
-        ) from error
+        await self._patience.until_done(f"the lease of {context.group!r} is not agreed on yet", self._group_lease.agree)
 
     async def _tend(self) -> None:
         context = self._context
