@@ -246,6 +246,8 @@ class Dispatch:
             counters.released += 1
         elif intent in (DEAD_LETTERED, DROPPED):
             counters.dead_lettered += 1
+            if isinstance(settlement.decision, DeadLetter) and settlement.decision.code == "expired":
+                counters.expired += 1
         if sure and not handed_back:
             context.ledger.note_settled(held.stream, (held.id,), (held.message.uid,))
         elif not sure:

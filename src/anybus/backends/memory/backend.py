@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
 from ..._ground.checks import check_delay, check_name, check_start_id, check_time, plain_text
+from ..._ground.clock import now
 from ..._ground.errors import EventBusError, GroupLostError, UnsupportedError, ValidationError
 from ..._messages.message import Message, lift_headers
 from ...abc import (
@@ -86,7 +87,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
         await checkpoint()
         results: list[str | EventBusError] = []
         written: set[Stream] = set()
-        at = datetime.now(timezone.utc)
+        at = now()
         for stream, message, spec in items:
             if spec is not None:
                 results.append(self._refusal(spec))
@@ -238,7 +239,7 @@ class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLette
             raise self._refusal(spec)
         await checkpoint()
         if at is not None:
-            delay = max(0.0, (check_time("at", at) - datetime.now(timezone.utc)).total_seconds())
+            delay = max(0.0, (check_time("at", at) - now()).total_seconds())
         return self._schedule(stream, message, None, check_delay("delay", delay))
 
     async def cancel_later(self, stream: str, schedule_id: str) -> bool:

@@ -7,12 +7,13 @@ import itertools
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Final
 
 import anyio
 import msgspec
 
+from ..._ground.clock import now
 from ..._messages.message import Message
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
 
@@ -137,7 +138,7 @@ class Stream:
 
     def append(self, message: Message | None, raw: Mapping[str, bytes], at: datetime | None = None) -> Entry:
         sequence = self._base + len(self._log) + 1
-        entry = Entry(sequence, f"{sequence}-0", message, raw, at or datetime.now(timezone.utc))
+        entry = Entry(sequence, f"{sequence}-0", message, raw, at or now())
         self._log.append(entry)
         return entry
 
