@@ -14,6 +14,7 @@ from harness import Harness, MemoryHarness, new_topic
 from hypothesis import HealthCheck, settings
 from sentinels import SentinelSet
 from servers import RedisHarness, RunningServer
+from wallclock import WallClock
 
 NO_OPTIONS: dict[str, object] = {}
 
@@ -121,3 +122,11 @@ def harness(request: pytest.FixtureRequest) -> Harness:
 @pytest.fixture
 def topic() -> str:
     return new_topic()
+
+
+@pytest.fixture
+def wall_clock(monkeypatch: pytest.MonkeyPatch) -> WallClock:
+    """The wall clock of the whole library: one replacement reaches every use of it."""
+    clock = WallClock()
+    monkeypatch.setattr("anybus._ground.clock.datetime", clock)
+    return clock

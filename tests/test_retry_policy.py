@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import trio.testing
 from harness import SOON, Harness, Recorder, StepByStep, nothing_pending, quick, until
 from refusal import refused
 from servers import RunningServer
+from wallclock import WallClock
 
 import anybus
 from anybus import (
@@ -421,26 +422,6 @@ async def test_deliveries_refuse_rules_since_they_have_no_handler(harness: Harne
 
 
 # --- max_age
-
-
-class WallClock:
-    """This process's wall clock, which a test can put forward."""
-
-    def __init__(self) -> None:
-        self.ahead = timedelta()
-
-    def now(self) -> datetime:
-        return datetime.now(timezone.utc) + self.ahead
-
-    def put_forward(self) -> None:
-        self.ahead += timedelta(hours=2)
-
-
-@pytest.fixture
-def wall_clock(monkeypatch: pytest.MonkeyPatch) -> WallClock:
-    clock = WallClock()
-    monkeypatch.setattr("anybus._failure.judgement._now", clock.now)
-    return clock
 
 
 async def test_a_message_that_is_too_old_when_it_is_taken_is_a_dead_letter_unhandled(

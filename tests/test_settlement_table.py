@@ -75,6 +75,8 @@ def expected(outcome: Outcome, mode: AckMode, attempt: int, deliveries: int | No
         Outcome.MALFORMED: DeadLetter("malformed", "why", "E"),
         Outcome.REJECTED: DeadLetter("rejected", "why", "E"),
         Outcome.EXPIRED: DeadLetter("expired", "why"),
+        Outcome.UNEXPECTED: DeadLetter("unexpected", "why"),
+        Outcome.TOO_LARGE: DeadLetter("too-large", "why"),
         Outcome.WORN_OUT: DeadLetter(
             "deliveries", f"delivered {(deliveries or 1) - 1} times without an outcome (max_deliveries=10)"
         ),
@@ -178,6 +180,17 @@ def test_a_retry_that_would_come_too_late_is_given_up_on_now(
         expires_in=expires_in,
     )
     assert decision == (DeadLetter("expired", "why", "E") if expired else RetryAt(NOW + 2.0, 2.0, 3, "why"))
+
+
+def test_what_is_dropped_is_told_by_the_policy_and_by_the_rule() -> None:
+    dropping = Policy(drops_expired=True, backoff=BACKOFF)
+    expired = decide(Result(Outcome.EXPIRED, "why"), attempt=1, deliveries=1, policy=dropping, now=NOW, draw=0)
+    assert expired == DeadLetter("expired", "why", dropped=True)
+    failed = decide(
+        Result(Outcome.FAILED, "why"), attempt=1, deliveries=1, policy=dropping, now=NOW, draw=0, expires_in=0.5
+    )
+    assert failed == DeadLetter("expired", "why", dropped=True)
+    assert settle(Result(Outcome.UNEXPECTED, "why", dropped=True)) == DeadLetter("unexpected", "why", dropped=True)
 
 
 @pytest.mark.parametrize("outcome", [Outcome.RETURNED, Outcome.RELEASED, Outcome.CANCELLED, Outcome.MISSING])
@@ -416,6 +429,6 @@ def test_a_retry_with_a_delay_that_is_no_duration_is_refused(value: Any) -> None
 def test_every_combination_of_outcome_and_mode_is_in_the_table_above() -> None:
     modes: tuple[AckMode, ...] = (AUTO, MANUAL, ON_RECEIVE)
     pairs = set(itertools.product(Outcome, modes))
-    assert len(pairs) == len(Outcome) * 3 == 42
+    assert len(pairs) == len(Outcome) * 3 == 48
     for outcome, mode in pairs:
         assert expected(outcome, mode, 1, 1) is not None

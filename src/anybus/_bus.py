@@ -262,8 +262,8 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         :param dead_letter_topic: the topic that holds the dead letters; None = ``<topic>.dead``.
         :param group: only those that this group gave up on.
         :param code: only those with this code: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``,
-            ``deliveries`` or ``malformed``. Other implementations may write other codes: list those dead letters
-            without this filter.
+            ``deliveries``, ``malformed``, ``unexpected`` or ``too-large``. Other implementations may write other codes:
+            list those dead letters without this filter.
         :param since: only those that were given up on at this time or later.
         :param until: only those that were given up on before this time.
         :param key: only those whose message has this key.

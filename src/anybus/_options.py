@@ -8,6 +8,15 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ._failure.backoff import ExponentialBackoff
+from ._failure.expectations import (
+    ON_EXPIRED,
+    Expected,
+    OnExpired,
+    OnUnexpected,
+    check_expected_content_type,
+    check_expected_event_version,
+    check_on_unexpected,
+)
 from ._failure.policies import Backoff, CircuitBreaker, Rules, check_backoff, check_no_contradiction, check_rules
 from ._failure.settlement import AckMode
 from ._ground.callables import check_function
@@ -32,6 +41,8 @@ DEFAULT_MAX_RETRY: Final = 3
 DEFAULT_MAX_DELIVERIES: Final = 10
 DEFAULT_IDEMPOTENCY_WINDOW: Final = 86_400.0
 LONGEST_IDEMPOTENCY_WINDOW: Final = 90 * 86_400.0
+MAX_TTL: Final = 10 * 365.25 * 86400
+"""Ten years in seconds: the longest ``topic_ttl``."""
 
 
 class Drop(enum.Enum):
@@ -81,7 +92,8 @@ class StreamBusOptions:
     :param publish_buffer_size: how many messages ``publish_nowait`` holds at most, until they are sent.
     :param ack_batch_size: acknowledgements are sent as soon as this many are waiting.
     :param ack_flush_interval: waiting acknowledgements are sent after this time at the latest.
-    :param max_payload_bytes: larger payloads are refused; 0 = no limit.
+    :param max_payload_bytes: larger payloads are refused when they are published, and are not handled when they are
+        received: such a message becomes a dead letter with the code ``too-large``. 0 = no limit.
     :param close_timeout: how long a graceful end waits for running handlers before it cancels them.
     :param cleanup_timeout: how long the end may take to settle what is left.
     :param retention: the retention of topics that have none declared, applied when a subscription of this bus starts:
@@ -152,6 +164,14 @@ class SubscriptionConfig:
     :param give_up_on: a type, a function or a list, as in ``retry_on``. Failures that match are given up on at once,
         whatever ``retry_on`` says. None = no failure matches.
     :param max_age: a message is given up on if its first entry was stored longer ago than this; None = never.
+    :param on_expired: what happens to a message that is too old to be handled, by its ``expires_at`` or by ``max_age``:
+        ``dead-letter`` (with the code ``expired``), or ``drop`` (it is acknowledged).
+    :param expected_content_type: a media type, or a list of them; None in the list = also messages without one. A
+        message with another one is not handled. Compared without parameters, and whatever the case. None = any.
+    :param expected_event_version: the same for the version of the payload's schema, compared exactly.
+    :param on_unexpected: what happens to a message that does not match these two: ``dead-letter`` (with the code
+        ``unexpected``), ``drop``, or a plain function of the message that returns ``handle``, ``dead-letter`` or
+        ``drop``. If it fails, this is reported, and the message becomes a dead letter.
     :param dead_letter_topic: where messages go that are given up on; None = ``<topic>.dead``; :data:`DROP` = they are
         dropped.
     :param circuit: pauses the subscription while its handler keeps failing; None = never.
@@ -179,6 +199,10 @@ class SubscriptionConfig:
     retry_on: Rules | None = field(default=None, kw_only=True)
     give_up_on: Rules | None = field(default=None, kw_only=True)
     max_age: float | None = field(default=None, kw_only=True)
+    on_expired: OnExpired = field(default="dead-letter", kw_only=True)
+    expected_content_type: Expected | None = field(default=None, kw_only=True)
+    expected_event_version: Expected | None = field(default=None, kw_only=True)
+    on_unexpected: OnUnexpected = field(default="dead-letter", kw_only=True)
     dead_letter_topic: str | Drop | None = field(default=None, kw_only=True)
     circuit: CircuitBreaker | None = field(default=None, kw_only=True)
     handler_timeout: float | None = field(default=None, kw_only=True)
@@ -206,6 +230,7 @@ class SubscriptionConfig:
         if self.max_pending_acks is not None and self.max_pending_acks < self.max_in_flight:
             refuse("max_pending_acks", self.max_pending_acks, f"at least max_in_flight ({self.max_in_flight})")
         self._check_retry_policy()
+        self._check_expectations()
         self._check_dead_letter_topic()
         if self.circuit is not None and not isinstance(self.circuit, CircuitBreaker):
             refuse("circuit", self.circuit, "an anybus.CircuitBreaker, or None")
@@ -265,6 +290,19 @@ class SubscriptionConfig:
         _keep(self, "retry_on", retry_on)
         _keep(self, "give_up_on", give_up_on)
 
+    def _check_expectations(self) -> None:
+        on_expired = check_choice("on_expired", self.on_expired, ON_EXPIRED, allowed="'dead-letter' or 'drop'")
+        _keep(self, "on_expired", on_expired)
+        content_types = check_expected_content_type("expected_content_type", self.expected_content_type)
+        versions = check_expected_event_version("expected_event_version", self.expected_event_version)
+        on_unexpected = check_on_unexpected(self.on_unexpected)
+        if on_unexpected != "dead-letter" and content_types is None and versions is None:
+            allowed = "unset without expected_content_type or expected_event_version: then nothing is unexpected"
+            refuse("on_unexpected", on_unexpected, allowed)
+        _keep(self, "expected_content_type", content_types)
+        _keep(self, "expected_event_version", versions)
+        _keep(self, "on_unexpected", on_unexpected)
+
     def _check_dead_letter_topic(self) -> None:
         if self.dead_letter_topic is not None and self.dead_letter_topic is not DROP:
             _keep(self, "dead_letter_topic", check_topic("dead_letter_topic", self.dead_letter_topic))
@@ -301,6 +339,8 @@ class PublishOptions:
         with ``persisted``.
     :param confirmation_timeout: for how many seconds to wait for replicas or disks. It must be less than the bus's
         ``publish_timeout``, which limits the whole call.
+    :param topic_ttl: the message expires so many seconds after it is published: its ``expires_at`` is set. A message
+        that has its own ``expires_at`` keeps it. At most ten years; None = it does not expire.
     :raises ValidationError: if a value is refused, or contradicts another one.
     """
 
@@ -310,11 +350,17 @@ class PublishOptions:
     confirmation: Confirmation = "accepted"
     replicas: int | None = None
     confirmation_timeout: float = 2.0
+    topic_ttl: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.metadata, Mapping):
             refuse("metadata", self.metadata, "a mapping of str to str")
         object.__setattr__(self, "metadata", Headers(self.metadata))
+        if self.topic_ttl is not None:
+            topic_ttl = check_delay("topic_ttl", self.topic_ttl, positive=True)
+            if topic_ttl > MAX_TTL:
+                refuse("topic_ttl", self.topic_ttl, f"at most ten years ({MAX_TTL:.0f} s)")
+            object.__setattr__(self, "topic_ttl", topic_ttl)
         if self.idempotency_key is not None:
             object.__setattr__(self, "idempotency_key", check_name("idempotency_key", self.idempotency_key))
         if self.deduplication_window is not None:

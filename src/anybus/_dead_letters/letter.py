@@ -23,14 +23,15 @@ class DeadLetter:
 
     :ivar id: the entry's id in the dead-letter topic.
     :ivar message: the message as it was before it was given up on, and as a replay publishes it: with its original
-        topic, and without the bus's headers. None = it cannot be decoded. Then either the entry was malformed when it
-        was given up on, and ``code`` says so. Or the dead letter itself cannot be decoded (or is too large to be read),
-        and ``error`` says so.
+        topic, and without the bus's headers. (A replay also removes ``expires_at``.) None = it cannot be decoded. Then
+        either the entry was malformed when it was given up on, and ``code`` says so. Or the dead letter itself cannot
+        be decoded (or is too large to be read), and ``error`` says so.
     :ivar raw: the fields of a malformed entry; empty if they are too large to be listed.
     :ivar raw_sizes: the size of each of those fields in bytes, whether the field is listed or not.
     :ivar reason: the reason, as text.
-    :ivar code: the reason, as a code: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``, ``deliveries``
-        or ``malformed``. Other implementations and later versions may write other codes.
+    :ivar code: the reason, as a code: ``rejected``, ``retries``, ``gave-up``, ``invalid``, ``expired``,
+        ``deliveries``, ``malformed``, ``unexpected`` or ``too-large``. Other implementations and later versions may
+        write other codes.
     :ivar error_type: the type of the exception.
     :ivar topic: the topic of the original entry.
     :ivar first_id: the id of the original entry.

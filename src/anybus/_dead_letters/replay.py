@@ -14,6 +14,7 @@ from .._failure.copies import restored, retry_stream
 from .._ground.callables import check_function
 from .._ground.checks import check_number, refuse
 from .._ground.errors import EventBusError, GroupLostError, ValidationError, can_pass
+from .._messages.message import Message
 from .._reporting import Reporter
 from ..abc import DeadLetterStore, Move
 from .letter import DeadLetter
@@ -65,6 +66,11 @@ class ReplayProgress:
     new_id: str | None
     error: EventBusError | None
     so_far: ReplayReport
+
+
+def _lasting(message: Message) -> Message:
+    """The message without ``expires_at``: who sends a dead letter back wants it to be handled."""
+    return message if message.expires_at is None else message.replace(expires_at=None)
 
 
 def check_progress(function: Any) -> None:
@@ -152,13 +158,14 @@ class Replay:
             return ValidationError(f"dead letter {one.id} cannot be decoded: {letter.error}")
         if letter.code == "malformed" and not letter.raw_sizes:
             return ValidationError(f"dead letter {one.id} was malformed, and its raw fields were not kept")
+        message = letter.message and _lasting(letter.message)
         if self._to == "topic":
-            return Move(one.id, self._topic, letter.message)
+            return Move(one.id, self._topic, message)
         if not letter.group:
             return ValidationError(f"dead letter {one.id} does not say which group gave up on it: use to='topic'")
         if (error := groups[letter.group]) is not None:
             return error
-        message = letter.message and restored(letter.message, self._topic, first_id=letter.first_id)
+        message = message and restored(message, self._topic, first_id=letter.first_id)
         return Move(one.id, retry_stream(self._topic, letter.group), message)
 
     def _tell(self, one: Found, plan: Move | EventBusError | None, result: str | EventBusError | None) -> None:

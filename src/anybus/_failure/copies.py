@@ -20,6 +20,9 @@ RETRY_FIRST_ID: Final = "retry-first-id"
 RETRY_PUBLISHED_AT: Final = "retry-published-at"
 """When the original entry was stored, by the server's clock. (A copy's own id tells when the copy was stored.)"""
 
+DEAD_LETTER_REASON: Final = "dead-letter-reason"
+"""The header that every dead letter has, whichever implementation wrote it."""
+
 _BUS_PREFIXES: Final = ("dead-letter-", "retry-")
 """The prefixes of the headers that the bus writes on copies."""
 
@@ -117,7 +120,7 @@ def dead_letter(
     }
     headers.update(
         {
-            "dead-letter-reason": cut(reason),
+            DEAD_LETTER_REASON: cut(reason),
             "dead-letter-code": code,
             "dead-letter-topic": origin.topic,
             "dead-letter-id": origin.id,

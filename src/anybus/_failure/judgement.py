@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from .._ground.checks import check_delay
+from .._ground.clock import now
 from .._ground.errors import SerializationError
 from .._messages.message import Message
-from .copies import wire_time
+from .copies import DEAD_LETTER_REASON, wire_time
 from .policies import Failure, FailurePolicy, Rule
 from .settlement import Outcome, Policy, Result
 
@@ -100,28 +101,36 @@ class Judgement:
             report(error, "retry_backoff failed: the default backoff is used")
             return None  # noqa: ASYNC104
 
-    def expires_in(self, published_at: datetime | None) -> float | None:
-        """Seconds until a message is older than ``max_age``, by our wall clock; None = never.
+    def expires_in(self, message: Message, published_at: datetime | None) -> float | None:
+        """Seconds until a message is too old to be handled, by our wall clock; None = it never is.
 
         :param published_at: when the original entry was stored, by the server's clock; None = unknown.
         """
-        max_age = self._policy.max_age
-        if max_age is None or published_at is None:
-            return None
-        return max_age - (_now() - published_at).total_seconds()
+        return min((left for left, _ in self._limits(message, published_at)), default=None)
 
-    def expired(self, published_at: datetime | None) -> Result | None:
-        """The result for an entry that is too old to be handled when it is taken; None = it is not too old."""
-        left = self.expires_in(published_at)
-        if published_at is None or left is None or left > 0:
-            return None
-        max_age = f"{self._policy.max_age:.15g} s"
-        reason = f"older than max_age ({max_age}) when it was taken: stored at {wire_time(published_at)}"
-        return Result(Outcome.EXPIRED, reason)
+    def expired(self, message: Message, published_at: datetime | None) -> Result | None:
+        """The result for an entry that is too old to be handled; None = it is not too old."""
+        for left, reason in self._limits(message, published_at):
+            if left <= 0:
+                return Result(Outcome.EXPIRED, reason)
+        return None
+
+    def _limits(self, message: Message, published_at: datetime | None) -> Iterator[tuple[float, str]]:
+        """In how many seconds a message is too old, and why."""
+        expires_at, max_age = _expiry(message), self._policy.max_age
+        if expires_at is not None:
+            yield (expires_at - now()).total_seconds(), f"expired at {wire_time(expires_at)}, before it was handled"
+        if max_age is not None and published_at is not None:
+            stored = wire_time(published_at)
+            reason = f"older than max_age ({max_age:.15g} s) before it was handled: stored at {stored}"
+            yield max_age - (now() - published_at).total_seconds(), reason
 
 
-def _now() -> datetime:
-    return datetime.now(timezone.utc)
+def _expiry(message: Message) -> datetime | None:
+    """When the message expires. A dead letter does not: otherwise nobody could subscribe to the expired ones."""
+    if message.expires_at is None or DEAD_LETTER_REASON in message.headers:
+        return None
+    return message.expires_at
 
 
 def _discard(answer: object) -> None:

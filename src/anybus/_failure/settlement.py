@@ -22,7 +22,9 @@ SUSPECT_AFTER = 3
 
 AckMode = Literal["auto-on-handler-success", "manual", "auto-on-receive"]
 
-DeadLetterCode = Literal["rejected", "retries", "gave-up", "expired", "deliveries", "malformed", "invalid"]
+DeadLetterCode = Literal[
+    "rejected", "retries", "gave-up", "expired", "deliveries", "malformed", "invalid", "unexpected", "too-large"
+]
 CODES: Final[tuple[DeadLetterCode, ...]] = get_args(DeadLetterCode)
 """The codes that this version writes to say why a message was given up on."""
 
@@ -34,6 +36,7 @@ class Policy:
     :ivar counts_crashes: whether there is a crash budget: the backend must count deliveries, renew leases and release
         entries. Otherwise the subscription's own reclaims would also count entries that it holds, or that it never
         started to handle.
+    :ivar drops_expired: messages that are too old are dropped. Otherwise they become dead letters.
     """
 
     ack_mode: AckMode = "auto-on-handler-success"
@@ -41,6 +44,7 @@ class Policy:
     max_deliveries: int = 10
     backoff: ExponentialBackoff | DelayList = field(default_factory=ExponentialBackoff)
     counts_crashes: bool = True
+    drops_expired: bool = False
 
     @property
     def max_attempts(self) -> int:
@@ -61,7 +65,9 @@ class Outcome(enum.Enum):
     MALFORMED = "malformed"
     MISSING = "missing"
     WORN_OUT = "delivered too often"
-    EXPIRED = "too old when it was taken"
+    EXPIRED = "too old to be handled"
+    UNEXPECTED = "not what the subscription expects"
+    TOO_LARGE = "too large to be handled"
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Result:
 
     :ivar delay: the delay that a retry or a release asked for, in seconds; None = the policy's.
     :ivar error: the exception with which the handler ended.
+    :ivar dropped: for a message that is not expected: drop it, without a dead letter.
     """
 
     outcome: Outcome
@@ -77,6 +84,7 @@ class Result:
     error_type: str = ""
     delay: float | None = None
     error: Exception | None = field(default=None, compare=False)
+    dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +104,15 @@ class RetryAt:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """Give up on it: write a dead letter."""
+    """Give up on it: write a dead letter.
+
+    :ivar dropped: only acknowledge it, because the subscription says so.
+    """
 
     code: DeadLetterCode
     reason: str
     error_type: str = ""
+    dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,16 +182,9 @@ def decide(
     :param expires_in: seconds until the message is too old to be handled; None = it never is.
     """
     outcome = result.outcome
-    if outcome is Outcome.MISSING:
-        return Ack()
-    if outcome is Outcome.MALFORMED:
-        return DeadLetter("malformed", result.reason, result.error_type)
-    if outcome is Outcome.WORN_OUT:
-        before = (deliveries or 1) - 1  # the count includes this delivery, which has only begun
-        reason = f"delivered {before} times without an outcome (max_deliveries={policy.max_deliveries})"
-        return DeadLetter("deliveries", reason)
-    if outcome is Outcome.EXPIRED:
-        return DeadLetter("expired", result.reason)
+    unhandled = _decide_unhandled(result, deliveries, policy)
+    if unhandled is not None:
+        return unhandled
     if outcome is Outcome.REJECTED:
         # Also with auto-on-receive: there the entry is already acknowledged, and the copy is a plain publish.
         return DeadLetter("rejected", result.reason, result.error_type)
@@ -200,5 +205,23 @@ def decide(
     delay = policy.backoff.delay(attempt, draw) if result.delay is None else result.delay
     if expires_in is not None and delay >= expires_in:
         # A retry would be too old to be handled. Give up now, with the reason of this failure.
-        return DeadLetter("expired", result.reason, result.error_type)
+        return DeadLetter("expired", result.reason, result.error_type, dropped=policy.drops_expired)
     return RetryAt(now + delay, delay, attempt + 1, result.reason)
+
+
+def _decide_unhandled(result: Result, deliveries: int | None, policy: Policy) -> Decision | None:
+    """The decision about an entry that must not be handled. None = it was handled, or may be."""
+    outcome = result.outcome
+    if outcome is Outcome.MISSING:
+        return Ack()
+    if outcome is Outcome.MALFORMED:
+        return DeadLetter("malformed", result.reason, result.error_type)
+    if outcome is Outcome.WORN_OUT:
+        before = (deliveries or 1) - 1  # the count includes this delivery, which has only begun
+        reason = f"delivered {before} times without an outcome (max_deliveries={policy.max_deliveries})"
+        return DeadLetter("deliveries", reason)
+    if outcome is Outcome.EXPIRED:
+        return DeadLetter("expired", result.reason, dropped=policy.drops_expired)
+    if outcome is Outcome.UNEXPECTED:
+        return DeadLetter("unexpected", result.reason, dropped=result.dropped)
+    return DeadLetter("too-large", result.reason) if outcome is Outcome.TOO_LARGE else None

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, overload
 import msgspec
 
 from .._ground.checks import PLAIN_TIMES, check_bytes, check_name, check_text, check_time, check_topic, refuse
+from .._ground.clock import now
 from .._ground.errors import ValidationError
 from . import json as _json
 from .schema import Schema
@@ -114,16 +115,12 @@ set_field: Callable[[Any, str, Any], None] = msgspec.structs.force_setattr
 """Sets a field of a message while it is created."""
 
 
-def _now() -> datetime:
-    return datetime.now(timezone.utc)
-
-
 class _Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     uid: str = msgspec.field(default_factory=new_uid)
     key: str = ""
     kind: str = ""
     source: str = ""
-    occurred_at: datetime = msgspec.field(default_factory=_now)
+    occurred_at: datetime = msgspec.field(default_factory=now)
     headers: Mapping[str, str] = NO_HEADERS
     content_type: str | None = None
     event_version: str | None = None
@@ -148,8 +145,8 @@ class Message(_Envelope, frozen=True, eq=False, gc=False):
     :param event_version: the version of the payload's schema.
     :param idempotency_key: messages with the same key count as the same message to their receiver. Not blank, at most
         256 bytes.
-    :param expires_at: when the message loses its meaning, with a time zone, converted to UTC. The bus carries it, and
-        leaves it to the application to act on it.
+    :param expires_at: when the message loses its meaning, with a time zone, converted to UTC. From then on it is not
+        handled any more: see ``on_expired`` of :class:`~anybus.SubscriptionConfig`.
     :param trace_uid: the trace to which the message belongs.
     :param correlation_uid: the conversation to which the message belongs.
     :raises ValidationError: if a value is refused. The text names the field, the value and what is allowed.

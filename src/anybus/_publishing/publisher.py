@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
 import anyio
 
 from .._ground.checks import refuse
+from .._ground.clock import now
 from .._ground.errors import BackendError, EventBusError, UnsupportedError, ValidationError
 from .._messages.message import Message, check_outgoing
 from .._options import PublishOptions, StreamBusOptions
@@ -118,6 +120,8 @@ class Publisher:
         self.check_options(options)
         if options.metadata:
             message = message.replace(headers={**message.headers, **options.metadata})
+        if options.topic_ttl is not None and message.expires_at is None:
+            message = message.replace(expires_at=now() + timedelta(seconds=options.topic_ttl))
         check_deduplication(options, self._backend)
         message, key, window = with_key(message, options)
         spec = self._confirmed(options)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from typing import cast
 
 import anyio
 
 from .._failure.copies import failed_attempts, undecodable
 from .._failure.settlement import SUSPECT_AFTER, Outcome, Result, Verdict, on_taken
+from .._ground.clock import now
 from .._ground.errors import BackendError, SerializationError
 from .._messages.message import Message
 from ..abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
@@ -24,8 +24,15 @@ from .settler import Settler
 _NOTHING: set[str] = set()
 
 
-def _is_plain(entry: FetchedEntry) -> bool:
-    return type(entry) is ClaimedMessage and (entry.deliveries or 0) <= SUSPECT_AFTER
+def _are_plain(entries: Sequence[FetchedEntry], max_payload_bytes: int) -> bool:
+    """Whether all of them are messages that may start without a closer look at each."""
+    for entry in entries:
+        if type(entry) is not ClaimedMessage or (entry.deliveries or 0) > SUSPECT_AFTER:
+            return False
+        message = entry.message
+        if message.expires_at is not None or len(message.payload) > max_payload_bytes:
+            return False
+    return True
 
 
 class Admission:
@@ -37,7 +44,8 @@ class Admission:
         self._ledger = context.ledger
         self._can_release = "release" in context.backend.features
         self._keeps_raw = "raw" in context.backend.features
-        self._ages = context.failure_policy.max_age is not None
+        self._looks_closer = context.failure_policy.max_age is not None or context.expectations.names_any
+        self._max_payload_bytes = context.expectations.max_payload_bytes
         self._no_suspect_before = -math.inf
 
     def no_suspect_for(self, seconds: float) -> None:
@@ -68,12 +76,13 @@ class Admission:
         if not entries:
             return [], None
         table = ledger.tables[stream]
-        at, until = datetime.now(timezone.utc), taking.began + context.lease
+        at, until = now(), taking.began + context.lease
         is_retry = stream != context.topic
         doubtful = taking.doubtful.get(stream, _NOTHING) if self._can_release else _NOTHING
-        plain = not (doubtful or is_retry or self._ages or shut or ledger.remembers(stream))
+        plain = not (doubtful or is_retry or self._looks_closer or shut or ledger.remembers(stream))
         ids = {entry.id for entry in entries}
-        if plain and len(ids) == len(entries) and table.keys().isdisjoint(ids) and all(map(_is_plain, entries)):
+        plain = plain and len(ids) == len(entries) and table.keys().isdisjoint(ids)
+        if plain and _are_plain(entries, self._max_payload_bytes):
             # Nearly every batch: first handlings, nothing unusual. A shortcut that does the same as below.
             batch = [
                 Held(stream, entry.id, entry.message, 1, entry.deliveries, entry.published_at, at, until, by_reclaim)
@@ -169,7 +178,7 @@ class Admission:
             self._settler.apply(held, Result(Outcome.WORN_OUT))
         elif shut:
             self._settler.release(held)
-        elif self._ages and self._settler.expire(held):
+        elif self._settler.turn_away(held):
             return False
         elif verdict is Verdict.HANDLE:
             return True

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 from .._failure.copies import retry_stream
+from .._failure.expectations import (
+    Expectations,
+    check_expected_content_type,
+    check_expected_event_version,
+)
 from .._failure.policies import FailurePolicy, backoff_table, check_rules
 from .._failure.settlement import Policy
 from .._ground.clock import loop_clock
@@ -47,6 +54,7 @@ def make_context(
         max_retry=DEFAULT_MAX_RETRY if config.max_retry is None else config.max_retry,
         max_deliveries=config.max_deliveries or DEFAULT_MAX_DELIVERIES,
         backoff=backoff_table(config.retry_backoff),
+        drops_expired=config.on_expired == "drop",
         counts_crashes={"delivery_count", "renew", "release"} <= backend.features,
     )
     notices.mention_limits(backend, options.claim_idle_timeout)
@@ -64,6 +72,12 @@ def make_context(
             give_up_on=check_rules("give_up_on", config.give_up_on),
             backoff=config.retry_backoff if callable(config.retry_backoff) else None,
             max_age=config.max_age,
+        ),
+        expectations=Expectations(
+            content_types=check_expected_content_type("expected_content_type", config.expected_content_type),
+            event_versions=check_expected_event_version("expected_event_version", config.expected_event_version),
+            on_unexpected=config.on_unexpected,
+            max_payload_bytes=options.max_payload_bytes or sys.maxsize,
         ),
         circuit=config.circuit,
         options=options,

@@ -10,6 +10,7 @@ from functools import cached_property
 import anyio
 
 from .._failure.copies import retry_stream
+from .._failure.expectations import Expectations
 from .._failure.policies import CircuitBreaker, FailurePolicy
 from .._failure.settlement import Policy
 from .._ground.home import Home
@@ -88,6 +89,7 @@ class Context:
     consumer: str
     policy: Policy
     failure_policy: FailurePolicy
+    expectations: Expectations
     circuit: CircuitBreaker | None
     options: StreamBusOptions
     group_start_id: str

@@ -263,6 +263,8 @@ class Dispatch:
             counters.released += 1
         elif intent in (DEAD_LETTERED, DROPPED):
             counters.dead_lettered += 1
+            if isinstance(settlement.decision, DeadLetter) and settlement.decision.code == "expired":
+                counters.expired += 1
         elif intent == DUPLICATE:
             counters.duplicates += 1
         if sure and not handed_back:

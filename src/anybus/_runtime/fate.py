@@ -7,12 +7,12 @@ import logging
 from .._failure.settlement import DeadLetter, Outcome, Result, RetryAt
 from .._reporting import said
 from .context import Context
-from .entry import PLAIN, RETRIED, Held, Stage
+from .entry import DROPPED, PLAIN, RETRIED, Held, Stage
 
 _TOLD = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.GAVE_UP, Outcome.INVALID})
 """Failures that were reported to ``on_error``."""
 
-_UNHANDLED = frozenset({Outcome.WORN_OUT, Outcome.EXPIRED, Outcome.MALFORMED})
+_UNHANDLED = frozenset({Outcome.WORN_OUT, Outcome.EXPIRED, Outcome.UNEXPECTED, Outcome.TOO_LARGE, Outcome.MALFORMED})
 
 
 def tell_fate(context: Context, held: Held, ending: Result) -> None:
@@ -28,14 +28,16 @@ def tell_fate(context: Context, held: Held, ending: Result) -> None:
             reporter.log(logging.WARNING, RETRIED, text, delay, _why(context, held, ending), about=held, delay=delay)
     elif isinstance(decision, DeadLetter):
         code = decision.code
-        what = "dropped" if context.dead_letter_topic is None else f"dead letter in {context.dead_letter_topic!r}"
+        what = "dropped" if intent == DROPPED else f"dead letter in {context.dead_letter_topic!r}"
         why = decision.reason if ending.outcome in _UNHANDLED else _why(context, held, ending)
         if ending.outcome is Outcome.MALFORMED:
             # Its error was reported when it was taken, and its uid is unknown.
             reporter.log(logging.INFO, intent, "%s (%s): %s", what, code, why, entry_id=held.id, code=code)
         elif not (reporter.hears_errors and reporter.hears_dead_letters):
             text = "%s (%s): %s"
-            reporter.log(logging.ERROR, intent, text, what, code, why, about=held, error=ending.error, code=code)
+            # A drop that the subscription asked for is no error.
+            level = logging.INFO if decision.dropped else logging.ERROR
+            reporter.log(level, intent, text, what, code, why, about=held, error=ending.error, code=code)
 
 
 def tell_lost(context: Context, held: Held, scope: str, why: str) -> None:

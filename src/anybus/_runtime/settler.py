@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import partial
 
 import anyio
@@ -29,6 +29,7 @@ from .._failure.settlement import (
     decide,
 )
 from .._ground.cancellation import is_crash
+from .._ground.clock import now
 from .._ground.errors import AlreadySettledError, ClosedError, LeaseLostError
 from ..abc import Output
 from .context import Context
@@ -205,7 +206,7 @@ class Settler:
             policy=self._context.policy,
             now=self._context.clock(),
             draw=random.random(),
-            expires_in=self._judgement.expires_in(self._published_at(held)),
+            expires_in=self._judgement.expires_in(held.message, self._published_at(held)),
         )
 
     def apply(self, held: Held, result: Result, *, raw: Mapping[str, bytes] | None = None) -> None:
@@ -234,13 +235,22 @@ class Settler:
 
     def expire(self, held: Held) -> bool:
         """Give up on an entry that is too old to be handled. False: it is not."""
-        result = self._judgement.expired(self._published_at(held))
+        result = self._judgement.expired(held.message, self._published_at(held))
+        if result is not None:
+            self.apply(held, result)
+        return result is not None
+
+    def turn_away(self, held: Held) -> bool:
+        """Give up on an entry that is too old, too large, or not what is expected. False: it may be handled."""
+        if self.expire(held):
+            return True
+        result = self._context.expectations.objection(held.message, partial(self._complain, held))
         if result is not None:
             self.apply(held, result)
         return result is not None
 
     def _give_up(self, held: Held, result: Result, decision: DeadLetter, raw: Mapping[str, bytes] | None) -> None:
-        topic = self._context.dead_letter_topic
+        topic = None if decision.dropped else self._context.dead_letter_topic
         if topic is None:
             self.dispatch.settle(held, DROPPED, (), result, decision)
             return
@@ -305,6 +315,6 @@ class Settler:
             code=decision.code,
             reason=decision.reason,
             error_type=decision.error_type,
-            at=datetime.now(timezone.utc),
+            at=now(),
         )
         return Output(topic, message)

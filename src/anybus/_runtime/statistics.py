@@ -14,6 +14,7 @@ class Counters:
     failed: int = 0
     retried: int = 0
     dead_lettered: int = 0
+    expired: int = 0
     released: int = 0
     reclaimed: int = 0
     leases_lost: int = 0
@@ -35,6 +36,7 @@ class SubscriptionStatistics:
     :ivar failed: handlings that failed, including retries and rejections that a handler asked for.
     :ivar retried: retries that were stored.
     :ivar dead_lettered: messages given up on, including dropped ones.
+    :ivar expired: those of them that were given up on because they were too old.
     :ivar released: entries that were released, uncounted.
     :ivar reclaimed: entries taken over because their lease had ended, or because they had been released.
     :ivar leases_lost: entries that this subscription held and that no longer belong to it.
@@ -53,6 +55,7 @@ class SubscriptionStatistics:
     failed: int
     retried: int
     dead_lettered: int
+    expired: int
     released: int
     reclaimed: int
     leases_lost: int

@@ -35,6 +35,7 @@ class Taker(abc.ABC):
         self._budget = context.ledger.budget
         self._settler = settler
         self._clock = context.clock
+        self._ages = context.failure_policy.max_age is not None
         self._ready = ready
         self._again = again
         self._idle = 0
@@ -66,6 +67,8 @@ class Taker(abc.ABC):
             if now >= held.lease_until:
                 self._settler.give_back(held)
                 continue
+            if (self._ages or held.message.expires_at is not None) and self._settler.expire(held):
+                continue  # it has become too old while it waited here
             held.stage = _OPEN
             if trial is not None:
                 trial.begins(held)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import anyio
 
 from .._ground.checks import check_delay, check_int, check_name, check_text, check_time, check_topic, refuse
+from .._ground.clock import now
 from .._ground.errors import UnsupportedError
 from .._messages.message import Message, check_outgoing
 from .._options import PublishOptions, StreamBusOptions
@@ -218,6 +219,6 @@ def check_due(delay: object, at: object) -> tuple[float | None, datetime | None]
     if at is None:
         refuse("delay", None, "a number of seconds, or at a datetime with a time zone: one of the two must be given")
     time = check_time("at", at)
-    if time - datetime.now(timezone.utc) > timedelta(seconds=LONGEST_DELAY):
+    if time - now() > timedelta(seconds=LONGEST_DELAY):
         refuse("at", at, "at most ten years from now")
     return None, time

@@ -62,8 +62,8 @@ class Observer:
         ``dropped``, ``released``, or ``duplicate``: acknowledged unhandled, because its key was handled before."""
 
     def on_dead_lettered(self, event: BusEvent) -> None:
-        """A message was given up on, and the backend has stored the dead letter. ``event.detail`` is the code and the
-        reason.
+        """A message was given up on, and the backend has stored the dead letter, or acknowledged what is dropped.
+        ``event.detail`` is the code and the reason.
         """
 
     def on_lease_lost(self, event: BusEvent) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
 from ..._ground.checks import check_delay, check_name, check_start_id, check_time, plain_text
+from ..._ground.clock import now as wall_clock
 from ..._ground.errors import EventBusError, GroupLostError, ValidationError
 from ..._messages.message import Message, lift_headers
 from ...abc import (
@@ -97,7 +98,7 @@ class MemoryBackend(
         await checkpoint()
         results: list[str | EventBusError] = []
         written: set[Stream] = set()
-        at = datetime.now(timezone.utc)
+        at = wall_clock()
         for stream, message, spec in items:
             if spec is not None:
                 results.append(self._append_once(stream, message, spec))

@@ -15,6 +15,7 @@ import anyio
 import msgspec
 from anyio.lowlevel import checkpoint
 
+from ..._ground.clock import now as wall_clock
 from ..._ground.errors import ValidationError
 from ..._messages.message import Message
 from ...abc import DelayedEntry, DelayedPage, ScheduleStore
@@ -59,7 +60,7 @@ class Delays:
 
     def _difference(self, now: float) -> float:
         """How far this clock is behind AnyIO's. Not measured exactly each time: equal times must stay equal."""
-        measured = datetime.now(timezone.utc).timestamp() - now
+        measured = wall_clock().timestamp() - now
         if abs(measured - self._behind) > _DRIFT:
             self._behind = measured
         return self._behind

@@ -6,12 +6,13 @@ import itertools
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 import anyio
 import msgspec
 
+from ..._ground.clock import now as wall_clock
 from ..._idempotency.table import KeyTable
 from ..._messages.message import Message
 from ...abc import ClaimedMessage, FetchedEntry, MalformedEntry, MissingEntry
@@ -171,7 +172,7 @@ class Stream:
 
     def append(self, message: Message | None, raw: Mapping[str, bytes], at: datetime | None = None) -> Entry:
         sequence = self._base + len(self._log) + 1
-        entry = Entry(sequence, f"{sequence}-0", message, raw, at or datetime.now(timezone.utc))
+        entry = Entry(sequence, f"{sequence}-0", message, raw, at or wall_clock())
         self._log.append(entry)
         return entry
 
@@ -242,7 +243,7 @@ class Stream:
         """Append what is due. What comes late, because nobody looked, counts as published when it was due."""
         due = self.delays.take_due(now) if self.delays.waiting else ()
         if due:
-            at = datetime.now(timezone.utc)
+            at = wall_clock()
             for later in due:
                 self.append(later.message, later.raw, at - timedelta(seconds=max(0.0, now - later.key[0])))
             self.wake_readers()
