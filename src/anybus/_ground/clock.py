@@ -1,8 +1,9 @@
-"""The event loop's clock."""
+"""The event loop's clock, and the wall clock."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime, timezone
 
 from anyio.lowlevel import current_token
 
@@ -12,3 +13,21 @@ def loop_clock() -> Callable[[], float]:
     token = current_token()
     clock: Callable[[], float] = getattr(token.native_token, "time", token.backend_class.current_time)
     return clock
+
+
+def _system_now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+_source: Callable[[], datetime] = _system_now
+
+
+def now() -> datetime:
+    """The wall time, UTC."""
+    return _source()
+
+
+def replace_now(source: Callable[[], datetime] | None) -> None:
+    """Let :func:`now` return what this function returns; None = the system's clock again. For tests."""
+    global _source  # noqa: PLW0603 - one clock for the process
+    _source = source or _system_now

@@ -24,3 +24,6 @@ from ._entries import PublishSpec as PublishSpec
 from ._entries import Redelivered as Redelivered
 from ._observer import BusEvent as BusEvent
 from ._observer import Observer as Observer
+from ._recurrence import TickClaim as TickClaim
+from ._recurrence import TickResult as TickResult
+from ._recurrence import TickStore as TickStore

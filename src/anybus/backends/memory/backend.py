@@ -27,6 +27,7 @@ from ...abc import (
 )
 from .dead_letters import MemoryDeadLetters
 from .store import RETURNED, Group, Pending, Stream
+from .ticks import MemoryTicks
 
 __all__ = ["MemoryBackend"]
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _shared: RunVar[dict[str, dict[str, Stream]]] = RunVar("anybus_shared_memory")
 
 
-class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLetters):
+class MemoryBackend(StreamBackend, StreamInspector, LeaseKeeper, MemoryDeadLetters, MemoryTicks):
     """Streams, groups and pending entries in this process's memory.
 
     Like a stream on a server, it keeps every published message, for as long as the backend lives. It uses AnyIO's

@@ -12,7 +12,16 @@ import anyio
 
 from ..._ground.errors import BackendError, GroupLostError
 from ..._ground.log import say
-from . import _dead_letter_scripts, _fence_scripts, _lease_scripts, _rights, _scripts, _taking_scripts, _watch_scripts
+from . import (
+    _dead_letter_scripts,
+    _fence_scripts,
+    _lease_scripts,
+    _rights,
+    _scripts,
+    _taking_scripts,
+    _tick_scripts,
+    _watch_scripts,
+)
 from ._alone import Loner
 from ._asking import AskingMultiplexer
 from ._decoding import predecessor
@@ -45,6 +54,7 @@ _ALL: Final = (
     *_watch_scripts.ALL,
     *_rights.ALL,
     *_dead_letter_scripts.ALL,
+    *_tick_scripts.ALL,
 )
 
 

@@ -1,0 +1,1 @@
+"""Publishing at a time: delayed messages, and the view of those that wait."""
