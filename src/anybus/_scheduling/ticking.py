@@ -20,7 +20,7 @@ from .._failure.backoff import recovery_delay
 from .._ground.cancellation import as_failure
 from .._ground.checks import refuse
 from .._ground.clock import now
-from .._ground.errors import BackendError, ClosedError, can_pass
+from .._ground.errors import BackendError, ClosedError, SerializationError, ValidationError, can_pass
 from .._messages.message import Message, check_outgoing, new_uid
 from .._options import StreamBusOptions
 from .._reporting import Reporter
@@ -60,6 +60,7 @@ class Ticking:
         self._generation: int | None = None
         self._known = (now(), anyio.current_time())
         self._failures = 0
+        self._upcoming: tuple[datetime, datetime | None] | None = None
         self._mentioned: datetime | None = None
         self.is_superseded = False
 
@@ -125,16 +126,18 @@ class Ticking:
                 self._worked()
                 return self._pause(last)
             if wait > 0:
-                await anyio.sleep(wait)
+                await anyio.sleep(wait)  # some event loops wake up a little early
+                continue
+            # If its message fails, the tick stays due until it is missed, here or in another process.
+            detail = f"the message for the tick {_text(tick)}"
             try:
                 message = await self._make(tick)
-                result = await self._publish(tick, message)
-            except (BackendError, anyio.get_cancelled_exc_class()):
-                raise
             except Exception as error:
-                # The tick stays due until it is missed, here or in another process.
-                detail = f"the message of schedule {self._definition.name!r} for the tick {_text(tick)}"
-                return self._failed(error, detail, message_failed=True)
+                return self._failed(error, detail)
+            try:
+                result = await self._publish(tick, message)
+            except (ValidationError, SerializationError) as error:
+                return self._failed(error, detail)
             if result.status == "not-owner":
                 return 0
             if result.status == "published":
@@ -148,15 +151,24 @@ class Ticking:
 
     def _next(self, last: datetime) -> datetime | None:
         """The tick to publish next: one that was missed, or one that is not missed yet."""
-        ticks, horizon = self._definition.ticks, self.now() - timedelta(seconds=GRACE)
-        if last < horizon:
-            missed = ticks.latest(last, horizon)
-            if missed is not None:
-                if self._definition.missed == "catch-up":
-                    return missed
-                self._mention_missed(missed)
-            last = horizon
-        return ticks.after(last)
+        tick, horizon = self._after(last), self._horizon()
+        if tick is None or tick >= horizon:
+            return tick
+        missed = self._definition.ticks.latest(last, horizon) or tick
+        if self._definition.missed == "catch-up":
+            return missed
+        self._mention_missed(missed)
+        return self._definition.ticks.after(horizon)
+
+    def _horizon(self) -> datetime:
+        """Ticks before this are missed."""
+        return self.now() - timedelta(seconds=GRACE)
+
+    def _after(self, last: datetime) -> datetime | None:
+        """The first tick after the last one. It is asked for again and again until it comes."""
+        if self._upcoming is None or self._upcoming[0] != last:
+            self._upcoming = last, self._definition.ticks.after(last)
+        return self._upcoming[1]
 
     def _mention_missed(self, tick: datetime) -> None:
         if self._mentioned is None or self._mentioned < tick:
@@ -169,8 +181,10 @@ class Ticking:
 
         :param until: the end of the owner's lease.
         """
-        here = self.now()
-        tick = self._definition.ticks.after(max(last, here - timedelta(seconds=GRACE)))
+        here, horizon = self.now(), self._horizon()
+        tick = self._after(last)
+        if tick is not None and tick < horizon:
+            tick = self._definition.ticks.after(horizon)
         far = LONGEST_PAUSE + LEASE if tick is None else (tick - here).total_seconds()
         if until is not None and far <= LEASE:
             return min(LEASE / 3, max((until - here).total_seconds(), 0.01))
@@ -191,8 +205,10 @@ class Ticking:
                     made = message(tick)
                     if inspect.isawaitable(made):
                         made = await made
+                except Exception:
+                    raise
                 except BaseException as error:
-                    raise as_failure(error) from error
+                    raise as_failure(error) from None
             if scope.cancelled_caught:
                 raise TimeoutError(f"the function did not return within {GRACE} s")
             if made is None:
@@ -222,17 +238,22 @@ class Ticking:
     async def _publish(self, tick: datetime, message: Message | None) -> TickResult:
         definition = self._definition
         assert self._generation is not None
-        result = await self._in_time(
-            self._store.publish_tick(
-                *(definition.topic, definition.name, self._owner, message),
-                generation=self._generation,
-                tick=tick,
-                lease=LEASE,
-                grace=None if definition.missed == "catch-up" else GRACE,
+        while True:
+            result = await self._in_time(
+                self._store.publish_tick(
+                    *(definition.topic, definition.name, self._owner, message),
+                    generation=self._generation,
+                    tick=tick,
+                    lease=LEASE,
+                    grace=None if definition.missed == "catch-up" else GRACE,
+                )
             )
-        )
-        self._known = (result.now, anyio.current_time())
-        return result
+            self._known = (result.now, anyio.current_time())
+            wait = (tick - result.now).total_seconds()
+            if result.status != "early" or wait > LEASE / 3:
+                return result
+            # The clocks differ a little. The message has been made, and is kept.
+            await anyio.sleep(max(wait, 0.001))
 
     async def _in_time(self, call: Awaitable[T]) -> T:
         with anyio.move_on_after(self._options.publish_timeout):
@@ -247,14 +268,13 @@ class Ticking:
         )
         self._reporter.error("publish", ClosedError(text), detail="another definition took over")
 
-    def _failed(self, error: Exception, detail: str, *, message_failed: bool = False) -> float:
+    def _failed(self, error: Exception, detail: str) -> float:
         """Report an error.
 
         :return: the pause before the next try.
         """
         self._failures += 1
-        if not message_failed:
-            detail = f"schedule {self._definition.name!r}: {detail}"
+        detail = f"schedule {self._definition.name!r}: {detail}"
         self._reporter.error("publish", error, detail=detail, part=self._part)
         return recovery_delay(self._failures, random.random())
 
