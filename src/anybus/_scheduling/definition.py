@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ async def _zone(name: str) -> tzinfo:
 
 def _load_cronsim() -> None:
     try:
-        import cronsim  # noqa: F401, PLC0415 - an extra, and not loaded unless it is used
+        importlib.import_module("cronsim")  # an extra, and not loaded unless it is used
     except ImportError:
         raise UnsupportedError("cron needs the package cronsim: pip install 'anybus[cron]'") from None
 
