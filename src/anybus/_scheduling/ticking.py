@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import random
-import secrets
 from collections.abc import Awaitable
 from datetime import datetime, timedelta
 from typing import Final, TypeVar
@@ -56,7 +56,7 @@ class Ticking:
         self._options = options
         self._reporter = reporter
         self._part = f"publish schedule {definition.name}"
-        self._owner = secrets.token_hex(8)
+        self._owner = os.urandom(8).hex()
         self._generation: int | None = None
         self._known = (now(), anyio.current_time())
         self._failures = 0
