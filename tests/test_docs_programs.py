@@ -154,6 +154,15 @@ def test_the_guides_handler_that_fails_is_retried_as_the_guide_shows(loop: str) 
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_the_program_with_a_schedule_handles_its_ticks(loop: str, server: RunningServer) -> None:
+    with start(named("docs/recurring.md", "reports.py"), loop, server.url) as reports:
+        assert reports.stdout is not None
+        assert re.match(r"the first one is wanted at \d+-\d\d-\d\d .*\+00:00\n", reports.stdout.readline())
+        for _ in range(2):
+            assert re.match(r"report for \d+-\d\d-\d\dT.*\.000Z\n", reports.stdout.readline())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_the_deployment_pages_worker_shows_its_health_and_ends_gracefully(
     loop: str, server: RunningServer, client: Any, tmp_path: Path
 ) -> None:

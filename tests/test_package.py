@@ -33,7 +33,9 @@ def test_an_attribute_that_does_not_exist_is_an_ordinary_error() -> None:
         anybus.Nothing  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["redis", "hiredis", "asyncio", "trio", "importlib.metadata", "ssl", "hashlib"])
+@pytest.mark.parametrize(
+    "name", ["redis", "hiredis", "asyncio", "trio", "importlib.metadata", "ssl", "hashlib", "cronsim", "zoneinfo"]
+)
 def test_importing_the_package_loads_only_what_it_uses(name: str) -> None:
     loaded = f"import sys, anybus; print({name!r} in sys.modules)"
     assert (

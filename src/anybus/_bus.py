@@ -31,7 +31,9 @@ from ._runtime.members import Members
 from ._runtime.pool import Handler
 from ._runtime.pull import DeliveryStream, PullTaker
 from ._runtime.subscription import ClosedWhileEnteredError, Subscription
+from ._scheduling.definition import Given, MessageFactory, Missed
 from ._scheduling.delayed import DelayedPublishing, Scheduled, ScheduledMessages
+from ._scheduling.recurring import Schedule, Schedules
 from .abc import Retention, StreamBackend
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         self._caretaker = Caretaker(backend, self._options, notices)
         self._members = Members(backend, self._options, self._caretaker, notices)
         self._delayed = DelayedPublishing(backend, self._publisher, self._options, self._reporter, self._check_open)
+        self._schedules = Schedules(backend, self._options)
         self._state = "not entered"
         self._home: Home | None = None
         self._entered: Entered[None] | None = None
@@ -126,10 +129,12 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
                 yield
             except BaseException:
                 self._state = "closing"
+                await self._schedules.end()  # noqa: ASYNC102 - shielded inside
                 await self._members.end(gracefully=False)  # noqa: ASYNC102 - shielded inside
                 raise
             else:
                 self._state = "closing"
+                await self._schedules.end()
                 await self._members.end(gracefully=True)
             finally:
                 self._home = None
@@ -241,6 +246,54 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
         """
         self._check_open("closing")
         return self._delayed.view(topic)
+
+    def schedule(
+        self,
+        name: str,
+        message: Message | MessageFactory,
+        *,
+        every: float | None = None,
+        cron: str | None = None,
+        timezone: str = "UTC",
+        missed: Missed = "skip",
+        topic: str | None = None,
+        version: str = "",
+    ) -> AbstractAsyncContextManager[Schedule]:
+        """Publish a message at each tick of a schedule, while the body of the ``async with`` runs.
+
+        Each tick is published once, however many processes run the schedule. If the one that publishes dies, another
+        one takes over within 7 seconds. Give exactly one of ``every`` and ``cron``. If a schedule is entered with
+        another ``every``, ``cron``, ``timezone``, ``missed`` or ``version`` than before, the new definition takes over,
+        and the schedule ends in the processes that have the old one.
+
+        :param name: the schedule's name, unique for its topic.
+        :param message: a message, which gets a new uid for each tick, and the tick as ``occurred_at``. Or a function
+            that takes the tick (a datetime, UTC) and returns a message, or None to publish nothing. It may be async. It
+            is called only in the process that publishes. If it raises, it is called again until the tick is missed.
+        :param every: seconds between ticks, from 0.1 to ten years, in whole milliseconds. Ticks are the multiples
+            since 1970-01-01T00:00Z.
+        :param cron: a cron expression with five fields. Needs the extra ``anybus[cron]``.
+        :param timezone: the time zone of ``cron``, by its IANA name (``Europe/Berlin``).
+        :param missed: what happens to ticks that no process could publish within 10 seconds. ``skip``: they are not
+            published. ``catch-up``: one is published for all of them, the latest.
+        :param topic: the topic to which a function's messages are published.
+        :param version: any text. A new one makes the definition a new one.
+        :raises ValidationError: if a value is refused. Nothing was stored.
+        :raises UnsupportedError: when entered, if the backend is not an :class:`anybus.abc.TickStore`, or if ``cron``
+            is given and cronsim is not installed.
+        :raises BackendError: when entered or from the body, if the backend failed, and trying again will not help.
+        :raises ClosedError: if the bus is not open.
+        """
+        self._check_open()
+        given = Given(name, message, every, cron, timezone, missed, topic, version).checked()
+        return Entered("the schedule", self._schedule(given))
+
+    @asynccontextmanager
+    async def _schedule(self, given: Given) -> AsyncGenerator[Schedule, None]:
+        self._check_open()
+        assert self._home is not None
+        async with self._schedules.open(given, self._home) as schedule:
+            yield schedule
 
     def dead_letters(
         self,

@@ -35,6 +35,13 @@ def check_function(field: str, function: Any, allowed: str, *, otherwise: str = 
     _check_takes_one(field, function, f"{allowed}{otherwise}")
 
 
+def check_any_function(field: str, function: Any, allowed: str) -> None:
+    """Refuse anything but a plain or an async function that takes one argument."""
+    if not callable(function):
+        refuse(field, function, allowed)
+    _check_takes_one(field, function, allowed)
+
+
 def _is_async(function: Any) -> bool:
     # An object whose __call__ is async also counts.
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

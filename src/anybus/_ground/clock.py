@@ -15,9 +15,19 @@ def loop_clock() -> Callable[[], float]:
     return clock
 
 
-def now() -> datetime:
-    """The wall clock, in UTC. All wall time of this package comes from here.
-
-    A test replaces it for all callers at once, by replacing this module's ``datetime``.
-    """
+def _system_now() -> datetime:
     return datetime.now(timezone.utc)
+
+
+_source: Callable[[], datetime] = _system_now
+
+
+def now() -> datetime:
+    """The wall clock, in UTC. All wall time of this package comes from here."""
+    return _source()
+
+
+def replace_now(source: Callable[[], datetime] | None) -> None:
+    """Let :func:`now` return what this function returns; None = the system's clock again. For tests."""
+    global _source  # noqa: PLW0603 - one clock for the process
+    _source = source or _system_now

@@ -31,6 +31,9 @@ from ._idempotency import KeyedTransfer as KeyedTransfer
 from ._idempotency import TransactionalStore as TransactionalStore
 from ._observer import BusEvent as BusEvent
 from ._observer import Observer as Observer
+from ._recurrence import TickClaim as TickClaim
+from ._recurrence import TickResult as TickResult
+from ._recurrence import TickStore as TickStore
 from ._retention import Interest as Interest
 from ._retention import Limits as Limits
 from ._retention import Retention as Retention

@@ -31,6 +31,7 @@ from .deduplication import MemoryDeduplication, Records
 from .delayed import Delays, MemorySchedules
 from .retention import MemoryRetention
 from .store import RETURNED, Group, Pending, Stream
+from .ticks import MemoryTicks
 
 __all__ = ["MemoryBackend"]
 
@@ -49,6 +50,7 @@ class MemoryBackend(
     MemoryRetention,
     MemoryCompletions,
     MemorySchedules,
+    MemoryTicks,
 ):
     """Streams, groups and pending entries in this process's memory.
 

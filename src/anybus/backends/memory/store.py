@@ -124,6 +124,16 @@ class GroupLease:
         return any(until > now for name, until in self.members.items() if name != consumer)
 
 
+class KeptSchedule(msgspec.Struct, eq=False):
+    """A recurring schedule: its definition, its last tick, and its owner until the end of the lease."""
+
+    definition: str
+    generation: int
+    last_tick: datetime
+    owner: str
+    lease_end: datetime
+
+
 class Stream:
     """The entries in the order of their ids, and the groups that read them."""
 
@@ -138,6 +148,7 @@ class Stream:
         self.records = Records()
         self.retention: Kept | None = None
         self.keys: defaultdict[str, KeyTable] = defaultdict(KeyTable)
+        self.schedules: dict[str, KeptSchedule] = {}
 
     @property
     def last(self) -> int:

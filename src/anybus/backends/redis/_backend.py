@@ -35,6 +35,9 @@ from ...abc import (
     StoredEntry,
     StreamBackend,
     StreamInspector,
+    TickClaim,
+    TickResult,
+    TickStore,
     TimedPublisher,
     TransferItem,
 )
@@ -74,6 +77,7 @@ class RedisBackend(
     RetentionEverywhere,
     CompletionKeeper,
     RedisScheduleStore,
+    TickStore,
 ):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
@@ -453,6 +457,46 @@ class RedisBackend(
 
     async def remove_entries(self, stream: str, entry_ids: Sequence[str]) -> int:
         return await self._at(stream, lambda node: node.remove_entries(stream, entry_ids))
+
+    async def claim_schedule(
+        self,
+        stream: str,
+        name: str,
+        owner: str,
+        *,
+        definition: str,
+        generation: int | None,
+        lease: float,
+        grace: float,
+    ) -> TickClaim:
+        return await self._at(
+            stream,
+            lambda node: node.claim_schedule(
+                stream, name, owner, definition=definition, generation=generation, lease=lease, grace=grace
+            ),
+        )
+
+    async def publish_tick(
+        self,
+        stream: str,
+        name: str,
+        owner: str,
+        message: Message | None,
+        *,
+        generation: int,
+        tick: datetime,
+        lease: float,
+        grace: float | None,
+    ) -> TickResult:
+        return await self._at(
+            stream,
+            lambda node: node.publish_tick(
+                stream, name, owner, message, generation=generation, tick=tick, lease=lease, grace=grace
+            ),
+        )
+
+    async def leave_schedule(self, stream: str, name: str, owner: str) -> None:
+        await self._at(stream, lambda node: node.leave_schedule(stream, name, owner))
 
 
 _METHODS: Final = tuple(name for name in vars(RedisBackend) if not name.startswith("_") and hasattr(Node, name))

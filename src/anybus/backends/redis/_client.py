@@ -23,6 +23,7 @@ from . import (
     _schedule_scripts,
     _scripts,
     _taking_scripts,
+    _tick_scripts,
     _watch_scripts,
 )
 from ._alone import Loner
@@ -61,6 +62,7 @@ _ALL: Final = (
     *_retention_scripts.ALL,
     *_completion_scripts.ALL,
     *_schedule_scripts.ALL,
+    *_tick_scripts.ALL,
 )
 
 

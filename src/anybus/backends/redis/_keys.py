@@ -69,6 +69,12 @@ def claims(stream: str, group: str) -> str:
     return f"{base}:claims:{group}"
 
 
+def schedule(stream: str, name: str) -> str:
+    """The hash of a recurring schedule: its definition, last tick and owner."""
+    base, _ = _split(stream)
+    return f"{base}:schedule:{name}"
+
+
 def waiting(stream: str, group: str) -> str:
     """The set that exists while entries of a topic's group, or of its retry stream, wait for a pass."""
     base, _ = _split(stream)

@@ -44,12 +44,13 @@ from ._rights import TRY, arguments, may_not_run_scripts, missing_rights, probes
 from ._schedules import Expect
 from ._settings import Settings
 from ._taking import Memory, Taking
+from ._ticks import RedisTicks
 from ._transfers import Transfers
 
 _SHIELDED = 1.0
 
 
-class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Additions):
+class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, RedisTicks, Additions):
     """One server, with all that a backend does on it. Methods are those of the backend, for streams on this server.
 
     :param memory: what is remembered of the members that read here; None = nothing yet.
