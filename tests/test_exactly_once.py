@@ -246,6 +246,32 @@ async def test_a_key_that_is_being_handled_comes_back_later(harness: Harness, to
     assert (statistics.handled, statistics.failed, statistics.dead_lettered) == (1, 0, 0)
 
 
+async def test_where_the_backend_cannot_delay_such_a_message_waits_here(topic: str) -> None:
+    backend = StepByStep(MemoryBackend())
+    backend.features -= {"delay"}
+    finish = anyio.Event()
+    handled: list[str] = []
+
+    async def slow(delivery: Delivery) -> None:
+        handled.append(delivery.message.key)
+        if len(handled) == 1:
+            await finish.wait()
+            raise LookupError("not yet")
+
+    first = Message(topic, key="first")
+    async with StreamBus(backend, quick(Recorder())) as bus:
+        async with bus.subscribe(once(topic, idempotency_store=MemoryStore()), slow) as subscription:
+            await bus.publish(first)
+            await until(lambda: len(handled) == 1)
+            await bus.publish(twin(first).replace(key="twin"))
+            await until(lambda: subscription.statistics().released >= 1)
+            finish.set()
+            # The claim is kept while the retry waits here, so the other one is not handled in between.
+            await until(lambda: subscription.statistics().duplicates == 1)
+            assert subscription.statistics().handled == 1
+    assert handled == ["first", "first"]
+
+
 @pytest.mark.parametrize("kind", ["own", "another"])
 async def test_a_new_owner_of_the_entry_takes_the_claim_over(
     harness: Harness, topic: str, kind: str, make_store: Any
@@ -342,6 +368,12 @@ class Settling(StepByStep, CompletionKeeper):
     def idempotency_store(self) -> IdempotencyStore:
         store: IdempotencyStore = self.inner.idempotency_store
         return store
+
+    async def claim_keys(
+        self, topic: str, group: str, consumer: str, items: Sequence[tuple[str, str]], *, lease: float
+    ) -> list[Claim]:
+        claims: list[Claim] = await self.inner.claim_keys(topic, group, consumer, items, lease=lease)
+        return claims
 
     async def settle_keyed(
         self, topic: str, stream: str, group: str, consumer: str, items: Sequence[KeyedTransfer], *, window: float

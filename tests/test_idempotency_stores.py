@@ -50,7 +50,9 @@ def opened(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
             async with SqlStore.sqlite(tmp_path / "keys.sqlite") as store:
                 yield store
         elif kind == "postgresql":
-            async with SqlStore(connect_postgresql, paramstyle="pyformat", now=POSTGRESQL_NOW) as store:
+            async with SqlStore(
+                connect_postgresql, paramstyle="pyformat", now=POSTGRESQL_NOW, table=POSTGRESQL_TABLE
+            ) as store:
                 yield store
         else:
             harness: Harness = MemoryHarness() if kind == "backend" else request.getfixturevalue("server_harness")
@@ -62,13 +64,14 @@ def opened(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
 
 
 POSTGRESQL_NOW = "extract(epoch from clock_timestamp())::double precision"
+POSTGRESQL_TABLE = f"anybus_keys_{os.getpid()}"  # the names of topics are those of the last run
 
 
 def connect_postgresql() -> Any:
     import psycopg  # type: ignore[import-not-found]  # noqa: PLC0415
 
     connection = psycopg.connect(POSTGRESQL)
-    SqlStore.create_table(connection)
+    SqlStore.create_table(connection, table=POSTGRESQL_TABLE)
     return connection
 
 
@@ -268,8 +271,8 @@ async def test_an_open_transaction_keeps_its_claim_on_postgresql(topic: str) -> 
     """Whoever would take the entry over waits for the end of the transaction, and finds the key completed."""
     mine = await to_thread.run_sync(connect_postgresql)
     async with (
-        SqlStore(connect_postgresql, paramstyle="pyformat", now=POSTGRESQL_NOW) as one,
-        SqlStore(connect_postgresql, paramstyle="pyformat", now=POSTGRESQL_NOW) as two,
+        SqlStore(connect_postgresql, paramstyle="pyformat", now=POSTGRESQL_NOW, table=POSTGRESQL_TABLE) as one,
+        SqlStore(connect_postgresql, paramstyle="pyformat", now=POSTGRESQL_NOW, table=POSTGRESQL_TABLE) as two,
     ):
         assert await claim(one, topic, consumer="a") == CLAIMED
         answers: list[Claim] = []

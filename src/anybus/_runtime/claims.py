@@ -15,6 +15,7 @@ from .._ground.errors import AlreadySettledError, EventBusError, LeaseLostError,
 from ..abc import Claim, TransactionalStore
 from .context import Context, ExactlyOnce
 from .entry import DUPLICATE, Held, KeyState, Stage
+from .lane import Lane
 from .once import key_of
 from .settler import Settler
 
@@ -24,13 +25,36 @@ does.)
 """
 
 
+class _Question:
+    """A claim that waits for the store's answer."""
+
+    __slots__ = ("answer", "done", "error")
+
+    def __init__(self) -> None:
+        self.done = anyio.Event()
+        self.answer: Claim | None = None
+        self.error: Exception | None = None
+
+
 class Claims:
-    """Claims keys, renews the claims, and opens the transactions of handlers."""
+    """Claims keys, renews the claims, and opens the transactions of handlers.
+
+    If the store is the backend's own, claims that are made while others are under way are sent together.
+    """
 
     def __init__(self, context: Context, settler: Settler, once: ExactlyOnce) -> None:
         self._context = context
         self._settler = settler
         self._once = once
+        self._questions: dict[Held, _Question] = {}
+        self._lane = Lane(self._ask_together, context.clock)
+
+    async def run(self) -> None:
+        """Send the claims that workers ask for."""
+        await self._lane.run()
+
+    def close(self) -> None:
+        self._lane.close()
 
     async def admit(self, held: Held) -> bool:
         """Claim the key of an open entry. False: its handler must not start, and the entry is being settled."""
@@ -63,11 +87,7 @@ class Claims:
         context, failures = self._context, 0
         while True:
             try:
-                return await self._once.store.claim(
-                    *(context.topic, context.group, key_of(held), context.consumer),
-                    entry=self._entry(held),
-                    lease=context.lease,
-                )
+                return await self._ask(held)
             except Exception as error:
                 if not can_pass(error):
                     raise
@@ -76,6 +96,46 @@ class Claims:
             if held.lost or context.clock() >= held.lease_until:
                 return None
             await anyio.sleep(recovery_delay(failures, random.random()))
+
+    async def _ask(self, held: Held) -> Claim:
+        context = self._context
+        if self._once.keeper is None:
+            return await self._once.store.claim(
+                *(context.topic, context.group, key_of(held), context.consumer),
+                entry=self._entry(held),
+                lease=context.lease,
+            )
+        self._questions[held] = question = _Question()
+        self._lane.put(held)
+        try:
+            await question.done.wait()
+        finally:
+            self._questions.pop(held, None)
+        if question.answer is None:
+            raise question.error or TimeoutError("the claim was not answered")
+        return question.answer
+
+    async def _ask_together(self, batch: list[Held]) -> None:
+        context, keeper = self._context, self._once.keeper
+        assert keeper is not None
+        # Whoever was cancelled meanwhile is not waiting any more.
+        asked = [(held, question) for held in batch if (question := self._questions.get(held)) is not None]
+        if not asked:
+            return
+        items = [(key_of(held), self._entry(held)) for held, _ in asked]
+        try:
+            answers = await keeper.claim_keys(
+                context.topic, context.group, context.consumer, items, lease=context.lease
+            )
+            for (_, question), answer in zip(asked, answers, strict=True):
+                question.answer = answer
+        except BaseException as raised:  # noqa: ASYNC103 - raised again in there
+            error = as_failure(raised)
+            for _, question in asked:
+                question.error = error
+        finally:
+            for _, question in asked:
+                question.done.set()
 
     def _entry(self, held: Held) -> str:
         return held.id if held.stream == self._context.topic else f"retry {held.id}"

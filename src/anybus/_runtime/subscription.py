@@ -59,7 +59,7 @@ class Subscription:
         self._circuit: Circuit | None = None
         if context.circuit is not None:
             self._circuit = Circuit(context.circuit, context, self._intake, send.clone())
-        claims = None if context.once is None else Claims(context, self._settler, context.once)
+        self._claims = claims = None if context.once is None else Claims(context, self._settler, context.once)
         self._leases = Leases(context, self._settler, claims)
         self._group_lease = GroupLease(context, self._leases)
         keeper = EntryKeeper(context, self._settler, self._leases, self._circuit, claims)
@@ -80,6 +80,8 @@ class Subscription:
         )
         if "delay" not in context.backend.features:
             background = (*background, self._intake.keep_bringing_back)
+        if claims is not None:
+            background = (*background, claims.run)
         if self._circuit is not None:
             background = (*background, self._circuit.run)
         self._background = {part: anyio.CancelScope(shield=True) for part in background}
@@ -212,6 +214,8 @@ class Subscription:
             self._taker.close()
             for lane in self._settler.dispatch.lanes:
                 lane.close()
+            if self._claims is not None:
+                self._claims.close()
             self._ended.set()
 
     @asynccontextmanager

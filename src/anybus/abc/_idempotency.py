@@ -109,6 +109,15 @@ class CompletionKeeper(abc.ABC):
         """The store, in the same server as the streams."""
 
     @abc.abstractmethod
+    async def claim_keys(
+        self, topic: str, group: str, consumer: str, items: Sequence[tuple[str, str]], *, lease: float
+    ) -> list[Claim]:
+        """:meth:`IdempotencyStore.claim` for many keys, one after the other, in one call.
+
+        :param items: pairs of a key and its entry.
+        """
+
+    @abc.abstractmethod
     async def settle_keyed(
         self, topic: str, stream: str, group: str, consumer: str, items: Sequence[KeyedTransfer], *, window: float
     ) -> list[list[str] | EventBusError | None]:

@@ -11,7 +11,7 @@ from anyio.lowlevel import checkpoint
 from ..._ground.errors import EventBusError
 from ..._idempotency.memory import MemoryStore
 from ..._idempotency.table import KeyTable
-from ...abc import CompletionKeeper, IdempotencyStore, KeyedTransfer, Output
+from ...abc import Claim, CompletionKeeper, IdempotencyStore, KeyedTransfer, Output
 from .store import Stream
 
 
@@ -32,6 +32,13 @@ class MemoryCompletions(CompletionKeeper):
     @property
     def idempotency_store(self) -> IdempotencyStore:
         return MemoryStore(self._keys)
+
+    async def claim_keys(
+        self, topic: str, group: str, consumer: str, items: Sequence[tuple[str, str]], *, lease: float
+    ) -> list[Claim]:
+        await checkpoint()
+        keys, now = self._keys(topic, group), anyio.current_time()
+        return [keys.claim(key, consumer, entry, lease, now) for key, entry in items]
 
     async def settle_keyed(
         self, topic: str, stream: str, group: str, consumer: str, items: Sequence[KeyedTransfer], *, window: float

@@ -419,9 +419,10 @@ class RedisBackend(
         where = self._node if self._cluster is None else self._cluster.scatter
         return await where.settle_keyed(topic, stream, group, consumer, items, window=window)
 
-    async def claim_key(self, topic: str, group: str, key: str, consumer: str, *, entry: str, lease: float) -> Claim:
-        """For the backend's own store, as its ``claim``."""
-        return await self._at(topic, lambda node: node.claim_key(topic, group, key, consumer, entry=entry, lease=lease))
+    async def claim_keys(
+        self, topic: str, group: str, consumer: str, items: Sequence[tuple[str, str]], *, lease: float
+    ) -> list[Claim]:
+        return await self._at(topic, lambda node: node.claim_keys(topic, group, consumer, items, lease=lease))
 
     async def renew_keys(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None:
         """For the backend's own store, as its ``renew``."""

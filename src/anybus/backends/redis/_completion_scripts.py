@@ -16,7 +16,7 @@ from typing import Final
 from ._scripts import FAILED, Script
 
 CLEANED: Final = 20
-"""How many forgotten keys one call removes at most. A claim adds one key at most."""
+"""How many forgotten keys one call removes at most, besides two for each claim. A claim adds one key at most."""
 
 # The time in ms; what is known of a key; and what is done to it. The probe comes before the first write. It leaves out
 # ZADD, which a full server refuses: then entries that complete no key can still be acknowledged.
@@ -60,26 +60,37 @@ end
 """
 )
 
-# KEYS: the sorted set, the hash. ARGV: key, entry, consumer, lease in ms. Replies with the state, and for how many ms.
+# KEYS: the sorted set, the hash. ARGV: consumer, lease in ms; for each claim: key, entry. Replies, for each, with the
+# state, and for how many ms.
 CLAIM: Final = Script(
     "claim",
     _KEYS
     + f"local cleaned = {CLEANED}"
     + """
-local keys, claims, key, entry = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
+local keys, claims, consumer, ends_at = KEYS[1], KEYS[2], ARGV[1], text(now + ARGV[2])
 probe(keys, claims)
-local old = redis.call('ZRANGEBYSCORE', keys, '-inf', text(now), 'LIMIT', 0, cleaned)
+local old = redis.call('ZRANGEBYSCORE', keys, '-inf', text(now), 'LIMIT', 0, cleaned + #ARGV)
 if #old > 0 then
   redis.call('ZREM', keys, unpack(old))
   redis.call('HDEL', claims, unpack(old))
 end
-local holder, ends = known(keys, claims, key)
-if holder == 'completed' then return {'completed', 0} end
-if holder and holder:match('^(.-)\\n') ~= entry then return {'busy', ends - now} end
-redis.call('HSET', claims, key, entry .. '\\n' .. ARGV[3])
-redis.call('ZADD', keys, text(now + ARGV[4]), key)
-return {'claimed', 0}
+local results = {}
+for i = 3, #ARGV, 2 do
+  local key, entry = ARGV[i], ARGV[i + 1]
+  local holder, ends = known(keys, claims, key)
+  if holder == 'completed' then
+    results[#results + 1] = {'completed', 0}
+  elseif holder and holder:match('^(.-)\\n') ~= entry then
+    results[#results + 1] = {'busy', ends - now}
+  else
+    redis.call('HSET', claims, key, entry .. '\\n' .. consumer)
+    redis.call('ZADD', keys, ends_at, key)
+    results[#results + 1] = {'claimed', 0}
+  end
+end
+return results
 """,
+    partly=True,
 )
 
 # KEYS: the sorted set, the hash. ARGV: consumer, what to do (renew, complete, release), for how many ms, the keys.

@@ -21,11 +21,20 @@ class RedisCompletions:
     _client: Client
     _transfers: Transfers
 
-    async def claim_key(self, topic: str, group: str, key: str, consumer: str, *, entry: str, lease: float) -> Claim:
-        args = (key, entry, consumer, round(lease * 1000))
-        reply = await self._client.run(CLAIM, topic, group, (completions(topic, group), claims(topic, group)), args)
-        with self._client.reading(reply):
-            return Claim(_STATES[reply[0]], int(reply[1]) / 1000)
+    async def claim_keys(
+        self, topic: str, group: str, consumer: str, items: Sequence[tuple[str, str]], *, lease: float
+    ) -> list[Claim]:
+        places = completions(topic, group), claims(topic, group)
+        answers: list[Claim] = []
+        for start in range(0, len(items), PER_SCRIPT):
+            args: list[Argument] = [consumer, round(lease * 1000)]
+            for item in items[start : start + PER_SCRIPT]:
+                args += item
+            reply = await self._client.run(CLAIM, topic, group, places, args)
+            with self._client.reading(reply):
+                for _, (state, wait) in zip(items[start : start + PER_SCRIPT], reply, strict=True):
+                    answers.append(_CLAIMED if state == b"claimed" else Claim(_STATES[state], int(wait) / 1000))
+        return answers
 
     async def renew_keys(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None:
         await self._end(topic, group, keys, consumer, "renew", lease)
@@ -53,14 +62,15 @@ _STATES: dict[bytes, Literal["claimed", "busy", "completed"]] = {
     b"busy": "busy",
     b"completed": "completed",
 }
+_CLAIMED = Claim("claimed")
 
 
 class KeyServer(Protocol):
     """The backend, as far as its store needs it."""
 
-    async def claim_key(
-        self, topic: str, group: str, key: str, consumer: str, *, entry: str, lease: float
-    ) -> Claim: ...
+    async def claim_keys(
+        self, topic: str, group: str, consumer: str, items: Sequence[tuple[str, str]], *, lease: float
+    ) -> list[Claim]: ...
 
     async def renew_keys(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None: ...
 
@@ -76,7 +86,8 @@ class RedisStore(IdempotencyStore):
         self._server = server
 
     async def claim(self, topic: str, group: str, key: str, consumer: str, *, entry: str, lease: float) -> Claim:
-        return await self._server.claim_key(topic, group, key, consumer, entry=entry, lease=lease)
+        [answer] = await self._server.claim_keys(topic, group, consumer, ((key, entry),), lease=lease)
+        return answer
 
     async def renew(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None:
         await self._server.renew_keys(topic, group, keys, consumer, lease=lease)
