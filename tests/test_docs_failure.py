@@ -11,7 +11,7 @@ import pytest
 import trio.testing
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("failure.md", "dead-letters.md", "promises.md")
+PAGES = ("failure.md", "dead-letters.md", "promises.md", "expiry.md", "expectations.md")
 EXAMPLE = (ROOT / "examples" / "dead_letters.py").read_text(encoding="utf-8")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -106,24 +106,25 @@ class Judgement:
 
         :param published_at: when the original entry was stored, by the server's clock; None = unknown.
         """
-        return min((left for left, _ in self._limits(message, published_at)), default=None)
+        expires_at, max_age = _expiry(message), self._policy.max_age
+        left: list[float] = []
+        if expires_at is not None:
+            left.append((expires_at - now()).total_seconds())
+        if max_age is not None and published_at is not None:
+            left.append(max_age - (now() - published_at).total_seconds())
+        return min(left, default=None)
 
     def expired(self, message: Message, published_at: datetime | None) -> Result | None:
         """The result for an entry that is too old to be handled; None = it is not too old."""
-        for left, reason in self._limits(message, published_at):
-            if left <= 0:
-                return Result(Outcome.EXPIRED, reason)
-        return None
-
-    def _limits(self, message: Message, published_at: datetime | None) -> Iterator[tuple[float, str]]:
-        """In how many seconds a message is too old, and why."""
+        at = now()
         expires_at, max_age = _expiry(message), self._policy.max_age
-        if expires_at is not None:
-            yield (expires_at - now()).total_seconds(), f"expired at {wire_time(expires_at)}, before it was handled"
-        if max_age is not None and published_at is not None:
+        if expires_at is not None and at >= expires_at:
+            return Result(Outcome.EXPIRED, f"expired at {wire_time(expires_at)}, before it was handled")
+        if max_age is not None and published_at is not None and (at - published_at).total_seconds() >= max_age:
             stored = wire_time(published_at)
             reason = f"older than max_age ({max_age:.15g} s) before it was handled: stored at {stored}"
-            yield max_age - (now() - published_at).total_seconds(), reason
+            return Result(Outcome.EXPIRED, reason)
+        return None
 
 
 def _expiry(message: Message) -> datetime | None:
