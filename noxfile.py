@@ -152,6 +152,7 @@ def bench(session: nox.Session) -> None:
     at = session.posargs.index("--json") if "--json" in session.posargs else len(session.posargs)
     session.run("python", "benchmarks/memory_path.py", *session.posargs[at : at + 2])
     session.run("python", "benchmarks/redis_path.py", *session.posargs)
+    session.run("python", "benchmarks/deduplication.py")
 
 
 @nox.session
