@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone, tzinfo
 from typing import Any, Final, Literal, Union
 
-from anyio import to_thread
+import anyio.to_thread
 
 from .._ground.callables import check_any_function
 from .._ground.checks import check_choice, check_name, check_number, check_text, check_topic, refuse
@@ -126,7 +126,7 @@ def _check_every(value: Any) -> float:
 async def _zone(name: str) -> tzinfo:
     # Files are read only once for each zone. So the event loop need not wait for a thread every time.
     if name != "UTC" and name not in _zones:
-        _zones[name] = await to_thread.run_sync(_read_zone, name)
+        _zones[name] = await anyio.to_thread.run_sync(_read_zone, name)
     else:
         _load_cronsim()
     return _zones[name]
