@@ -145,6 +145,24 @@ async def test_what_has_expired_already_may_be_published_and_the_consumer_decide
     assert set(await dead(harness, topic)) == {"one", "two"}
 
 
+async def test_what_has_expired_when_it_is_taken_waits_for_no_handler(harness: Harness, topic: str) -> None:
+    started, go_on = anyio.Event(), anyio.Event()
+
+    async def handler(delivery: Delivery) -> None:
+        started.set()
+        await go_on.wait()
+
+    async with StreamBus(harness.make_backend(), quick(Recorder())) as bus:
+        config = SubscriptionConfig(topic, "g", max_in_flight=1, max_pending_acks=4)
+        async with bus.subscribe(config, handler) as subscription:
+            await bus.publish(Message(topic, key="first"))
+            await started.wait()
+            await bus.publish(Message(topic, key="late", expires_at=in_hours(-1)))
+            await until(lambda: subscription.statistics().expired == 1)
+            assert subscription.statistics().in_flight == 1
+            go_on.set()
+
+
 # --- when it starts
 
 
