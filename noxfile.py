@@ -152,7 +152,10 @@ def bench(session: nox.Session) -> None:
     at = session.posargs.index("--json") if "--json" in session.posargs else len(session.posargs)
     session.run("python", "benchmarks/memory_path.py", *session.posargs[at : at + 2])
     session.run("python", "benchmarks/redis_path.py", *session.posargs)
+    session.run("python", "benchmarks/features.py")
     session.run("python", "benchmarks/deduplication.py")
+    session.run("python", "benchmarks/delayed.py")
+    session.run("python", "benchmarks/retention.py", "cost")
 
 
 @nox.session

@@ -8,6 +8,7 @@ own, which measure more.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -21,6 +22,9 @@ from anybus import Delivery, Interest, Message, PublishOptions, StreamBus, Strea
 
 TASKS, BATCH, SIZE = 100, 500, 300
 PLAIN = "plain"
+KEYED = PublishOptions(deduplication_window=60)
+
+_numbers = itertools.count()
 
 Publish = Callable[[StreamBus, str, int], Awaitable[None]]
 
@@ -28,7 +32,8 @@ Publish = Callable[[StreamBus, str, int], Awaitable[None]]
 async def one_by_one(bus: StreamBus, topic: str, count: int, options: PublishOptions | None = None) -> None:
     async def work(first: int) -> None:
         for _ in range(first, count, TASKS):
-            await bus.publish(Message(topic, b"x" * SIZE), options)
+            key = f"order-{next(_numbers)}" if options is KEYED else None
+            await bus.publish(Message(topic, b"x" * SIZE, idempotency_key=key), options)
 
     async with anyio.create_task_group() as tasks:
         for first in range(TASKS):
@@ -48,7 +53,7 @@ async def without_waiting(bus: StreamBus, topic: str, count: int) -> None:
 PUBLISHING: dict[str, Publish] = {
     PLAIN: one_by_one,
     "topic_ttl": partial(one_by_one, options=PublishOptions(topic_ttl=3600)),
-    "idempotency key": partial(one_by_one, options=PublishOptions(deduplication_window=60)),
+    "idempotency key": partial(one_by_one, options=KEYED),
     "confirmation=persisted": partial(one_by_one, options=PublishOptions(confirmation="persisted")),
     "publish_nowait": without_waiting,
 }
@@ -65,17 +70,17 @@ HANDLING: dict[str, dict[str, object]] = {
 async def publish(port: int, count: int, name: str) -> Measured:
     options = StreamBusOptions(publish_timeout=60, publish_buffer_size=10_000)
     async with anybus.connect(f"redis://127.0.0.1:{port}", options) as bus:
-        topic = f"bench.{name}"
+        topic = f"bench.{name}.{next(_numbers)}"
         watch = Stopwatch(port)
         await PUBLISHING[name](bus, topic, count)
-        while await bus.backend.count_entries(topic) % count:  # type: ignore[attr-defined] # what is sent behind us
+        while await bus.backend.count_entries(topic) < count:  # type: ignore[attr-defined]
             await anyio.sleep(0.001)
         return watch.stop(count)
 
 
 async def handle(port: int, count: int, name: str) -> Measured:
     """Drain a backlog, until the server has nothing pending."""
-    topic, done = f"bench.{name}", anyio.Event()
+    topic, done = f"bench.{name}.{next(_numbers)}", anyio.Event()
     seen = 0
 
     async def handler(delivery: Delivery) -> None:

@@ -376,6 +376,24 @@ async def test_a_subscription_on_the_dead_letter_topic_handles_what_has_expired(
 # --- the server
 
 
+async def test_the_ttl_of_a_delayed_message_counts_from_when_it_is_due(
+    harness: Harness, topic: str, wall_clock: WallClock
+) -> None:
+    options = PublishOptions(topic_ttl=HOUR)
+    async with StreamBus(harness.make_backend(), quick(Recorder())) as bus:
+        before = wall_clock.now()
+        await bus.publish_later(Message(topic, key="delay"), options, delay=2 * HOUR)
+        await bus.publish_later(Message(topic, key="at"), options, at=in_hours(2))
+        await bus.publish_later(Message(topic, key="past"), options, at=in_hours(-2))
+        after = wall_clock.now()
+        waiting = {one.message.key: one.message async for one in bus.scheduled(topic) if one.message is not None}
+    waiting |= {m.key: m for _, m, _ in await harness.entries(topic) if m is not None}
+    for key, hours in (("delay", 3), ("at", 3), ("past", 1)):
+        expires_at = waiting[key].expires_at
+        assert expires_at is not None
+        assert before + timedelta(hours=hours, seconds=-1) <= expires_at <= after + timedelta(hours=hours, seconds=1)
+
+
 async def test_no_key_ever_expires(server: RunningServer, topic: str) -> None:
     async def handler(delivery: Delivery) -> None:
         raise Retry("again", delay=0 if delivery.state.attempt == 1 else 60)
