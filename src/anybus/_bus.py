@@ -125,22 +125,29 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
             self._home = Home()
             self._state = "open"
             self._reporter.log(logging.INFO, "opened", "bus opened on %s", type(self._backend).__name__)
+            gracefully = False
             try:
                 yield
-            except BaseException:
-                self._state = "closing"
-                await self._schedules.end()  # noqa: ASYNC102 - shielded inside
-                await self._members.end(gracefully=False)  # noqa: ASYNC102 - shielded inside
-                raise
-            else:
-                self._state = "closing"
-                await self._schedules.end()
-                await self._members.end(gracefully=True)
+                gracefully = True
             finally:
-                self._home = None
-                self._state = "closed"
-                await self._outbox.aclose()  # noqa: ASYNC102 - shielded inside
-                self._reporter.log(logging.INFO, "closed", "bus closed")
+                self._state = "closing"
+                await self._end(gracefully=gracefully)  # noqa: ASYNC102 - shielded inside
+
+    async def _end(self, *, gracefully: bool) -> None:
+        """End everything that runs. A native asyncio cancellation interrupts any of these steps, but skips none."""
+        try:
+            try:
+                await self._schedules.end()
+            except BaseException:
+                gracefully = False
+                raise
+            finally:
+                await self._members.end(gracefully=gracefully)  # noqa: ASYNC102 - shielded inside
+        finally:
+            self._home = None
+            self._state = "closed"
+            await self._outbox.aclose()  # noqa: ASYNC102 - shielded inside
+            self._reporter.log(logging.INFO, "closed", "bus closed")
 
     def _check_open(self, *also: str) -> None:
         if self._home is not None:

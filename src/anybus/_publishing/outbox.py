@@ -73,12 +73,14 @@ class Outbox:
         """End the task, send what is left, within a limited time, and report what is not sent."""
         assert self._scope is not None
         self._scope.cancel()
-        with anyio.move_on_after(self._patience, shield=True):
-            while self._waiting or self._in_flight:
-                await self._send()
-        left = list(self._waiting)
-        self._waiting.clear()
-        self._lost(left, may_have_happened=False)
+        try:
+            with anyio.move_on_after(self._patience, shield=True):
+                while self._waiting or self._in_flight:
+                    await self._send()
+        finally:
+            left = list(self._waiting)
+            self._waiting.clear()
+            self._lost(left, may_have_happened=False)
 
     def _lost(self, items: list[PublishItem], *, may_have_happened: bool) -> None:
         for topic, message, _ in items:

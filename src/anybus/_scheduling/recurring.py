@@ -169,6 +169,7 @@ class Schedules:
             with anyio.CancelScope(shield=True):
                 await persist(schedule._ended.wait)
 
-        async with anyio.create_task_group() as tasks:
-            for schedule in live:
-                tasks.start_soon(wait, schedule)
+        if live:
+            async with anyio.create_task_group() as tasks:
+                for schedule in live:
+                    tasks.start_soon(wait, schedule)
