@@ -22,7 +22,9 @@ from anybus import (
     Message,
     PublishOptions,
     StreamBus,
+    StreamBusOptions,
     SubscriptionConfig,
+    UnsupportedError,
     ValidationError,
 )
 from anybus.abc import PublishItem
@@ -50,7 +52,7 @@ async def keys(harness: Harness, topic: str) -> list[str]:
 
 
 async def test_messages_are_sent_soon_and_in_order(harness: Harness, topic: str) -> None:
-    async with StreamBus(harness.make_backend(), quick()) as bus:
+    async with StreamBus(harness.make_backend(), quick(publish_buffer_size=1000)) as bus:
         for number in range(700):
             bus.publish_nowait(Message(topic, key=str(number)), PublishOptions(metadata={"a": "b"}))
 
@@ -70,7 +72,7 @@ async def test_leaving_the_bus_sends_what_is_left(how: str, harness: Harness, to
 
     with anyio.CancelScope() as scope:
         try:
-            async with StreamBus(harness.make_backend(), quick()) as bus:
+            async with StreamBus(harness.make_backend(), quick(publish_buffer_size=1000)) as bus:
                 for number in range(300):
                     bus.publish_nowait(Message(topic, key=str(number)))
                 if how == "raised":
@@ -94,7 +96,7 @@ async def test_a_handler_that_still_runs_at_the_end_may_publish(harness: Harness
 
     began = anyio.Event()
     async with anyio.create_task_group() as tasks:
-        async with StreamBus(harness.make_backend(), quick()) as bus:
+        async with StreamBus(harness.make_backend(), quick(publish_buffer_size=1000)) as bus:
             await tasks.start(bus.consume, SubscriptionConfig(topic, "g"), handler)
             await bus.publish(Message(topic, key="1"))
             await began.wait()
@@ -122,7 +124,7 @@ async def test_what_fails_is_reported_and_the_next_ones_are_sent(topic: str) -> 
     backend, recorder = Slow(MemoryBackend()), Recorder()
     backend.error = BackendError("no room", may_have_happened=False)
     backend.may_go_on.set()
-    async with StreamBus(backend, quick(observer=recorder)) as bus:
+    async with StreamBus(backend, quick(observer=recorder, publish_buffer_size=1000)) as bus:
         bus.publish_nowait(Message(topic))
         await until(lambda: bool(recorder.of("on_error")), "a report")
         backend.error = None
@@ -133,7 +135,7 @@ async def test_what_fails_is_reported_and_the_next_ones_are_sent(topic: str) -> 
 
 async def test_what_could_not_be_sent_in_time_is_reported(topic: str) -> None:
     backend, recorder = Slow(MemoryBackend()), Recorder()
-    options = quick(observer=recorder, publish_timeout=0.05, cleanup_timeout=0.05)
+    options = quick(observer=recorder, publish_buffer_size=1000, publish_timeout=0.05, cleanup_timeout=0.05)
     async with StreamBus(backend, options) as bus:
         for _ in range(300):
             bus.publish_nowait(Message(topic))
@@ -150,7 +152,7 @@ async def test_what_could_not_be_sent_in_time_is_reported(topic: str) -> None:
 
 
 async def test_bad_input_is_refused_at_the_door(harness: Harness, topic: str) -> None:
-    async with StreamBus(harness.make_backend(), quick(max_payload_bytes=10)) as bus:
+    async with StreamBus(harness.make_backend(), quick(max_payload_bytes=10, publish_buffer_size=1)) as bus:
         for wrong in ("text", Message(topic, b"x" * 11)):
             with pytest.raises(ValidationError):
                 bus.publish_nowait(wrong)  # type: ignore[arg-type]
@@ -159,3 +161,12 @@ async def test_bad_input_is_refused_at_the_door(harness: Harness, topic: str) ->
     assert await keys(harness, topic) == []
     with pytest.raises(ClosedError):
         StreamBus(MemoryBackend()).publish_nowait(Message(topic))
+
+
+async def test_without_a_buffer_it_is_refused(harness: Harness, topic: str) -> None:
+    async with StreamBus(harness.make_backend(), quick()) as bus:
+        with pytest.raises(UnsupportedError, match=r"StreamBusOptions\(publish_buffer_size="):
+            bus.publish_nowait(Message(topic))
+    assert await keys(harness, topic) == []
+    with pytest.raises(ValidationError, match="publish_buffer_size must be"):
+        StreamBusOptions(publish_buffer_size=-1)

@@ -15,7 +15,6 @@ from anyio.lowlevel import checkpoint
 
 from ._dead_letters.letter import LetterFilter
 from ._dead_letters.view import DeadLetters, open_dead_letters
-from ._ground.background import background
 from ._ground.callables import check_async_function
 from ._ground.checks import refuse
 from ._ground.errors import ClosedError
@@ -120,8 +119,7 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
 
     @asynccontextmanager
     async def _opened(self) -> AsyncGenerator[None, None]:
-        async with self._backend, background() as tasks:
-            self._outbox.start(tasks)
+        async with self._backend, self._outbox.running():
             self._home = Home()
             self._state = "open"
             self._reporter.log(logging.INFO, "opened", "bus opened on %s", type(self._backend).__name__)
@@ -188,13 +186,15 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
     def publish_nowait(self, message: Message, options: PublishOptions | None = None) -> None:
         """Publish a message without waiting for the server. It is put into a buffer, from which the bus sends it soon.
 
+        The bus has such a buffer if its options have a ``publish_buffer_size``.
+
         If it cannot be published, nobody is told but the observer (``on_error``) or the log. If the process dies, what
         is in the buffer is lost. Leaving the bus sends it first, for as long as ``publish_timeout`` and
         ``cleanup_timeout`` allow. The messages of one topic that are published in this way are appended in order.
 
         :raises WouldBlock: (AnyIO's) if the buffer holds ``publish_buffer_size`` messages. Nothing was put into it.
         :raises ValidationError: if the message is refused.
-        :raises UnsupportedError: if the backend cannot do what the options ask for.
+        :raises UnsupportedError: if the bus has no buffer, or the backend cannot do what the options ask for.
         :raises ClosedError: if the bus is not open.
         """
         self._check_open("closing")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import anyio
-from anyio.abc import TaskGroup
 
-from .._ground.errors import BackendError
+from .._ground.background import background
+from .._ground.errors import BackendError, UnsupportedError
 from .._messages.message import Message
 from .._options import PublishOptions, StreamBusOptions
 from .._reporting import Reporter
@@ -36,17 +37,28 @@ class Outbox:
     def put(self, message: Message, options: PublishOptions | None) -> None:
         """
         :raises WouldBlock: if the buffer is full.
+        :raises UnsupportedError: if there is no buffer.
         """
+        if not self._size:
+            raise UnsupportedError(
+                "publish_nowait needs a buffer: set StreamBusOptions(publish_buffer_size=1000), for example"
+            )
         item = self._publisher.prepare(message, options)
         if len(self._waiting) + self._in_flight >= self._size:
             raise anyio.WouldBlock
         self._waiting.append(item)
         self._filled.set()
 
-    def start(self, tasks: TaskGroup) -> None:
-        """Begin to send what is put in, until :meth:`aclose`."""
-        self._scope = anyio.CancelScope()
-        tasks.start_soon(self._run, self._scope)
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None, None]:
+        """Send what is put in while the body runs. The body must call :meth:`aclose` at its end."""
+        if not self._size:
+            yield
+            return
+        async with background() as tasks:
+            self._scope = anyio.CancelScope()
+            tasks.start_soon(self._run, self._scope)
+            yield
 
     async def _run(self, scope: anyio.CancelScope) -> None:
         with scope:
@@ -71,7 +83,8 @@ class Outbox:
 
     async def aclose(self) -> None:
         """End the task, send what is left, within a limited time, and report what is not sent."""
-        assert self._scope is not None
+        if self._scope is None:
+            return
         self._scope.cancel()
         try:
             with anyio.move_on_after(self._patience, shield=True):
