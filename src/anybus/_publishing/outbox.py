@@ -9,6 +9,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from .._ground.cancellation import persist
 from .._ground.errors import BackendError
 from .._messages.message import Message
 from .._options import PublishOptions, StreamBusOptions
@@ -29,8 +30,8 @@ class Outbox:
         self._reporter = reporter
         self._waiting: deque[PublishItem] = deque()
         self._in_flight = 0
-        self._filled = anyio.Event()
         self._turn = anyio.Lock()
+        self._tasks: TaskGroup | None = None
         self._scope: anyio.CancelScope | None = None
 
     def put(self, message: Message, options: PublishOptions | None) -> None:
@@ -41,20 +42,24 @@ class Outbox:
         if len(self._waiting) + self._in_flight >= self._size:
             raise anyio.WouldBlock
         self._waiting.append(item)
-        self._filled.set()
+        if self._scope is None and self._tasks is not None:
+            self._scope = anyio.CancelScope()
+            self._tasks.start_soon(self._run, self._scope)
 
     def start(self, tasks: TaskGroup) -> None:
-        """Begin to send what is put in, until :meth:`aclose`."""
-        self._scope = anyio.CancelScope()
-        tasks.start_soon(self._run, self._scope)
+        """Send what is put in, until :meth:`aclose`. There is a task for this only while there is something to send."""
+        self._tasks = tasks
 
     async def _run(self, scope: anyio.CancelScope) -> None:
-        with scope:
-            while True:
-                if not self._waiting:
-                    self._filled = anyio.Event()
-                    await self._filled.wait()
-                await self._send()
+        try:
+            with scope:
+                await persist(self._send_all)
+        finally:
+            self._scope = None
+
+    async def _send_all(self) -> None:
+        while self._waiting:
+            await self._send()
 
     async def _send(self) -> None:
         async with self._turn:
@@ -71,8 +76,9 @@ class Outbox:
 
     async def aclose(self) -> None:
         """End the task, send what is left, within a limited time, and report what is not sent."""
-        assert self._scope is not None
-        self._scope.cancel()
+        self._tasks = None
+        if self._scope is not None:
+            self._scope.cancel()
         with anyio.move_on_after(self._patience, shield=True):
             while self._waiting or self._in_flight:
                 await self._send()
