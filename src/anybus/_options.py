@@ -339,8 +339,9 @@ class PublishOptions:
         with ``persisted``.
     :param confirmation_timeout: for how many seconds to wait for replicas or disks. It must be less than the bus's
         ``publish_timeout``, which limits the whole call.
-    :param topic_ttl: the message expires so many seconds after it is published: its ``expires_at`` is set. A message
-        that has its own ``expires_at`` keeps it. At most ten years; None = it does not expire.
+    :param topic_ttl: the message expires so many seconds after it is published (a delayed one: after it is due): its
+        ``expires_at`` is set. A message that has its own ``expires_at`` keeps it. At most ten years; None = it does not
+        expire.
     :raises ValidationError: if a value is refused, or contradicts another one.
     """
 

@@ -181,7 +181,8 @@ class DelayedPublishing:
         delay, at = check_due(delay, at)
         spec: PublishSpec | None = None
         if options is not None:
-            message, spec = self._publisher.with_options(message, options)
+            due = now() + timedelta(seconds=delay or 0.0)
+            message, spec = self._publisher.with_options(message, options, due=due if at is None else max(due, at))
         schedule_id = ""
         try:
             with anyio.move_on_after(self._options.publish_timeout) as scope:
