@@ -51,6 +51,23 @@ async def dead(harness: Harness, topic: str) -> dict[str, Message]:
     return {m.key: m for _, m, _ in await harness.entries(f"{topic}.dead") if m is not None}
 
 
+@pytest.mark.parametrize("how", ["delay", "at", "past"])
+async def test_the_time_to_live_of_a_delayed_message_begins_when_it_is_due(
+    harness: Harness, topic: str, how: str
+) -> None:
+    ttl = PublishOptions(topic_ttl=HOUR)
+    async with StreamBus(harness.make_backend(), quick()) as bus:
+        if how == "delay":
+            scheduled = await bus.publish_later(Message(topic), ttl, delay=5 * HOUR)
+        else:
+            scheduled = await bus.publish_later(Message(topic), ttl, at=in_hours(5 if how == "at" else -5))
+    assert scheduled.message is not None
+    assert scheduled.message.expires_at is not None
+    begins = in_hours(0) if how == "past" else scheduled.due
+    lives = scheduled.message.expires_at - begins
+    assert abs(lives - timedelta(seconds=HOUR)) < timedelta(seconds=60)
+
+
 # --- when it is taken
 
 

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import anyio
 import pytest
-from harness import Harness, Recorder, StepByStep, quick, until
+from harness import SOON, Harness, Recorder, StepByStep, quick, until
+from servers import RedisHarness, RunningServer
 
 from anybus import (
     BackendError,
@@ -28,6 +30,12 @@ from anybus import (
     ValidationError,
 )
 from anybus.abc import PublishItem
+from anybus.backends.redis import RedisBackend
+
+ASYNCIO_LOOPS = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+]
 
 
 class Slow(StepByStep):
@@ -149,6 +157,46 @@ async def test_what_could_not_be_sent_in_time_is_reported(topic: str) -> None:
         "no answer within publish_timeout (0.05 s)",
         "the bus was left before the message was published",
     }
+
+
+async def test_messages_with_different_options_go_out_together_and_each_gets_what_it_asks_for(
+    server: RunningServer, topic: str
+) -> None:
+    recorder = Recorder()
+    async with StreamBus(RedisBackend(server.url), quick(recorder, publish_buffer_size=1000)) as bus:
+        bus.publish_nowait(Message(topic, key="0"))
+        bus.publish_nowait(Message(topic, key="1"), PublishOptions(idempotency_key="a"))
+        bus.publish_nowait(Message(topic, key="unconfirmed"), PublishOptions(confirmation="replicated"))
+        bus.publish_nowait(Message(f"{topic}.b", key="unconfirmed"), PublishOptions(confirmation="replicated"))
+        bus.publish_nowait(Message(topic, key="2"), PublishOptions(idempotency_key="b"))
+        bus.publish_nowait(Message(topic, key="again"), PublishOptions(idempotency_key="a"))
+        bus.publish_nowait(Message(topic, key="3"))
+    harness = RedisHarness(server)
+    assert await keys(harness, topic) == ["0", "1", "2", "3"]
+    assert await keys(harness, f"{topic}.b") == []
+    errors = [str(event.error) for event in recorder.of("on_error")]
+    assert len(errors) == 2
+    assert all("0 connected replicas" in error for error in errors)
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
+async def test_a_stray_cancellation_ends_neither_the_bus_nor_the_sending(topic: str) -> None:
+    backend, recorder = Slow(MemoryBackend()), Recorder()
+    with anyio.fail_after(SOON):
+        async with StreamBus(backend, quick(recorder, publish_buffer_size=1000)) as bus:
+            bus.publish_nowait(Message(topic, key="hit"))
+            await backend.called.wait()
+            bus.publish_nowait(Message(topic, key="next"))
+            [task] = [task for task in asyncio.all_tasks() if "outbox" in repr(task).lower()]
+            task.cancel()
+            await until(lambda: bool(recorder.of("on_error")), "a report")
+            backend.may_go_on.set()
+            await until(lambda: len(backend.inner.entries(topic)) == 1, "the next one to be sent")
+            bus.publish_nowait(Message(topic, key="last"))
+            await until(lambda: len(backend.inner.entries(topic)) == 2, "the last one to be sent")
+    [event] = recorder.of("on_error")
+    assert isinstance(event.error, BackendError)
+    assert event.error.may_have_happened
 
 
 async def test_bad_input_is_refused_at_the_door(harness: Harness, topic: str) -> None:

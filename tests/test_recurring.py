@@ -536,6 +536,8 @@ def factory(tick: datetime) -> Message:
     return Message("t")
 
 
+PAST = datetime(2020, 1, 1, tzinfo=timezone.utc)
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"every": 0}, "every must be from 0.1 seconds .* not 0"),
     ({"every": -1.0}, "not -1.0"),
@@ -568,6 +570,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"every": 1, "message": factory}, "topic must be given with a function.* not None"),
     ({"every": 1, "message": factory, "topic": "anybus:x"}, "topic must be"),
     ({"every": 1, "message": lambda: None, "topic": "t"}, "message must be an anybus.Message, or a function"),
+    ({"every": 1, "message": Message("t", idempotency_key="k")}, "message.idempotency_key must be unset, .* not 'k'"),
+    ({"every": 1, "message": Message("t", headers={"idempotency-key": "k"})}, "message.idempotency_key must be unset"),
+    ({"every": 1, "message": Message("t", expires_at=PAST)}, "message.expires_at must be unset, .* not .*2020"),
     ({"every": 1, "message": b"bytes"}, "message must be an anybus.Message, or a function"),
 ]  # fmt: skip
 

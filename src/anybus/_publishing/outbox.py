@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import anyio
+from anyio.abc import TaskGroup
 
 from .._ground.background import background
+from .._ground.cancellation import persist
 from .._ground.errors import BackendError, UnsupportedError
 from .._messages.message import Message
 from .._options import PublishOptions, StreamBusOptions
@@ -30,8 +32,8 @@ class Outbox:
         self._reporter = reporter
         self._waiting: deque[PublishItem] = deque()
         self._in_flight = 0
-        self._filled = anyio.Event()
         self._turn = anyio.Lock()
+        self._tasks: TaskGroup | None = None
         self._scope: anyio.CancelScope | None = None
 
     def put(self, message: Message, options: PublishOptions | None) -> None:
@@ -47,26 +49,32 @@ class Outbox:
         if len(self._waiting) + self._in_flight >= self._size:
             raise anyio.WouldBlock
         self._waiting.append(item)
-        self._filled.set()
+        if self._scope is None and self._tasks is not None:
+            self._scope = anyio.CancelScope()
+            self._tasks.start_soon(self._run, self._scope)
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Send what is put in while the body runs. The body must call :meth:`aclose` at its end."""
+        """Send what is put in while the body runs. The body must call :meth:`aclose` at its end.
+
+        There is a task for this only while there is something to send.
+        """
         if not self._size:
             yield
             return
-        async with background() as tasks:
-            self._scope = anyio.CancelScope()
-            tasks.start_soon(self._run, self._scope)
+        async with background() as self._tasks:
             yield
 
     async def _run(self, scope: anyio.CancelScope) -> None:
-        with scope:
-            while True:
-                if not self._waiting:
-                    self._filled = anyio.Event()
-                    await self._filled.wait()
-                await self._send()
+        try:
+            with scope:
+                await persist(self._send_all)
+        finally:
+            self._scope = None
+
+    async def _send_all(self) -> None:
+        while self._waiting:
+            await self._send()
 
     async def _send(self) -> None:
         async with self._turn:
@@ -83,9 +91,9 @@ class Outbox:
 
     async def aclose(self) -> None:
         """End the task, send what is left, within a limited time, and report what is not sent."""
-        if self._scope is None:
-            return
-        self._scope.cancel()
+        self._tasks = None
+        if self._scope is not None:
+            self._scope.cancel()
         try:
             with anyio.move_on_after(self._patience, shield=True):
                 while self._waiting or self._in_flight:

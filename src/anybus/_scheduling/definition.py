@@ -14,7 +14,7 @@ import anyio.to_thread
 from .._ground.callables import check_any_function
 from .._ground.checks import check_choice, check_name, check_number, check_text, check_topic, refuse
 from .._ground.errors import UnsupportedError
-from .._messages.message import Message
+from .._messages.message import Message, lift_headers
 from .ticks import CronTicks, IntervalTicks, Ticks, wall_times
 
 MessageFactory = Callable[[datetime], Union["Message | None", Awaitable["Message | None"]]]
@@ -88,6 +88,13 @@ class Given:
         if isinstance(self.message, Message):
             if self.topic is not None and self.topic != self.message.topic:
                 refuse("topic", self.topic, f"unset, or the message's own ({self.message.topic!r})")
+            lifted = lift_headers(self.message)
+            for field, value in (("idempotency_key", lifted.idempotency_key), ("expires_at", lifted.expires_at)):
+                if value:
+                    # Of all ticks, only the first would be handled (exactly once), or only those before that time.
+                    refuse(
+                        f"message.{field}", value, "unset, because it would be the same at each tick (give a function)"
+                    )
             return self.message.topic
         check_any_function("message", self.message, _FACTORY)
         if self.topic is None:
