@@ -375,6 +375,9 @@ class Settling(StepByStep, CompletionKeeper):
         claims: list[Claim] = await self.inner.claim_keys(topic, group, consumer, items, lease=lease)
         return claims
 
+    async def check_key_rights(self, topic: str, group: str) -> None:
+        await self.inner.check_key_rights(topic, group)
+
     async def settle_keyed(
         self, topic: str, stream: str, group: str, consumer: str, items: Sequence[KeyedTransfer], *, window: float
     ) -> list[list[str] | EventBusError | None]:
@@ -757,15 +760,13 @@ def test_the_retry_stream_has_the_keys_of_its_topic() -> None:
     assert completions("orders", "g") == "anybus:{orders}:keys:g"
 
 
+def documented_rights() -> list[str]:
+    """Those of a consumer."""
+    blocks = re.findall(r"^```text\n(ACL SETUSER worker.*?)^```", REDIS_PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    return [word for block in blocks for word in block.split() if word[0] in "+-"]
+
+
 async def test_the_rights_that_the_docs_name_are_enough(server: RunningServer, topic: str) -> None:
-    rights = "~* " + " ".join(
-        word
-        for block in re.findall(
-            r"^```text\n(ACL SETUSER worker.*?)^```", REDIS_PAGE.read_text(), re.DOTALL | re.MULTILINE
-        )
-        for word in block.split()
-        if word[0] in "+-"
-    )
     handled: list[int] = []
 
     async def handler(delivery: Delivery) -> None:
@@ -774,20 +775,37 @@ async def test_the_rights_that_the_docs_name_are_enough(server: RunningServer, t
             raise LookupError("not yet")
 
     message = Message(topic)
-    async with user_with(server, *rights.split()) as user:
+    async with user_with(server, *documented_rights(), "+zscore", "+hdel") as user:
         config = once(topic, max_retry=3)
-        async with anybus.connect(user.url, quick(Recorder())) as bus:
-            with pytest.raises(BackendError, match=r"zscore|hdel|can't run this command"), anyio.fail_after(SOON):
-                await fail_at(bus, config, handler, message)
-            await user.rules("+zscore", "+hdel")
-            async with bus.subscribe(config, handler) as subscription:
-                await until(lambda: subscription.statistics().handled == 1)
-                await bus.publish(message)
-                await until(lambda: subscription.statistics().duplicates == 1)
+        async with anybus.connect(user.url, quick(Recorder())) as bus, bus.subscribe(config, handler) as subscription:
+            await bus.publish(message)
+            await until(lambda: subscription.statistics().handled == 1)
+            await bus.publish(message)
+            await until(lambda: subscription.statistics().duplicates == 1)
     assert handled == [1, 2]
 
 
-async def fail_at(bus: StreamBus, config: SubscriptionConfig, handler: Any, message: Message) -> None:
-    async with bus.subscribe(config, handler):
-        await bus.publish(message)
-        await anyio.sleep_forever()
+@pytest.mark.parametrize(
+    ("rights", "missing"),
+    [
+        ((), "ZSCORE on 'anybus:{TOPIC}:keys:g', HDEL on 'anybus:{TOPIC}:claims:g'"),
+        (("+zscore",), "HDEL on 'anybus:{TOPIC}:claims:g'"),
+        (("+hdel",), "ZSCORE on 'anybus:{TOPIC}:keys:g'"),
+    ],
+)
+async def test_missing_rights_are_named_when_the_subscription_starts(
+    rights: tuple[str, ...], missing: str, server: RunningServer, topic: str
+) -> None:
+    async def handler(delivery: Delivery) -> None: ...
+
+    expected = f"a subscription needs: {re.escape(missing.replace('TOPIC', topic))} \\(see"
+    async with user_with(server, *documented_rights(), *rights) as user, anybus.connect(user.url, quick()) as bus:
+        with pytest.raises(BackendError, match=expected) as raised, anyio.fail_after(SOON):
+            async with bus.subscribe(once(topic), handler):
+                await anyio.sleep_forever()
+    assert not raised.value.can_pass
+    assert not await to_thread.run_sync(server.client().exists, topic)
+    # With another store, the server's rights do not matter.
+    async with user_with(server, *documented_rights()) as user, anybus.connect(user.url, quick()) as bus:
+        async with bus.subscribe(once(topic, idempotency_store=MemoryStore()), handler):
+            pass

@@ -296,6 +296,13 @@ class Subscription:
                 context.group,
                 dead_letter_topic=context.dead_letter_topic,
             )
+        if context.once is not None and context.once.keeper is not None:
+            await self._patience.until_done(
+                f"the rights on the keys of {context.topic!r} are not known yet",
+                context.once.keeper.check_key_rights,
+                context.topic,
+                context.group,
+            )
         not_admitted = f"group {context.group!r} is not admitted yet"
         await self._patience.until_done(not_admitted, self._caretaker.admit, context.topic, context.group, made=False)
         for stream, start in ((context.topic, context.group_start_id), (context.retry_stream, "0")):

@@ -129,3 +129,9 @@ class CompletionKeeper(abc.ABC):
         :return: for each item the ids of its outputs (an empty list if its key was completed before), its error, or
             None: the entry is no longer the consumer's, and nothing was done.
         """
+
+    async def check_key_rights(self, topic: str, group: str) -> None:  # noqa: B027 - nothing to check is fine
+        """Called once for a subscription that uses the store, before anything is created or taken. Changes nothing.
+
+        :raises BackendError: if permissions are missing. It is permanent, and names all of them.
+        """

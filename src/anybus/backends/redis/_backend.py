@@ -424,6 +424,9 @@ class RedisBackend(
     ) -> list[Claim]:
         return await self._at(topic, lambda node: node.claim_keys(topic, group, consumer, items, lease=lease))
 
+    async def check_key_rights(self, topic: str, group: str) -> None:
+        await self._at(topic, lambda node: node.check_key_rights(topic, group))
+
     async def renew_keys(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None:
         """For the backend's own store, as its ``renew``."""
         await self._at(topic, lambda node: node.renew_keys(topic, group, keys, consumer, lease=lease))

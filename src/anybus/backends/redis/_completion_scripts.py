@@ -19,7 +19,8 @@ CLEANED: Final = 20
 """How many forgotten keys one call removes at most, besides two for each claim. A claim adds one key at most."""
 
 # The time in ms; what is known of a key; and what is done to it. The probe comes before the first write. It leaves out
-# ZADD, which a full server refuses: then entries that complete no key can still be acknowledged.
+# ZADD, which a full server refuses as a script's first write, and accepts after another one: what is claimed and
+# completed makes room, once it is trimmed.
 _KEYS: Final = (
     FAILED
     + """

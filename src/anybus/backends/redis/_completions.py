@@ -11,7 +11,9 @@ from ._client import Client
 from ._completion_scripts import CLAIM, END
 from ._keys import claims, completions
 from ._parts import PER_SCRIPT
+from ._permissions import check
 from ._protocol import Argument
+from ._rights import probes_of_keys
 from ._transfers import Transfers
 
 
@@ -35,6 +37,9 @@ class RedisCompletions:
                 for _, (state, wait) in zip(items[start : start + PER_SCRIPT], reply, strict=True):
                     answers.append(_CLAIMED if state == b"claimed" else Claim(_STATES[state], int(wait) / 1000))
         return answers
+
+    async def check_key_rights(self, topic: str, group: str) -> None:
+        await check(self._client, topic, group, list(probes_of_keys(completions(topic, group), claims(topic, group))))
 
     async def renew_keys(self, topic: str, group: str, keys: Sequence[str], consumer: str, *, lease: float) -> None:
         await self._end(topic, group, keys, consumer, "renew", lease)

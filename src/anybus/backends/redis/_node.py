@@ -33,14 +33,15 @@ from ._crowds import Crowds
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, span
 from ._deduplication import Deduplicator
-from ._errors import has_code, is_out_of_reach
+from ._errors import has_code
 from ._keys import RESERVED, leases, losses
 from ._leases import RedisLeases
 from ._limits import ROOM
 from ._parts import PER_SCRIPT
+from ._permissions import check
 from ._protocol import Command, ServerError
 from ._retention import RedisRetention
-from ._rights import TRY, arguments, may_not_run_scripts, missing_rights, probes
+from ._rights import probes
 from ._schedules import Expect
 from ._settings import Settings
 from ._taking import Memory, Taking
@@ -231,16 +232,7 @@ class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Redi
 
     async def check_rights(self, stream: str, retry_stream: str, group: str, *, dead_letter_topic: str | None) -> None:
         asked = list(probes(stream, retry_stream, group, dead_letter_topic))
-        try:
-            reply = await self._client.run(TRY, stream, group, (), arguments(asked))
-        except BackendError as error:
-            if is_out_of_reach(error):
-                raise may_not_run_scripts() from error
-            raise
-        with self._client.reading(reply):
-            missing = missing_rights(asked, reply)
-        if missing is not None:
-            raise missing
+        await check(self._client, stream, group, asked)
 
     async def create_group(self, stream: str, group: str, start_id: str = "$") -> bool:
         start_id = check_start_id("start_id", start_id)

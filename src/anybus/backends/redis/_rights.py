@@ -82,6 +82,22 @@ def probes(stream: str, retry_stream: str, group: str, dead_letter_topic: str | 
             yield ("XADD", appended, "0-0", "x", "x")
 
 
+def probes_of_keys(keys: str, claims: str) -> Iterator[Command]:
+    """The commands for exactly-once effects.
+
+    :param keys: the sorted set of idempotency keys.
+    :param claims: the hash of those that are claimed.
+    """
+    yield ("TIME",)
+    yield ("ZSCORE", keys, "")
+    yield ("ZRANGEBYSCORE", keys, "x", "x")
+    yield ("ZADD", keys, "x", "x")
+    yield ("ZREM", keys, "")
+    yield ("HGET", claims, "")
+    yield ("HSET", claims, "", "x", "x")
+    yield ("HDEL", claims, "")
+
+
 def _name(command: Command) -> str:
     """The name of a command with its key."""
     words = 2 if command[0] in _SUBCOMMANDS else 1
