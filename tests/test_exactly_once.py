@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
@@ -531,6 +532,50 @@ async def test_an_error_of_the_store_that_cannot_pass_ends_the_subscription(topi
         await use()
     [pending] = await backend.pending_entries(topic, "g")
     assert pending.deliveries == 0
+
+
+async def test_an_error_of_the_store_that_cannot_pass_comes_out_of_receive_and_the_message_is_free(topic: str) -> None:
+    keys = Failing(1, BackendError("no permission", can_pass=False))
+    with anyio.fail_after(SOON):
+        async with StreamBus(MemoryBackend(), quick(Recorder())) as bus:
+            config = once(topic, idempotency_store=keys, max_in_flight=1)
+            async with bus.deliveries(config) as deliveries:
+                await bus.publish(Message(topic))
+                with pytest.raises(BackendError, match="no permission"):
+                    await deliveries.receive()
+                delivery = await deliveries.receive()
+                assert delivery.message.topic == topic
+
+
+class Stuck(MemoryStore):
+    """A store that blocks a thread, as a database does while somebody else has its lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go_on = threading.Event()
+        self.is_stuck = anyio.Event()
+
+    async def renew(self, *args: Any, **more: Any) -> None:
+        self.is_stuck.set()
+        await to_thread.run_sync(self.may_go_on.wait)
+        await super().renew(*args, **more)
+
+
+async def test_leases_are_renewed_while_the_store_is_stuck(topic: str) -> None:
+    keys, lease = Stuck(), 0.6
+
+    async def handler(delivery: Delivery) -> None:
+        await keys.is_stuck.wait()
+        await anyio.sleep(3 * lease)
+        keys.may_go_on.set()
+
+    with anyio.fail_after(SOON):
+        async with StreamBus(MemoryBackend(), quick(Recorder(), claim_idle_timeout=lease)) as bus:
+            async with bus.subscribe(once(topic, idempotency_store=keys), handler) as subscription:
+                await bus.publish(Message(topic))
+                await until(lambda: subscription.statistics().handled == 1)
+                assert subscription.statistics().leases_lost == 0
+                assert subscription.statistics().reclaimed == 0
 
 
 # --- the handler's own transaction
