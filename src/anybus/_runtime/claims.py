@@ -35,6 +35,9 @@ class _Question:
         self.answer: Claim | None = None
         self.error: Exception | None = None
 
+    def reply(self, answer: Claim) -> None:
+        self.answer = answer
+
 
 class Claims:
     """Claims keys, renews the claims, and opens the transactions of handlers.
@@ -133,7 +136,7 @@ class Claims:
                 context.topic, context.group, context.consumer, items, lease=context.lease
             )
             for (_, question), answer in zip(asked, answers, strict=True):
-                question.answer = answer
+                question.reply(answer)
         except BaseException as raised:  # noqa: ASYNC103 - raised again in there
             error = as_failure(raised)
             for _, question in asked:
