@@ -115,6 +115,23 @@ async def test_a_key_is_handled_once(harness: Harness, topic: str, store: Any) -
     assert recorder.of("on_error") == []
 
 
+async def test_the_retry_of_a_message_without_key_and_uid_is_not_taken_for_another_entry(topic: str) -> None:
+    handled: list[str] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(f"{delivery.message.key} {delivery.state.attempt}")
+        if handled == ["1 1", "2 1"]:
+            raise LookupError("not yet")
+
+    async with StreamBus(MemoryBackend(), quick()) as bus:
+        async with bus.subscribe(once(topic), handler) as subscription:
+            for key in ("1", "2"):  # in memory, the retry of the second has the id of the first
+                await bus.publish(Message(topic, key=key, uid=""))
+                await until(lambda key=key: f"{key} 1" in handled)
+            await until(lambda: subscription.statistics().handled + subscription.statistics().duplicates == 2)
+    assert handled == ["1 1", "2 1", "2 2"]
+
+
 async def test_groups_and_topics_are_independent(harness: Harness, topic: str, store: Any) -> None:
     handled: list[tuple[str, str]] = []
     other = f"{topic}.other"
