@@ -13,14 +13,14 @@ import os
 import pickle
 import signal
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import anyio
 import pytest
 from anyio import to_thread
 from conftest import SERVER
-from harness import SOON, Harness, quick
+from harness import SOON, Harness, Recorder, quick
 from processes import wait_until
 from sentinels import Member
 from servers import RunningServer
@@ -204,6 +204,25 @@ async def test_a_connection_that_breaks_leaves_open_whether_it_happened(
 
                 await to_thread.run_sync(wait_until, kill_waiting, "a connection that waits")
         await bus.publish(Message(topic), REPLICATED)
+    assert len(stored(primary, topic)) == 3
+
+
+@pytest.mark.parametrize("how", ["left", "raised", "cancelled"])
+async def test_what_is_left_in_the_buffer_is_confirmed_when_the_bus_is_left(
+    pair: tuple[RunningServer, Member], topic: str, how: str
+) -> None:
+    primary, _ = pair
+    recorder = Recorder()
+    with anyio.CancelScope() as scope, suppress(LookupError):
+        async with StreamBus(RedisBackend(primary.url), quick(recorder)) as bus:
+            for _ in range(3):
+                bus.publish_nowait(Message(topic), REPLICATED)
+            if how == "cancelled":
+                scope.cancel()
+                await anyio.sleep_forever()
+            if how == "raised":
+                raise LookupError
+    assert recorder.of("on_error") == []
     assert len(stored(primary, topic)) == 3
 
 

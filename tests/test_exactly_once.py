@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
@@ -112,6 +113,23 @@ async def test_a_key_is_handled_once(harness: Harness, topic: str, store: Any) -
     assert sorted(handled) == sorted(["one", second.uid, "new"])
     assert sorted(event.detail or "" for event in recorder.of("on_settled")) == ["acked"] * 3 + ["duplicate"] * 3
     assert recorder.of("on_error") == []
+
+
+async def test_the_retry_of_a_message_without_key_and_uid_is_not_taken_for_another_entry(topic: str) -> None:
+    handled: list[str] = []
+
+    async def handler(delivery: Delivery) -> None:
+        handled.append(f"{delivery.message.key} {delivery.state.attempt}")
+        if handled == ["1 1", "2 1"]:
+            raise LookupError("not yet")
+
+    async with StreamBus(MemoryBackend(), quick()) as bus:
+        async with bus.subscribe(once(topic), handler) as subscription:
+            for key in ("1", "2"):  # in memory, the retry of the second has the id of the first
+                await bus.publish(Message(topic, key=key, uid=""))
+                await until(lambda key=key: f"{key} 1" in handled)
+            await until(lambda: subscription.statistics().handled + subscription.statistics().duplicates == 2)
+    assert handled == ["1 1", "2 1", "2 2"]
 
 
 async def test_groups_and_topics_are_independent(harness: Harness, topic: str, store: Any) -> None:
@@ -534,6 +552,50 @@ async def test_an_error_of_the_store_that_cannot_pass_ends_the_subscription(topi
         await use()
     [pending] = await backend.pending_entries(topic, "g")
     assert pending.deliveries == 0
+
+
+async def test_an_error_of_the_store_that_cannot_pass_comes_out_of_receive_and_the_message_is_free(topic: str) -> None:
+    keys = Failing(1, BackendError("no permission", can_pass=False))
+    with anyio.fail_after(SOON):
+        async with StreamBus(MemoryBackend(), quick(Recorder())) as bus:
+            config = once(topic, idempotency_store=keys, max_in_flight=1)
+            async with bus.deliveries(config) as deliveries:
+                await bus.publish(Message(topic))
+                with pytest.raises(BackendError, match="no permission"):
+                    await deliveries.receive()
+                delivery = await deliveries.receive()
+                assert delivery.message.topic == topic
+
+
+class Stuck(MemoryStore):
+    """A store that blocks a thread, as a database does while somebody else has its lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go_on = threading.Event()
+        self.is_stuck = anyio.Event()
+
+    async def renew(self, *args: Any, **more: Any) -> None:
+        self.is_stuck.set()
+        await to_thread.run_sync(self.may_go_on.wait)
+        await super().renew(*args, **more)
+
+
+async def test_leases_are_renewed_while_the_store_is_stuck(topic: str) -> None:
+    keys, lease = Stuck(), 0.6
+
+    async def handler(delivery: Delivery) -> None:
+        await keys.is_stuck.wait()
+        await anyio.sleep(3 * lease)
+        keys.may_go_on.set()
+
+    with anyio.fail_after(SOON):
+        async with StreamBus(MemoryBackend(), quick(Recorder(), claim_idle_timeout=lease)) as bus:
+            async with bus.subscribe(once(topic, idempotency_store=keys), handler) as subscription:
+                await bus.publish(Message(topic))
+                await until(lambda: subscription.statistics().handled == 1)
+                assert subscription.statistics().leases_lost == 0
+                assert subscription.statistics().reclaimed == 0
 
 
 # --- the handler's own transaction

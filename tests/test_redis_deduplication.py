@@ -29,8 +29,10 @@ from servers import RedisHarness, RunningServer
 from anybus import (
     BackendError,
     Duplicate,
+    JsonCodec,
     Message,
     PublishOptions,
+    SerializationError,
     StreamBus,
     ValidationError,
     connect,
@@ -534,3 +536,22 @@ async def test_while_a_slot_moves_each_key_happens_once(first: str, cluster: Run
                 await to_thread.run_sync(cluster.end_move, topic, source, target)
     stored = await stored_in(cluster, topic)
     assert sorted(stored[1:]) == sorted(message.uid for message in messages)
+
+
+class Picky(JsonCodec):
+    """Its own error escapes, which it should not do."""
+
+    def encode(self, message: Message) -> bytes:
+        if message.key == "bad":
+            raise KeyError("bad")
+        return super().encode(message)
+
+
+async def test_a_codec_that_raises_fails_its_own_message_only(server: RunningServer, topic: str) -> None:
+    once, confirmed = PublishSpec(idempotency_key="k"), PublishSpec(confirmation="replicated", replicas=9)
+    other = PublishSpec(idempotency_key="l")
+    async with RedisBackend(server.url, codec=Picky()) as backend:
+        bad = Message(topic, key="bad")
+        items = [(topic, bad, once), (topic, Message(topic), other), (topic, bad, None), (topic, bad, confirmed)]
+        results = await backend.publish_many(items)
+    assert [type(result) for result in results] == [SerializationError, str, SerializationError, SerializationError]

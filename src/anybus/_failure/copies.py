@@ -68,6 +68,11 @@ def wire_time(at: datetime) -> str:
     return at.isoformat().replace("+00:00", "Z")
 
 
+def original_id(message: Message, stream: str, entry_id: str) -> str:
+    """The id of the original entry on the topic. (On an entry of the topic, the header is the application's own.)"""
+    return message.headers.get(RETRY_FIRST_ID, entry_id) if stream.startswith("anybus:") else entry_id
+
+
 def first_published(headers: Mapping[str, str]) -> datetime | None:
     """When the original entry of a retry copy was stored; None if the copy does not say, or the value is invalid."""
     try:

@@ -35,6 +35,9 @@ class _Question:
         self.answer: Claim | None = None
         self.error: Exception | None = None
 
+    def reply(self, answer: Claim) -> None:
+        self.answer = answer
+
 
 class Claims:
     """Claims keys, renews the claims, and opens the transactions of handlers.
@@ -63,6 +66,11 @@ class Claims:
         except anyio.get_cancelled_exc_class():
             if held.stage is Stage.OPEN:
                 held.key = KeyState.CLAIMED  # perhaps
+                self._settler.release(held)
+            raise
+        except Exception:
+            # It ends the subscription, or comes out of ``receive()``, whose caller has no delivery to settle.
+            if held.stage is Stage.OPEN:
                 self._settler.release(held)
             raise
         if held.stage is not Stage.OPEN:
@@ -128,7 +136,7 @@ class Claims:
                 context.topic, context.group, context.consumer, items, lease=context.lease
             )
             for (_, question), answer in zip(asked, answers, strict=True):
-                question.answer = answer
+                question.reply(answer)
         except BaseException as raised:  # noqa: ASYNC103 - raised again in there
             error = as_failure(raised)
             for _, question in asked:
@@ -140,24 +148,34 @@ class Claims:
     def _entry(self, held: Held) -> str:
         return held.id if held.stream == self._context.topic else f"retry {held.id}"
 
-    async def renew(self) -> None:
-        """Renew the claims of all entries whose leases are renewed."""
-        await self._renew(
-            [
-                held
-                for held in self._context.ledger.all()
-                if held.key is KeyState.CLAIMED and held.stage is not Stage.RETURNED
-            ]
-        )
+    async def keep_renewing(self) -> None:
+        """Renew the claims of all entries whose leases are renewed.
+
+        The leases do not wait for this, because a store may block for longer than a lease.
+        """
+        failures = 0
+        while True:
+            pause = self._context.lease / 3
+            changed = self._context.term.changed
+            with anyio.move_on_after(pause if not failures else min(pause, recovery_delay(failures, random.random()))):
+                await changed.wait()
+            renewed = await self._renew(
+                [
+                    held
+                    for held in self._context.ledger.all()
+                    if held.key is KeyState.CLAIMED and held.stage is not Stage.RETURNED
+                ]
+            )
+            failures = 0 if renewed else failures + 1
 
     async def extend(self, held: Held) -> None:
         if held.key is KeyState.CLAIMED:
             await self._renew([held])
 
-    async def _renew(self, entries: list[Held]) -> None:
+    async def _renew(self, entries: list[Held]) -> bool:
         context, once = self._context, self._once
         if not entries:
-            return
+            return True
         keys = [key_of(held) for held in entries]
         try:
             with anyio.move_on_after(context.lease / 3) as scope:
@@ -167,9 +185,10 @@ class Claims:
         except BaseException as raised:  # noqa: ASYNC103 - raised again in there
             error = as_failure(raised)
             context.reporter.error("renew", error, detail=f"renewing {len(keys)} claims", part="renew of claims")
-        else:
-            if context.reporter.failing:
-                context.reporter.works("renew of claims")
+            return False  # noqa: ASYNC104
+        if context.reporter.failing:
+            context.reporter.works("renew of claims")
+        return True
 
     @asynccontextmanager
     async def transaction(self, held: Held, connection: object) -> AsyncGenerator[None, None]:

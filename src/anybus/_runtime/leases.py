@@ -26,7 +26,7 @@ _RENEWED = (*_UNSTARTED, Stage.OPEN, Stage.SETTLING)
 class Leases:
     """The renewal task.
 
-    :param claims: with exactly-once effects, renewed with the leases.
+    :param claims: with exactly-once effects, extended with a lease.
     """
 
     def __init__(self, context: Context, settler: Settler, claims: Claims | None) -> None:
@@ -54,8 +54,6 @@ class Leases:
             if self._can_renew:
                 for stream in self._context.streams:
                     renewed = await self._renew(stream) and renewed
-            if self._claims is not None:
-                await self._claims.renew()
             failures = 0 if renewed else failures + 1
             self._look_for_expired()
 

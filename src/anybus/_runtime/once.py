@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import anyio
 
+from .._failure.copies import original_id
 from .._failure.settlement import Result
 from .._ground.cancellation import as_failure
 from .._ground.errors import BackendError, EventBusError, can_pass, words
@@ -24,8 +25,12 @@ from .lane import Lane
 
 
 def key_of(held: Held) -> str:
-    """The key by which a message is recognised."""
-    return held.message.idempotency_key or held.message.uid or held.id
+    """The key by which a message is recognised.
+
+    Without key and uid, it is the id of the original entry. The id of a retry copy may be another entry's in the topic.
+    """
+    message = held.message
+    return message.idempotency_key or message.uid or original_id(message, held.stream, held.id)
 
 
 def _step(held: Held) -> KeyStep:

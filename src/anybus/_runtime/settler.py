@@ -10,7 +10,7 @@ from functools import partial
 import anyio
 
 from .._failure.backoff import recovery_delay
-from .._failure.copies import RETRY_FIRST_ID, Origin, dead_letter, first_published, retry_copy
+from .._failure.copies import Origin, dead_letter, first_published, original_id, retry_copy
 from .._failure.judgement import Judgement
 from .._failure.settlement import (
     CANCELLED,
@@ -295,7 +295,7 @@ class Settler:
         return published_at
 
     def _first_id(self, held: Held) -> str:
-        return held.message.headers.get(RETRY_FIRST_ID, held.id) if held.stream != self._context.topic else held.id
+        return original_id(held.message, held.stream, held.id)
 
     def _dead_letter(self, held: Held, decision: DeadLetter, topic: str) -> Output:
         context = self._context

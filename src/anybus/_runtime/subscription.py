@@ -81,7 +81,7 @@ class Subscription:
         if "delay" not in context.backend.features:
             background = (*background, self._intake.keep_bringing_back)
         if claims is not None:
-            background = (*background, claims.run)
+            background = (*background, claims.run, claims.keep_renewing)
         if self._circuit is not None:
             background = (*background, self._circuit.run)
         self._background = {part: anyio.CancelScope(shield=True) for part in background}

@@ -117,11 +117,10 @@ class Confirmer:
         return self._client.refused(error)
 
     async def _fly(self, flight: _Flight) -> None:
+        """Shielded: if everything is cancelled, what is left is still published. Its callers limit the time."""
         try:
-            async with self._turn:  # the next flight fills meanwhile
-                if self._boarding.get(flight.spec) is flight:
-                    del self._boarding[flight.spec]
-                await self._send(flight)
+            with anyio.CancelScope(shield=True):
+                await self._take_off(flight)
         except EventBusError as error:
             flight.error = error
         finally:
@@ -129,8 +128,16 @@ class Confirmer:
                 flight.error = broken("interrupted", may_have_happened=True)
             flight.landed.set()
 
+    async def _take_off(self, flight: _Flight) -> None:
+        async with self._turn:  # the next flight fills meanwhile
+            if self._boarding.get(flight.spec) is flight:
+                del self._boarding[flight.spec]
+            await self._send(flight)
+
     async def _send(self, flight: _Flight) -> None:
         mux, spec = self._mux, flight.spec
+        if self._tasks is None:
+            raise broken(f"the connection to {self._settings.place} is closed", may_have_happened=False)
         self._open()
         await mux.until_connected()
         await self._check(spec)

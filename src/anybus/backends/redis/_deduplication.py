@@ -15,7 +15,7 @@ from ..._messages.message import Message
 from ...abc import Duplicate, PublishItem, PublishSpec
 from . import _deduplication_scripts as scripts
 from ._client import Client, evalsha
-from ._errors import duplicate, has_code, may_be_partly_done
+from ._errors import duplicate, has_code, may_be_partly_done, not_encoded
 from ._keys import dedup_ends, dedup_ids, delayed
 from ._parts import fitting
 from ._protocol import Argument, ServerError
@@ -68,8 +68,8 @@ class Deduplicator:
                 continue
             try:
                 streams[stream].append(self._item(index, message, spec))
-            except EventBusError as error:
-                results[index] = error
+            except Exception as error:
+                results[index] = not_encoded(error)
         failures: list[Exception] = []
 
         async def publish_plain() -> None:

@@ -6,7 +6,7 @@ from copy import copy
 
 import redis.exceptions
 
-from ..._ground.errors import BackendError, ServerFullError
+from ..._ground.errors import BackendError, EventBusError, SerializationError, ServerFullError
 from ._protocol import ServerError
 
 _PERMANENT_CODES = ("CROSSSLOT", "NOPERM", "WRONGTYPE")
@@ -150,6 +150,11 @@ UNEXPECTED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 def unexpected_reply(place: str, reply: object) -> BackendError:
     """The error for a reply of an unexpected form: it is not known what the server did."""
     return BackendError(f"unexpected reply from {place}: {reply!r:.80}", may_have_happened=True, can_pass=True)
+
+
+def not_encoded(error: Exception) -> EventBusError:
+    """The error of a message that was not encoded. (What a codec raises must not fail the other messages.)"""
+    return error if isinstance(error, EventBusError) else SerializationError(f"the codec raised {error!r}")
 
 
 def duplicate(error: BackendError) -> BackendError:

@@ -11,7 +11,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ..._ground.checks import check_start_id, is_entry_id
-from ..._ground.errors import BackendError, EventBusError, SerializationError, ValidationError
+from ..._ground.errors import BackendError, EventBusError, ValidationError
 from ..._messages.message import Message
 from ...abc import (
     Codec,
@@ -33,7 +33,7 @@ from ._crowds import Crowds
 from ._dead_letters import RedisDeadLetters
 from ._decoding import MAX_ENCODED, EntryDecoder, span
 from ._deduplication import Deduplicator
-from ._errors import has_code
+from ._errors import has_code, not_encoded
 from ._keys import RESERVED, leases, losses
 from ._leases import RedisLeases
 from ._limits import ROOM
@@ -163,8 +163,8 @@ class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Redi
             try:
                 commands.append(xadd(stream, self._encode(message)))
                 places.append(index)
-            except EventBusError as error:
-                results[index] = error
+            except Exception as error:
+                results[index] = not_encoded(error)
         answers: Sequence[str | EventBusError] = ()
         if commands:
             try:
@@ -183,10 +183,8 @@ class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Redi
             try:
                 commands.append(("XADD", stream, "*", "message", self._encode(message)))
                 places.append(index)
-            except EventBusError as error:
-                results[index] = error
-            except Exception as error:  # the codec's own: the other messages are published all the same
-                results[index] = SerializationError(f"the codec raised {error!r}")
+            except Exception as error:
+                results[index] = not_encoded(error)
         if not commands:
             return results
         replies: list[Any]
