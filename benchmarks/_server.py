@@ -34,12 +34,12 @@ class Server:
 
 
 @contextmanager
-def own_server() -> Generator[Server, None, None]:
+def own_server(*options: str) -> Generator[Server, None, None]:
     """Start a server, yield it, and stop it.
 
     :raises RuntimeError: if it does not answer within ten seconds.
     """
-    with _started(_free_port()) as server:
+    with _started(_free_port(), *options) as server:
         yield server
 
 

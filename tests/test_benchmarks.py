@@ -231,6 +231,12 @@ def test_a_quick_run_compares_a_cluster_with_a_single_server(tmp_path: Path) -> 
             assert all(value > 0 for value in measured["rate"])
 
 
+def test_a_quick_run_compares_the_features() -> None:
+    printed = run("features.py", "--messages", 500, "--rounds", 1, "--loop", "trio")
+    for name in ("topic_ttl", "idempotency key", "confirmation=persisted", "publish_nowait", "exactly-once"):
+        assert printed.count(name) >= 3, printed
+
+
 def test_a_quick_run_measures_retention() -> None:
     printed = run("retention.py", "cost", "longest", "--count", 1000, "--rounds", 1, "--look", 0.1)
     assert printed.count("memory, ") == printed.count("per message, ") == 2

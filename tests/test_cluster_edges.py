@@ -194,6 +194,7 @@ async def test_the_documented_rights_are_enough_on_a_cluster(cluster: RunningClu
             await to_thread.run_sync(node.ask, "ACL", "DELUSER", "worker")
 
 
+@pytest.mark.thorough
 async def test_a_node_without_slots_is_left_with_all_that_belongs_to_it() -> None:
     """It is a primary still, as long as its slots are elsewhere."""
 

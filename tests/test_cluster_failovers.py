@@ -125,6 +125,7 @@ async def test_a_primary_that_is_frozen_and_replaced_is_left(running: RunningClu
             await to_thread.run_sync(wait_until, lambda: running.is_well, "all to agree")
 
 
+@pytest.mark.thorough
 async def test_dead_letters_go_on_if_their_node_dies(running: RunningCluster) -> None:
     """It is another node than the topic's. Only what it had confirmed can be lost with it, by asynchronous replication."""
     topic = new_topic()
@@ -206,6 +207,7 @@ def work(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ClusterWork
             made.end()
 
 
+@pytest.mark.thorough
 def test_a_slot_that_moves_under_load_loses_and_doubles_nothing(work: ClusterWork) -> None:
     cluster = work.cluster
     for consumer in work.consumers:

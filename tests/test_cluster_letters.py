@@ -23,6 +23,8 @@ from test_redis_crashes import Child
 from anybus import JsonCodec
 from anybus.backends.redis._slots import slot_of
 
+pytestmark = pytest.mark.thorough
+
 KILLS = 6
 IN_FLIGHT = 8
 

@@ -27,6 +27,8 @@ from anybus.backends.redis._keys import losses, waiting
 from anybus.backends.redis._node import Node
 from anybus.backends.redis._slots import slot_of
 
+pytestmark = pytest.mark.thorough
+
 MOVES = 4
 
 

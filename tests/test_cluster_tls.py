@@ -200,7 +200,7 @@ async def test_a_node_without_a_usable_address_is_at_the_host_that_was_asked(
             # A redirection leaves the host out, too.
             assert backend._cluster is not None
             topology: Any = backend._cluster.topology
-            topology._owners = [topology._owners[0]] * len(topology._owners)
+            topology.map.owners = [topology.map.owners[0]] * len(topology.map.owners)
             topology._direct.clear()
             assert await backend.publish(topic, Message(topic))
     finally:

@@ -318,6 +318,19 @@ async def test_what_was_published_is_not_put_off(harness: Harness, topic: str) -
     assert len(await harness.entries(topic)) == 1
 
 
+async def test_the_bus_says_that_a_message_was_put_off_before(bus: StreamBus, harness: Harness, topic: str) -> None:
+    first = await bus.publish_later(Message(topic, b"1"), ONCE, delay=3600)
+    second = await bus.publish_later(Message(topic, b"2"), ONCE, delay=7200)
+    assert (first.duplicate, second.duplicate) == (False, True)
+    assert (second.id, second.due) == (first.id, first.due)
+    assert [one.id async for one in bus.scheduled(topic)] == [first.id]
+    assert await second.cancel()
+    third = await bus.publish_later(Message(topic, b"3"), ONCE, delay=3600)
+    assert not third.duplicate
+    assert await third.cancel()
+    assert await harness.entries(topic) == []
+
+
 async def test_cancelling_frees_the_key(harness: Harness, topic: str) -> None:
     other = PublishSpec(idempotency_key="order-2", deduplication_window=3600)
     async with harness.make_backend() as backend:

@@ -211,15 +211,25 @@ async def test_a_subscription_that_is_left_in_another_task_ends_and_says_what_to
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO)
 async def test_a_bus_that_is_left_in_another_task_is_closed_and_says_what_to_use_instead(
-    harness: Harness, topic: str
+    server: RunningServer, topic: str
 ) -> None:
-    bus = StreamBus(harness.make_backend(), quick())
+    bus = StreamBus(RedisBackend(server.url), quick())
     with anyio.fail_after(SOON):
         await in_another_task(bus.__aenter__())
         await bus.publish(Message(topic))
         with pytest.raises(RuntimeError) as caught:
             await in_another_task(leave(bus))
     check_advice(caught.value)
+    with pytest.raises(ClosedError):
+        await bus.publish(Message(topic))
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO)
+async def test_a_bus_in_memory_may_be_left_in_another_task(topic: str) -> None:
+    bus = StreamBus(MemoryBackend(), quick())
+    await in_another_task(bus.__aenter__())
+    await bus.publish(Message(topic))
+    await in_another_task(leave(bus))
     with pytest.raises(ClosedError):
         await bus.publish(Message(topic))
 

@@ -24,6 +24,7 @@ from anybus import (
     GroupLostError,
     HandlerTimeoutError,
     Message,
+    NotConfirmedError,
     Reject,
     Retry,
     SerializationError,
@@ -39,6 +40,7 @@ def public_exceptions() -> list[type[Any]]:
 
 EXAMPLES: dict[type[Any], list[Exception]] = {
     BackendError: [BackendError("no", may_have_happened=False, can_pass=True), BackendError("no")],
+    NotConfirmedError: [NotConfirmedError("stored as 1-0, but ...", entry_id="1-0")],
     GroupLostError: [GroupLostError("orders", "billing", "5-0"), GroupLostError("orders", "billing")],
     ServerFullError: [ServerFullError("full", may_have_happened=False), ServerFullError("full")],
     SerializationError: [SerializationError("no", payload_of="u-1"), SerializationError("no")],

@@ -327,7 +327,7 @@ async def test_operators_find_them_by_their_codes_and_can_send_them_back(harness
         (5, "5", "a str, a list of them"),
         (b"1", "b'1'", "a str, a list of them"),
         ({"1": "2"}, "{'1': '2'}", "a str, a list of them"),
-        ([], "[]", "an empty list would expect nothing"),
+        ([], "()", "an empty list would expect nothing"),
         ([1], "1", "a str"),
         (" ", "' '", "a "),
         (["\ud800"], "'\\ud800'", "UTF-8"),

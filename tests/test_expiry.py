@@ -51,6 +51,23 @@ async def dead(harness: Harness, topic: str) -> dict[str, Message]:
     return {m.key: m for _, m, _ in await harness.entries(f"{topic}.dead") if m is not None}
 
 
+@pytest.mark.parametrize("how", ["delay", "at", "past"])
+async def test_the_time_to_live_of_a_delayed_message_begins_when_it_is_due(
+    harness: Harness, topic: str, how: str
+) -> None:
+    ttl = PublishOptions(topic_ttl=HOUR)
+    async with StreamBus(harness.make_backend(), quick()) as bus:
+        if how == "delay":
+            scheduled = await bus.publish_later(Message(topic), ttl, delay=5 * HOUR)
+        else:
+            scheduled = await bus.publish_later(Message(topic), ttl, at=in_hours(5 if how == "at" else -5))
+    assert scheduled.message is not None
+    assert scheduled.message.expires_at is not None
+    begins = in_hours(0) if how == "past" else scheduled.due
+    lives = scheduled.message.expires_at - begins
+    assert abs(lives - timedelta(seconds=HOUR)) < timedelta(seconds=60)
+
+
 # --- when it is taken
 
 
@@ -143,6 +160,24 @@ async def test_what_has_expired_already_may_be_published_and_the_consumer_decide
             assert all(isinstance(result, str) for result in outcome.results)
             await until(lambda: subscription.statistics().expired == 2)
     assert set(await dead(harness, topic)) == {"one", "two"}
+
+
+async def test_what_has_expired_when_it_is_taken_waits_for_no_handler(harness: Harness, topic: str) -> None:
+    started, go_on = anyio.Event(), anyio.Event()
+
+    async def handler(delivery: Delivery) -> None:
+        started.set()
+        await go_on.wait()
+
+    async with StreamBus(harness.make_backend(), quick(Recorder())) as bus:
+        config = SubscriptionConfig(topic, "g", max_in_flight=1, max_pending_acks=4)
+        async with bus.subscribe(config, handler) as subscription:
+            await bus.publish(Message(topic, key="first"))
+            await started.wait()
+            await bus.publish(Message(topic, key="late", expires_at=in_hours(-1)))
+            await until(lambda: subscription.statistics().expired == 1)
+            assert subscription.statistics().in_flight == 1
+            go_on.set()
 
 
 # --- when it starts
@@ -356,6 +391,24 @@ async def test_a_subscription_on_the_dead_letter_topic_handles_what_has_expired(
 
 
 # --- the server
+
+
+async def test_the_ttl_of_a_delayed_message_counts_from_when_it_is_due(
+    harness: Harness, topic: str, wall_clock: WallClock
+) -> None:
+    options = PublishOptions(topic_ttl=HOUR)
+    async with StreamBus(harness.make_backend(), quick(Recorder())) as bus:
+        before = wall_clock.now()
+        await bus.publish_later(Message(topic, key="delay"), options, delay=2 * HOUR)
+        await bus.publish_later(Message(topic, key="at"), options, at=in_hours(2))
+        await bus.publish_later(Message(topic, key="past"), options, at=in_hours(-2))
+        after = wall_clock.now()
+        waiting = {one.message.key: one.message async for one in bus.scheduled(topic) if one.message is not None}
+    waiting |= {m.key: m for _, m, _ in await harness.entries(topic) if m is not None}
+    for key, hours in (("delay", 3), ("at", 3), ("past", 1)):
+        expires_at = waiting[key].expires_at
+        assert expires_at is not None
+        assert before + timedelta(hours=hours, seconds=-1) <= expires_at <= after + timedelta(hours=hours, seconds=1)
 
 
 async def test_no_key_ever_expires(server: RunningServer, topic: str) -> None:

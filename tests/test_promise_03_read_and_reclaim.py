@@ -17,6 +17,7 @@ import pytest
 from harness import SOON, Harness, nothing_pending, quick, until
 
 from anybus import Delivery, Message, StreamBus, SubscriptionConfig
+from anybus._failure.policies import FailurePolicy
 from anybus._runtime.budget import Budget
 from anybus._runtime.entry import Held, Stage
 from anybus._runtime.ledger import Ledger
@@ -155,7 +156,7 @@ async def test_a_read_that_holds_out_for_room_is_not_kept_waiting_by_what_was_lo
         one.stage = Stage.OPEN
     ledger.some_wait()
     ledger.remove(lost)
-    context: Any = SimpleNamespace(ledger=ledger, clock=lambda: 0.0, max_in_flight=1)
+    context: Any = SimpleNamespace(ledger=ledger, clock=lambda: 0.0, max_in_flight=1, failure_policy=FailurePolicy())
     unused: Any = None
     rooms: list[int] = []
     send, ready = anyio.create_memory_object_stream[list[Held]](1)
@@ -169,7 +170,7 @@ async def test_a_read_that_holds_out_for_room_is_not_kept_waiting_by_what_was_lo
         await anyio.wait_all_tasks_blocked()
         assert rooms == []
         send.send_nowait([last, lost])
-        taker = PullTaker(context, unused, unused, ready, send)
+        taker = PullTaker(context, unused, unused, None, ready, send)
         await taker._receive()
         assert taker.next_entry() is last
         await anyio.wait_all_tasks_blocked()
@@ -182,11 +183,11 @@ async def test_a_call_that_a_busy_worker_receives_itself_counts_as_not_made() ->
     ledger = Ledger(("t",), Budget(4, 16))
     now = datetime.now(timezone.utc)
     batches = [[Held("t", str(n), Message("t"), 1, 1, now, now, 60.0, False)] for n in range(2)]
-    context: Any = SimpleNamespace(ledger=ledger, clock=lambda: 0.0, max_in_flight=2)
+    context: Any = SimpleNamespace(ledger=ledger, clock=lambda: 0.0, max_in_flight=2, failure_policy=FailurePolicy())
     unused: Any = None
     send, ready = anyio.create_memory_object_stream[list[Held]](4)
     async with send, ready:
-        taker = PullTaker(context, unused, unused, ready, send)
+        taker = PullTaker(context, unused, unused, None, ready, send)
         send.send_nowait(batches[0])
         await taker._receive()
         taker._called = True

@@ -483,6 +483,28 @@ async def test_an_error_that_cannot_pass_ends_the_schedule_and_comes_out_bare(to
                 await anyio.sleep_forever()
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("keeps", ["everything", "nothing"])
+async def test_a_server_that_is_killed_and_comes_back_goes_on_with_the_schedule(keeps: str, topic: str) -> None:
+    options = ("--appendonly", "yes", "--appendfsync", "always") if keeps == "everything" else ()
+    recorder = Recorder()
+    with RunningServer("valkey", *options) as own:
+        harness = RedisHarness(own)
+        with anyio.fail_after(SOON):
+            async with StreamBus(RedisBackend(own.url), quick(recorder)) as bus:
+                async with bus.schedule("clock", Message(topic), every=EVERY) as schedule:
+                    await until(some(harness, topic, 3))
+                    await anyio.to_thread.run_sync(own.kill)
+                    await until(lambda: bool(recorder.of("on_error", "publish")))
+                    await anyio.to_thread.run_sync(own.start)
+                    await until(some(harness, topic, 8))
+                    assert schedule.is_running
+        ticks = await ticks_of(harness, topic)
+        assert len(set(ticks)) == len(ticks)
+        if keeps == "everything":
+            assert ticks == [ticks[0] + number * timedelta(seconds=EVERY) for number in range(len(ticks))]
+
+
 async def test_a_crash_in_a_function_ends_the_schedule_and_comes_out_bare(bus: StreamBus, topic: str) -> None:
     def make(tick: datetime) -> Message:
         raise SystemExit("crash")
@@ -513,6 +535,8 @@ async def test_a_stray_cancellation_in_a_function_is_a_failure_as_any_other(
 def factory(tick: datetime) -> Message:
     return Message("t")
 
+
+PAST = datetime(2020, 1, 1, tzinfo=timezone.utc)
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"every": 0}, "every must be from 0.1 seconds .* not 0"),
@@ -546,6 +570,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"every": 1, "message": factory}, "topic must be given with a function.* not None"),
     ({"every": 1, "message": factory, "topic": "anybus:x"}, "topic must be"),
     ({"every": 1, "message": lambda: None, "topic": "t"}, "message must be an anybus.Message, or a function"),
+    ({"every": 1, "message": Message("t", idempotency_key="k")}, "message.idempotency_key must be unset, .* not 'k'"),
+    ({"every": 1, "message": Message("t", headers={"idempotency-key": "k"})}, "message.idempotency_key must be unset"),
+    ({"every": 1, "message": Message("t", expires_at=PAST)}, "message.expires_at must be unset, .* not .*2020"),
     ({"every": 1, "message": b"bytes"}, "message must be an anybus.Message, or a function"),
 ]  # fmt: skip
 

@@ -15,7 +15,6 @@ from anyio.lowlevel import checkpoint
 
 from ._dead_letters.letter import LetterFilter
 from ._dead_letters.view import DeadLetters, open_dead_letters
-from ._ground.background import background
 from ._ground.callables import check_async_function
 from ._ground.checks import refuse
 from ._ground.errors import ClosedError
@@ -120,27 +119,33 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
 
     @asynccontextmanager
     async def _opened(self) -> AsyncGenerator[None, None]:
-        async with self._backend, background() as tasks:
-            self._outbox.start(tasks)
+        async with self._backend, self._outbox.running():
             self._home = Home()
             self._state = "open"
             self._reporter.log(logging.INFO, "opened", "bus opened on %s", type(self._backend).__name__)
+            gracefully = False
             try:
                 yield
-            except BaseException:
-                self._state = "closing"
-                await self._schedules.end()  # noqa: ASYNC102 - shielded inside
-                await self._members.end(gracefully=False)  # noqa: ASYNC102 - shielded inside
-                raise
-            else:
-                self._state = "closing"
-                await self._schedules.end()
-                await self._members.end(gracefully=True)
+                gracefully = True
             finally:
-                self._home = None
-                self._state = "closed"
-                await self._outbox.aclose()  # noqa: ASYNC102 - shielded inside
-                self._reporter.log(logging.INFO, "closed", "bus closed")
+                self._state = "closing"
+                await self._end(gracefully=gracefully)  # noqa: ASYNC102 - shielded inside
+
+    async def _end(self, *, gracefully: bool) -> None:
+        """End everything that runs. A native asyncio cancellation interrupts any of these steps, but skips none."""
+        try:
+            try:
+                await self._schedules.end()
+            except BaseException:
+                gracefully = False
+                raise
+            finally:
+                await self._members.end(gracefully=gracefully)  # noqa: ASYNC102 - shielded inside
+        finally:
+            self._home = None
+            self._state = "closed"
+            await self._outbox.aclose()  # noqa: ASYNC102 - shielded inside
+            self._reporter.log(logging.INFO, "closed", "bus closed")
 
     def _check_open(self, *also: str) -> None:
         if self._home is not None:
@@ -181,13 +186,15 @@ class StreamBus(AbstractAsyncContextManager["StreamBus", "bool | None"]):
     def publish_nowait(self, message: Message, options: PublishOptions | None = None) -> None:
         """Publish a message without waiting for the server. It is put into a buffer, from which the bus sends it soon.
 
+        The bus has such a buffer if its options have a ``publish_buffer_size``.
+
         If it cannot be published, nobody is told but the observer (``on_error``) or the log. If the process dies, what
         is in the buffer is lost. Leaving the bus sends it first, for as long as ``publish_timeout`` and
         ``cleanup_timeout`` allow. The messages of one topic that are published in this way are appended in order.
 
         :raises WouldBlock: (AnyIO's) if the buffer holds ``publish_buffer_size`` messages. Nothing was put into it.
         :raises ValidationError: if the message is refused.
-        :raises UnsupportedError: if the backend cannot do what the options ask for.
+        :raises UnsupportedError: if the bus has no buffer, or the backend cannot do what the options ask for.
         :raises ClosedError: if the bus is not open.
         """
         self._check_open("closing")

@@ -89,7 +89,8 @@ class StreamBusOptions:
     :param group_start_id: where a group starts if it is created: ``"$"`` = only entries published later, ``"0"`` = from
         the first entry, an entry's id = after that entry.
     :param publish_timeout: the time limit of a publish, including the wait for a connection.
-    :param publish_buffer_size: how many messages ``publish_nowait`` holds at most, until they are sent.
+    :param publish_buffer_size: how many messages ``publish_nowait`` holds at most, until they are sent; 0 = it is not
+        available.
     :param ack_batch_size: acknowledgements are sent as soon as this many are waiting.
     :param ack_flush_interval: waiting acknowledgements are sent after this time at the latest.
     :param max_payload_bytes: larger payloads are refused when they are published, and are not handled when they are
@@ -111,7 +112,7 @@ class StreamBusOptions:
     reclaim_interval: float = 0.5
     group_start_id: str = "$"
     publish_timeout: float = 5.0
-    publish_buffer_size: int = 1000
+    publish_buffer_size: int = 0
     ack_batch_size: int = 64
     ack_flush_interval: float = 0.002
     max_payload_bytes: int = 4 * 1024 * 1024
@@ -126,7 +127,7 @@ class StreamBusOptions:
         for name in ("ack_flush_interval", "close_timeout"):
             _keep(self, name, check_delay(name, getattr(self, name)))
         for name in ("claim_scan_batch_size", "ack_batch_size", "publish_buffer_size", "max_payload_bytes"):
-            least = 0 if name == "max_payload_bytes" else 1
+            least = 0 if name in ("publish_buffer_size", "max_payload_bytes") else 1
             _keep(self, name, check_int(name, getattr(self, name), least=least))
         if not isinstance(self.change_lease, bool):
             refuse("change_lease", self.change_lease, "True or False")
@@ -339,8 +340,9 @@ class PublishOptions:
         with ``persisted``.
     :param confirmation_timeout: for how many seconds to wait for replicas or disks. It must be less than the bus's
         ``publish_timeout``, which limits the whole call.
-    :param topic_ttl: the message expires so many seconds after it is published: its ``expires_at`` is set. A message
-        that has its own ``expires_at`` keeps it. At most ten years; None = it does not expire.
+    :param topic_ttl: the message expires so many seconds after it is published (after it is due, if it is delayed): its
+        ``expires_at`` is set. A message that has its own ``expires_at`` keeps it. At most ten years; None = it does not
+        expire.
     :raises ValidationError: if a value is refused, or contradicts another one.
     """
 

@@ -75,7 +75,7 @@ class Expectations:
 
     def _verdict(self, message: Message, report: Callable[[BaseException, str], None]) -> UnexpectedVerdict:
         rule = self.on_unexpected
-        if rule == "dead-letter" or rule == "drop":
+        if not callable(rule):
             return rule
         try:
             answer: Any = rule(message)
@@ -113,10 +113,10 @@ def _check_expected(field: str, value: Any, check: Callable[[str, object], str])
         return (check(field, value),)
     allowed = "a str, a list of them (None in the list: messages that do not say), or None"
     if not isinstance(value, Sequence) or isinstance(value, (bytes, bytearray, memoryview)):
-        refuse(field, value, allowed)
+        refuse(field, cast("object", value), allowed)
     listed = tuple(cast("Sequence[object]", value))
     if not listed:
-        refuse(field, value, f"{allowed}; an empty list would expect nothing")
+        refuse(field, listed, f"{allowed}; an empty list would expect nothing")
     return tuple(None if one is None else check(field, one) for one in listed)
 
 

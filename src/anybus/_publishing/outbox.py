@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import anyio
 from anyio.abc import TaskGroup
 
-from .._ground.errors import BackendError
+from .._ground.background import background
+from .._ground.cancellation import persist
+from .._ground.errors import BackendError, UnsupportedError
 from .._messages.message import Message
 from .._options import PublishOptions, StreamBusOptions
 from .._reporting import Reporter
@@ -29,32 +32,49 @@ class Outbox:
         self._reporter = reporter
         self._waiting: deque[PublishItem] = deque()
         self._in_flight = 0
-        self._filled = anyio.Event()
         self._turn = anyio.Lock()
+        self._tasks: TaskGroup | None = None
         self._scope: anyio.CancelScope | None = None
 
     def put(self, message: Message, options: PublishOptions | None) -> None:
         """
         :raises WouldBlock: if the buffer is full.
+        :raises UnsupportedError: if there is no buffer.
         """
+        if not self._size:
+            raise UnsupportedError(
+                "publish_nowait needs a buffer: set StreamBusOptions(publish_buffer_size=1000), for example"
+            )
         item = self._publisher.prepare(message, options)
         if len(self._waiting) + self._in_flight >= self._size:
             raise anyio.WouldBlock
         self._waiting.append(item)
-        self._filled.set()
+        if self._scope is None and self._tasks is not None:
+            self._scope = anyio.CancelScope()
+            self._tasks.start_soon(self._run, self._scope)
 
-    def start(self, tasks: TaskGroup) -> None:
-        """Begin to send what is put in, until :meth:`aclose`."""
-        self._scope = anyio.CancelScope()
-        tasks.start_soon(self._run, self._scope)
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None, None]:
+        """Send what is put in while the body runs. The body must call :meth:`aclose` at its end.
+
+        There is a task for this only while there is something to send.
+        """
+        if not self._size:
+            yield
+            return
+        async with background() as self._tasks:
+            yield
 
     async def _run(self, scope: anyio.CancelScope) -> None:
-        with scope:
-            while True:
-                if not self._waiting:
-                    self._filled = anyio.Event()
-                    await self._filled.wait()
-                await self._send()
+        try:
+            with scope:
+                await persist(self._send_all)
+        finally:
+            self._scope = None
+
+    async def _send_all(self) -> None:
+        while self._waiting:
+            await self._send()
 
     async def _send(self) -> None:
         async with self._turn:
@@ -71,14 +91,17 @@ class Outbox:
 
     async def aclose(self) -> None:
         """End the task, send what is left, within a limited time, and report what is not sent."""
-        assert self._scope is not None
-        self._scope.cancel()
-        with anyio.move_on_after(self._patience, shield=True):
-            while self._waiting or self._in_flight:
-                await self._send()
-        left = list(self._waiting)
-        self._waiting.clear()
-        self._lost(left, may_have_happened=False)
+        self._tasks = None
+        if self._scope is not None:
+            self._scope.cancel()
+        try:
+            with anyio.move_on_after(self._patience, shield=True):
+                while self._waiting or self._in_flight:
+                    await self._send()
+        finally:
+            left = list(self._waiting)
+            self._waiting.clear()
+            self._lost(left, may_have_happened=False)
 
     def _lost(self, items: list[PublishItem], *, may_have_happened: bool) -> None:
         for topic, message, _ in items:

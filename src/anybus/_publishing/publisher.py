@@ -115,13 +115,18 @@ class Publisher:
         if not isinstance(options, PublishOptions):
             refuse("options", options, "an anybus.PublishOptions, or None")
 
-    def with_options(self, message: Message, options: PublishOptions) -> tuple[Message, PublishSpec | None]:
-        """Apply the options to a message that has been checked. Returns it, and what the backend must do beyond it."""
+    def with_options(
+        self, message: Message, options: PublishOptions, *, later: float = 0.0
+    ) -> tuple[Message, PublishSpec | None]:
+        """Apply the options to a message that has been checked. Returns it, and what the backend must do beyond it.
+
+        :param later: in how many seconds the message is to be appended.
+        """
         self.check_options(options)
         if options.metadata:
             message = message.replace(headers={**message.headers, **options.metadata})
         if options.topic_ttl is not None and message.expires_at is None:
-            message = message.replace(expires_at=now() + timedelta(seconds=options.topic_ttl))
+            message = message.replace(expires_at=now() + timedelta(seconds=later + options.topic_ttl))
         check_deduplication(options, self._backend)
         message, key, window = with_key(message, options)
         spec = self._confirmed(options)

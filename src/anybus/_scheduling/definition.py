@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from datetime import datetime, timezone, tzinfo
 from typing import Any, Final, Literal, Union
 
-from anyio import to_thread
+import anyio.to_thread
 
 from .._ground.callables import check_any_function
 from .._ground.checks import check_choice, check_name, check_number, check_text, check_topic, refuse
 from .._ground.errors import UnsupportedError
-from .._messages.message import Message
+from .._messages.message import Message, lift_headers
 from .ticks import CronTicks, IntervalTicks, Ticks, wall_times
 
 MessageFactory = Callable[[datetime], Union["Message | None", Awaitable["Message | None"]]]
@@ -88,6 +88,13 @@ class Given:
         if isinstance(self.message, Message):
             if self.topic is not None and self.topic != self.message.topic:
                 refuse("topic", self.topic, f"unset, or the message's own ({self.message.topic!r})")
+            lifted = lift_headers(self.message)
+            for field, value in (("idempotency_key", lifted.idempotency_key), ("expires_at", lifted.expires_at)):
+                if value:
+                    # Of all ticks, only the first would be handled (exactly once), or only those before that time.
+                    refuse(
+                        f"message.{field}", value, "unset, because it would be the same at each tick (give a function)"
+                    )
             return self.message.topic
         check_any_function("message", self.message, _FACTORY)
         if self.topic is None:
@@ -126,7 +133,7 @@ def _check_every(value: Any) -> float:
 async def _zone(name: str) -> tzinfo:
     # Files are read only once for each zone. So the event loop need not wait for a thread every time.
     if name != "UTC" and name not in _zones:
-        _zones[name] = await to_thread.run_sync(_read_zone, name)
+        _zones[name] = await anyio.to_thread.run_sync(_read_zone, name)
     else:
         _load_cronsim()
     return _zones[name]

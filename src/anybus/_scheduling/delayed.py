@@ -181,7 +181,8 @@ class DelayedPublishing:
         delay, at = check_due(delay, at)
         spec: PublishSpec | None = None
         if options is not None:
-            message, spec = self._publisher.with_options(message, options)
+            later = delay if at is None else (at - now()).total_seconds()
+            message, spec = self._publisher.with_options(message, options, later=max(0.0, later or 0.0))
         schedule_id = ""
         try:
             with anyio.move_on_after(self._options.publish_timeout) as scope:

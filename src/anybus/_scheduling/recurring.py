@@ -84,7 +84,7 @@ class Schedule:
         try:
             with self._scope:
                 await persist(self._ticking.run)
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 - a stray cancellation is a failure
             if isinstance(error, anyio.get_cancelled_exc_class()) and not is_stray(error):
                 raise
             self._failure = sole(error)
@@ -164,12 +164,12 @@ class Schedules:
         for schedule in live:
             schedule._end()
 
-        async def wait() -> None:
+        async def wait(schedule: Schedule) -> None:
             # A child task, because a native asyncio cancellation pierces a shield in the task that it hits.
             with anyio.CancelScope(shield=True):
-                for schedule in live:
-                    await persist(schedule._ended.wait)
+                await persist(schedule._ended.wait)
 
         if live:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(wait)
+                for schedule in live:
+                    tasks.start_soon(wait, schedule)

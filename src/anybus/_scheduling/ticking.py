@@ -208,7 +208,7 @@ class Ticking:
                 except Exception:
                     raise
                 except BaseException as error:
-                    raise as_failure(error) from None
+                    raise as_failure(error) from None  # noqa: ASYNC104 - a real cancellation is raised again
             if scope.cancelled_caught:
                 raise TimeoutError(f"the function did not return within {GRACE} s")
             if made is None:

@@ -144,15 +144,15 @@ class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Redi
         specs = {spec for _, _, spec in items}
         if specs == {None}:
             return await self._publish_plain(items)
-        if any(spec is not None and spec.idempotency_key is not None for spec in specs):
-            return await self._once.publish_many(items, self._publish_plain)
         results: list[str | EventBusError] = []
-        for spec, run in groupby(items, key=lambda item: item[2]):
+        for spec, run in groupby(items, key=_confirmed):
             part = list(run)
-            if spec is None or spec.confirmation == "accepted":
-                results += await self._publish_plain(part)
-            else:
+            if spec is not None:
                 results += await self._publish_confirmed(part, spec)
+            elif any(one is not None and one.idempotency_key is not None for _, _, one in part):
+                results += await self._once.publish_many(part, self._publish_plain)
+            else:
+                results += await self._publish_plain(part)
         return results
 
     async def _publish_confirmed(self, items: Sequence[PublishItem], spec: PublishSpec) -> list[str | EventBusError]:
@@ -361,3 +361,9 @@ class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Redi
         reply = await self._client.ask(stream, group, ("XINFO", "CONSUMERS", stream, group))
         with self._client.reading(reply):
             return sorted(dict(zip(item[::2], item[1::2], strict=True))[b"name"].decode() for item in reply)
+
+
+def _confirmed(item: PublishItem) -> PublishSpec | None:
+    """The item's options if it is to be confirmed."""
+    spec = item[2]
+    return None if spec is None or spec.confirmation == "accepted" else spec
