@@ -222,7 +222,8 @@ async def test_what_a_missing_right_refuses_is_not_stored_and_its_key_stays_free
 ) -> None:
     messages = [Message(topic, idempotency_key=f"order-{number}") for number in range(3)]
     async with user_with(server, "+@all", f"-{right}") as user, connect(user.url, quick()) as bus:
-        with pytest.raises(BackendError) as caught:
+        # Redis before 7.2 does not say which right is missing.
+        with pytest.raises(BackendError, match=r"the server refused: .*\(see docs/redis.md, Rights\)$") as caught:
             await bus.publish(messages[0], OWN_KEYS)
         assert (caught.value.may_have_happened, caught.value.can_pass) == (False, False)
         for error in (await bus.publish_batch(messages, OWN_KEYS)).errors:

@@ -132,8 +132,9 @@ def translate(error: ServerError, *, entering: bool = False, may_have_happened: 
         or any(has_code(error, name) for name in _NOTHING_DONE)
         or any(part in text for part in _NOTHING_DONE_TEXTS)
     )
+    hint = " (see docs/redis.md, Rights)" if has_code(error, "NOPERM") else ""
     translated = (ServerFullError if has_code(error, "OOM") else BackendError)(
-        f"the server refused: {text}" if surely_not else f"the server answered: {text}",
+        f"the server refused: {text}{hint}" if surely_not else f"the server answered: {text}",
         # A proxy may have forwarded the command before the error occurred.
         may_have_happened=may_have_happened or not surely_not,
         can_pass=not permanent and not (entering and credentials),
