@@ -12,12 +12,15 @@ The specification:
 - ``publish_timeout`` bounds a publish, also if no node tells who serves the slot.
 - A batch that meets a frozen node knows by ``publish_timeout`` what the other nodes have stored.
 - A consumer that is forgotten while its node is frozen leaves nothing behind.
+- A bus that has waited for confirmations can be left: the connections for that are closed, too.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,11 +30,18 @@ import pytest
 from anyio import to_thread
 from clusters import ClusterNode, RunningCluster
 from conftest import SERVER
-from harness import Recorder, new_topic, quick, until
+from harness import SOON, Recorder, new_topic, quick, until
 from servers import RedisHarness
 from test_cluster import in_another_slot, taken, topology
 
-from anybus import BackendError, EventBusError, JsonCodec, Message, SerializationError, StreamBus
+from anybus import (
+    BackendError,
+    EventBusError,
+    JsonCodec,
+    Message,
+    SerializationError,
+    StreamBus,
+)
 from anybus.abc import Output, PublishItem
 from anybus.backends.redis import RedisBackend, _client
 from anybus.backends.redis._link import Link
@@ -261,3 +271,21 @@ async def test_a_consumer_that_is_forgotten_while_its_node_is_frozen_leaves_noth
         assert not topology(backend)._placed
         assert not topology(backend)._memory.tracks
         assert not node.taking._readers._pool_of
+
+
+CONFIRMED = """
+import sys
+import anyio, anybus
+
+async def main():
+    async with anybus.connect(sys.argv[1]) as bus:
+        for number in range(8):
+            await bus.publish(anybus.Message(f"confirmed-{number}"), anybus.PublishOptions(confirmation="replicated"))
+
+anyio.run(main, backend=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_a_bus_that_waited_for_confirmations_can_be_left(loop: str, cluster: RunningCluster) -> None:
+    subprocess.run([sys.executable, "-c", CONFIRMED, cluster.url, loop], timeout=SOON, check=True)

@@ -108,8 +108,12 @@ class Node(RedisDeadLetters, RedisLeases, RedisRetention, RedisCompletions, Redi
                 await self._taking.aclose()
         finally:
             # Even if the line above raises: otherwise the task group would wait forever, shielded.
-            self._client.mux.close()
-            self._confirmer.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close the connections for commands."""
+        self._client.mux.close()
+        self._confirmer.close()
 
     async def publish(self, stream: str, message: Message) -> str:
         [reply] = await self._client.publish((("XADD", stream, "*", "message", self._encode(message)),))

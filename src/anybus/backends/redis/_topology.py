@@ -115,7 +115,7 @@ class Topology:
                 await node.connect(tasks, alarm)
             except EventBusError as failure:
                 del self._addresses[node]
-                node.client.mux.close()
+                node.close()
                 error = error or failure
             else:
                 self._nodes[address] = node
@@ -138,7 +138,7 @@ class Topology:
         finally:
             # Even if the lines above raise: otherwise the task group would wait forever, shielded.
             for node in nodes:
-                node.client.mux.close()
+                node.close()
 
     # --- calls
 
