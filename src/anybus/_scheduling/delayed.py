@@ -211,7 +211,7 @@ class DelayedPublishing:
 def check_due(delay: object, at: object) -> tuple[float | None, datetime | None]:
     """Exactly one of the two, and not too far away."""
     if delay is not None and at is not None:
-        refuse("delay", delay, f"unset together with at={at!r:.60}: give one of the two")
+        refuse("delay", delay, f"unset together with at={at!s:.60}")
     if delay is not None:
         seconds = check_delay("delay", delay)
         if seconds > LONGEST_DELAY:
