@@ -14,6 +14,7 @@ import pickle
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -224,6 +225,20 @@ async def test_what_is_left_in_the_buffer_is_confirmed_when_the_bus_is_left(
                 raise LookupError
     assert recorder.of("on_error") == []
     assert len(stored(primary, topic)) == 3
+
+
+@pytest.mark.parametrize("options", [REPLICATED, PERSISTED])
+async def test_what_is_deduplicated_cannot_be_confirmed(
+    pair: tuple[RunningServer, Member], topic: str, options: PublishOptions
+) -> None:
+    primary, _ = pair
+    told = "for a message that is deduplicated: use confirmation='accepted', or publish it without idempotency_key and"
+    async with bus_on(primary) as bus:
+        with pytest.raises(UnsupportedError, match=told):
+            await bus.publish(Message(topic), replace(options, idempotency_key="order-1"))
+        with pytest.raises(UnsupportedError, match=told):
+            await bus.publish(Message(topic, idempotency_key="order-1"), replace(options, deduplication_window=60))
+    assert stored(primary, topic) == []
 
 
 async def test_memory_confirms_nothing_but_that_it_accepted(topic: str) -> None:

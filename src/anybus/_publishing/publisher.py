@@ -133,7 +133,10 @@ class Publisher:
         if key is None:
             return message, spec
         if spec is not None:
-            raise UnsupportedError(f"confirmation={options.confirmation!r} cannot be combined with deduplication")
+            raise UnsupportedError(
+                f"confirmation={options.confirmation!r} is not possible for a message that is deduplicated: use "
+                "confirmation='accepted', or publish it without idempotency_key and deduplication_window"
+            )
         return message, PublishSpec(idempotency_key=key, deduplication_window=window)
 
     def _confirmed(self, options: PublishOptions) -> PublishSpec | None:
