@@ -28,7 +28,12 @@ class Publisher:
         self._reporter = reporter
 
     async def publish(self, message: Message, options: PublishOptions | None) -> str:
-        topic, message, spec = self.prepare(message, options)
+        # As in `prepare`, without its call: this is done for every message.
+        check_outgoing(message, self._options.max_payload_bytes)
+        spec: PublishSpec | None = None
+        if options is not None:
+            message, spec = self.with_options(message, options)
+        topic = message.topic
         try:
             if spec is None and self._timed is not None:
                 timeout = self._options.publish_timeout

@@ -169,36 +169,49 @@ class Scatter:
         slot = slot_of(stream)
         results: list[Transferred] = [None] * len(items)
         near: list[int] = []
+        far: list[int] = []
         for index, item in enumerate(items):
             try:
-                if all(slot_of(output.stream) == slot for output in item.outputs):
-                    near.append(index)
-                    continue
-                if item.step == "release":
-                    await self._end_key(topic, group, item.key, consumer, None)
-                [results[index]] = await self.transfer_many(stream, group, consumer, ((item.id, item.outputs),))
+                here = all(slot_of(output.stream) == slot for output in item.outputs)
             except EventBusError as error:
                 results[index] = error
-                continue
-            if item.step == "complete" and isinstance(results[index], list):
-                with suppress(BackendError):  # it is acknowledged, so its entry is not handled again
-                    await self._end_key(topic, group, item.key, consumer, window)
-        if near:
-            some = [items[index] for index in near]
+            else:
+                (near if here else far).append(index)
+        for part, settle in ((near, self._settle_near), (far, self._settle_far)):
+            some = [items[index] for index in part]
+            answers: Sequence[Transferred] = ()
             try:
-                answers: Sequence[Transferred] = await self._topology.at(
-                    stream, lambda node: node.settle_keyed(topic, stream, group, consumer, some, window=window)
-                )
+                if some:
+                    answers = await settle(topic, stream, group, consumer, some, window)
             except BackendError as error:
-                if len(near) == len(items):
+                if len(part) == len(items):
                     raise
-                answers = [duplicate(error) for _ in near]  # not raised, because the results of others are known
-            for index, answer in zip(near, answers, strict=True):
+                answers = [duplicate(error) for _ in part]  # not raised, because the results of others are known
+            for index, answer in zip(part, answers, strict=True):
                 results[index] = answer
         return results
 
-    async def _end_key(self, topic: str, group: str, key: str, consumer: str, window: float | None) -> None:
-        await self._topology.at(topic, lambda node: node.end_keys(topic, group, (key,), consumer, window=window))
+    async def _settle_near(
+        self, topic: str, stream: str, group: str, consumer: str, items: Sequence[KeyedTransfer], window: float
+    ) -> list[Transferred]:
+        return await self._topology.at(
+            stream, lambda node: node.settle_keyed(topic, stream, group, consumer, items, window=window)
+        )
+
+    async def _settle_far(
+        self, topic: str, stream: str, group: str, consumer: str, items: Sequence[KeyedTransfer], window: float
+    ) -> list[Transferred]:
+        await self._end_keys(topic, group, [item.key for item in items if item.step == "release"], consumer, None)
+        results = await self.transfer_many(stream, group, consumer, [(item.id, item.outputs) for item in items])
+        done = zip(items, results, strict=True)
+        completed = [item.key for item, result in done if item.step == "complete" and isinstance(result, list)]
+        with suppress(BackendError):  # they are acknowledged, so their entries are not handled again
+            await self._end_keys(topic, group, completed, consumer, window)
+        return results
+
+    async def _end_keys(self, topic: str, group: str, keys: Sequence[str], consumer: str, window: float | None) -> None:
+        if keys:
+            await self._topology.at(topic, lambda node: node.end_keys(topic, group, keys, consumer, window=window))
 
     async def _transfer_near(
         self, stream: str, group: str, consumer: str, items: Sequence[TransferItem]
