@@ -101,14 +101,21 @@ class Schedule:
         try:
             with self._scope:
                 await self._keep_ticking()
-        except BaseException as error:
-            if isinstance(error, anyio.get_cancelled_exc_class()) and not is_stray(error):
-                raise
-            self._failure = sole(error)
-            self._body.cancel()
+        except BaseException as error:  # noqa: ASYNC103 - the end needs no cancellation any more
+            if not isinstance(error, anyio.get_cancelled_exc_class()):
+                self._failed(error)
+            elif not self._is_ending:
+                if not is_stray(error):
+                    raise
+                self._failed(error)
+            # Otherwise it is our own: after a stray one, asyncio lets it out of its scope.
         finally:
             await self._ticking.leave()  # noqa: ASYNC102 - shielded inside
             self._ended.set()
+
+    def _failed(self, error: BaseException) -> None:
+        self._failure = sole(error)
+        self._body.cancel()
 
     @asynccontextmanager
     async def _running(self) -> AsyncGenerator[None, None]:
