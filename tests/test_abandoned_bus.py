@@ -32,6 +32,9 @@ WAYS = [
     "beside",
     "disconnected",
     "scheduled",
+    "recurring",
+    "once_only",
+    "in_the_buffer",
 ]
 
 ASYNCIO_LOOPS = [
@@ -64,7 +67,7 @@ def test_on_uvloop_too(server: RunningServer, way: str) -> None:
     check_asyncio("uvloop", server.url, way)
 
 
-@pytest.mark.parametrize("way", ["bus_only", "in_a_handler"])
+@pytest.mark.parametrize("way", ["bus_only", "in_a_handler", "recurring"])
 def test_in_memory_too(way: str) -> None:
     check_asyncio("asyncio", "memory://", way)
 

@@ -256,6 +256,7 @@ async def test_memory_confirms_nothing_but_that_it_accepted(topic: str) -> None:
     [
         ({"confirmation": "written"}, "confirmation must be one of accepted, replicated, persisted, not 'written'"),
         ({"replicas": 1}, "replicas must be unset with confirmation='accepted'"),
+        ({"confirmation_timeout": 1}, "confirmation_timeout must be unset with confirmation='accepted'.* not 1"),
         ({"confirmation": "replicated", "replicas": 0}, "replicas must be"),
         ({"confirmation": "replicated", "replicas": 1.5}, "replicas must be"),
         ({"confirmation": "persisted", "replicas": -1}, "replicas must be"),

@@ -23,6 +23,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ async def test_the_retry_of_a_message_without_key_and_uid_is_not_taken_for_anoth
         async with bus.subscribe(once(topic), handler) as subscription:
             for key in ("1", "2"):  # in memory, the retry of the second has the id of the first
                 await bus.publish(Message(topic, key=key, uid=""))
-                await until(lambda key=key: f"{key} 1" in handled)
+                await until(partial(handled.__contains__, f"{key} 1"))
             await until(lambda: subscription.statistics().handled + subscription.statistics().duplicates == 2)
     assert handled == ["1 1", "2 1", "2 2"]
 

@@ -16,6 +16,7 @@ The specification, on memory and on a real server, on every event loop:
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -46,6 +47,11 @@ from anybus.backends.redis import RedisBackend
 from anybus.backends.redis._keys import schedule as key_of
 
 EVERY = 0.1
+
+ASYNCIO_LOOPS = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+]
 
 
 @pytest.fixture
@@ -512,6 +518,17 @@ async def test_a_crash_in_a_function_ends_the_schedule_and_comes_out_bare(bus: S
     with pytest.raises(SystemExit, match="crash"):
         async with bus.schedule("clock", make, every=EVERY, topic=topic):
             await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_LOOPS, indirect=True)
+async def test_a_schedule_outlives_every_stray_cancellation(bus: StreamBus, harness: Harness, topic: str) -> None:
+    async with bus.schedule("clock", Message(topic), every=EVERY) as schedule:
+        await until(some(harness, topic, 1))
+        for _ in range(3):
+            [task] = [task for task in asyncio.all_tasks() if "Schedule._run" in repr(task)]
+            task.cancel()
+            await until(some(harness, topic, len(await published(harness, topic)) + 2))
+        assert schedule.is_running
 
 
 async def test_a_stray_cancellation_in_a_function_is_a_failure_as_any_other(

@@ -39,6 +39,7 @@ LABEL_SUFFIX_BYTES: Final = 17
 DEFAULT_BACKOFF: Final = ExponentialBackoff()
 DEFAULT_MAX_RETRY: Final = 3
 DEFAULT_MAX_DELIVERIES: Final = 10
+DEFAULT_CONFIRMATION_TIMEOUT: Final = 2.0
 DEFAULT_IDEMPOTENCY_WINDOW: Final = 86_400.0
 LONGEST_IDEMPOTENCY_WINDOW: Final = 90 * 86_400.0
 MAX_TTL: Final = 10 * 365.25 * 86400
@@ -351,7 +352,7 @@ class PublishOptions:
     deduplication_window: float | None = None
     confirmation: Confirmation = "accepted"
     replicas: int | None = None
-    confirmation_timeout: float = 2.0
+    confirmation_timeout: float = DEFAULT_CONFIRMATION_TIMEOUT
     topic_ttl: float | None = None
 
     def __post_init__(self) -> None:
@@ -376,6 +377,8 @@ class PublishOptions:
         object.__setattr__(self, "confirmation", confirmation)
         timeout = check_delay("confirmation_timeout", self.confirmation_timeout, positive=True)
         object.__setattr__(self, "confirmation_timeout", timeout)
+        if confirmation == "accepted" and timeout != DEFAULT_CONFIRMATION_TIMEOUT:
+            refuse("confirmation_timeout", timeout, "unset with confirmation='accepted', which waits for none")
         if self.replicas is not None:
             if confirmation == "accepted":
                 refuse("replicas", self.replicas, "unset with confirmation='accepted', which waits for none")

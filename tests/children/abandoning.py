@@ -10,6 +10,7 @@ import asyncio
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -120,11 +121,47 @@ async def scheduled(url: str) -> None:
     raise LookupError("the program's own")
 
 
+async def recurring(url: str) -> None:
+    """A schedule was entered by hand, too."""
+    kept.append(await entered(url))
+    kept.append(kept[0].schedule("s", Message(TOPIC), every=0.1))
+    await kept[1].__aenter__()
+    raise LookupError("the program's own")
+
+
+async def once_only(url: str) -> None:
+    """A handler runs, with its key claimed."""
+    kept.append(await entered(url))
+    at_work = anyio.Event()
+
+    async def handler(delivery: Delivery) -> None:
+        at_work.set()
+        await anyio.sleep_forever()
+
+    subscription = kept[0].subscribe(replace(CONFIG, guarantee="exactly-once"), handler)
+    kept.append(subscription)
+    await subscription.__aenter__()
+    await at_work.wait()
+    raise LookupError("the program's own")
+
+
+async def in_the_buffer(url: str) -> None:
+    """Something is about to be sent, and something that is to be confirmed."""
+    kept.append(await entered(url))
+    kept[0].publish_nowait(Message(TOPIC))
+    with suppress(anybus.UnsupportedError):
+        kept[0].publish_nowait(Message(TOPIC), anybus.PublishOptions(confirmation="replicated"))
+    raise LookupError("the program's own")
+
+
 WAYS: dict[str, Callable[[str], Awaitable[None]]] = {
     way.__name__: way
     for way in (
         bus_only,
         scheduled,
+        recurring,
+        once_only,
+        in_the_buffer,
         with_subscription,
         in_a_handler,
         pulling,

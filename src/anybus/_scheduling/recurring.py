@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
+from typing import Final
 
 import anyio
 
-from .._ground.cancellation import is_stray, persist, sole
+from .._ground.cancellation import is_abandoned, is_stray, persist, sole
 from .._ground.errors import ClosedError, UnsupportedError
 from .._ground.home import Home
 from .._options import StreamBusOptions
@@ -16,6 +18,9 @@ from .._reporting import Reporter
 from ..abc import StreamBackend, TickStore
 from .definition import Definition, Given
 from .ticking import Ticking
+
+_LOOK: Final = 0.1
+"""After a stray cancellation, every so many seconds: whether the owner of a schedule has ended without ending it."""
 
 
 class Schedule:
@@ -80,18 +85,37 @@ class Schedule:
         self._is_ending = True
         self._scope.cancel()
 
+    async def _keep_ticking(self) -> None:
+        try:
+            await self._ticking.run()
+        except BaseException as error:  # noqa: ASYNC103 - a real cancellation is raised again
+            if not is_stray(error):
+                raise
+            # It may have been the loop's last: if the owner has ended without ending this, nobody else will.
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(persist, partial(_until_abandoned, tasks.cancel_scope))
+                await persist(self._ticking.run)
+                tasks.cancel_scope.cancel()
+
     async def _run(self) -> None:
         try:
             with self._scope:
-                await persist(self._ticking.run)
-        except BaseException as error:  # noqa: ASYNC103 - a stray cancellation is a failure
-            if isinstance(error, anyio.get_cancelled_exc_class()) and not is_stray(error):
-                raise
-            self._failure = sole(error)
-            self._body.cancel()
+                await self._keep_ticking()
+        except BaseException as error:  # noqa: ASYNC103 - the end needs no cancellation any more
+            if not isinstance(error, anyio.get_cancelled_exc_class()):
+                self._failed(error)
+            elif not self._is_ending:
+                if not is_stray(error):
+                    raise
+                self._failed(error)
+            # Otherwise it is our own: after a stray one, asyncio lets it out of its scope.
         finally:
             await self._ticking.leave()  # noqa: ASYNC102 - shielded inside
             self._ended.set()
+
+    def _failed(self, error: BaseException) -> None:
+        self._failure = sole(error)
+        self._body.cancel()
 
     @asynccontextmanager
     async def _running(self) -> AsyncGenerator[None, None]:
@@ -132,6 +156,13 @@ class Schedule:
         finally:
             self._is_ending = True
             self._ended.set()
+
+
+async def _until_abandoned(scope: anyio.CancelScope) -> None:
+    """Cancel the scope when the owner of this task has ended without ending it."""
+    while not is_abandoned():  # noqa: ASYNC110 - whose end sets no event
+        await anyio.sleep(_LOOK)
+    scope.cancel()
 
 
 class Schedules:
