@@ -215,7 +215,7 @@ async def test_what_is_left_in_the_buffer_is_confirmed_when_the_bus_is_left(
     primary, _ = pair
     recorder = Recorder()
     with anyio.CancelScope() as scope, suppress(LookupError):
-        async with StreamBus(RedisBackend(primary.url), quick(recorder)) as bus:
+        async with StreamBus(RedisBackend(primary.url), quick(recorder, publish_buffer_size=3)) as bus:
             for _ in range(3):
                 bus.publish_nowait(Message(topic), REPLICATED)
             if how == "cancelled":
