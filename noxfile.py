@@ -52,6 +52,14 @@ def thorough(session: nox.Session) -> None:
 
 
 @nox.session
+def failovers(session: nox.Session) -> None:
+    """Ten primaries of a cluster, and ten behind sentinels, are killed under load, on each loop. Takes 10 minutes."""
+    install(session, "tests")
+    killed = ["tests/test_cluster_failovers.py", "tests/test_sentinel_failovers.py"]
+    session.run("pytest", *AT_ONCE, *SWEEPS, *killed, env={"ANYBUS_FAILOVERS": "10"})
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """Branch coverage of the quick tests, on Redis 8.2. Takes about 9 minutes on two cores."""
     install(session, "tests", "redis82")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import pytest
+
+FAILOVERS = int(os.environ.get("ANYBUS_FAILOVERS", "4"))
+"""How many primaries are killed in one test of a cluster, or of sentinels. The session ``failovers`` kills ten."""
 
 
 def sampled(name: str, few: int, all_of_them: int) -> pytest.MarkDecorator:
