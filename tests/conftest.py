@@ -44,14 +44,34 @@ NEEDS_SERVER = {"server", "own_server", "cluster", "sentinel"}
 """Fixtures that start one."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a server is found by ``-k server``, whatever it is called."""
+    """What needs a server is found by ``-k server``, whatever it is called. Some of what is slow is thorough."""
     for item in items:
         assert isinstance(item, pytest.Function)
+        if item.path.name.startswith(THOROUGH_ON_UVLOOP) and "uvloop" in item.name:
+            item.add_marker(pytest.mark.thorough)
         on_server = hasattr(item, "callspec") and item.callspec.params.get("harness") == "server"
         if on_server or NEEDS_SERVER & set(item.fixturenames) or item.path.name in REAL_SERVER_MODULES:
             item.extra_keyword_matches.add("server")
 
+
+THOROUGH_ON_UVLOOP = (
+    "test_cluster",
+    "test_confirmation",
+    "test_deduplication",
+    "test_delayed",
+    "test_exactly_once",
+    "test_expectations",
+    "test_expiry",
+    "test_idempotency",
+    "test_recurring",
+    "test_redis_deduplication",
+    "test_retention",
+    "test_sentinel",
+    "test_time_and_identity",
+)
+"""How the names of modules begin in which uvloop is left to the session ``thorough``: quick runs have the other two."""
 
 REAL_SERVER_MODULES = {
     "test_benchmarks.py",

@@ -24,7 +24,7 @@ kept: list[Any] = []
 
 
 async def entered(url: str) -> StreamBus:
-    bus = anybus.connect(url, StreamBusOptions(claim_idle_timeout=60))
+    bus = anybus.connect(url, StreamBusOptions(claim_idle_timeout=60, publish_buffer_size=100))
     await bus.__aenter__()
     await bus.publish(Message(TOPIC))
     return bus
