@@ -79,7 +79,7 @@ def run_all(session: nox.Session, *runs: tuple[list[str], dict[str, str]]) -> No
 
 
 # Most tests wait rather than compute, so there are more of them at a time than there are cores.
-AT_ONCE = ["-n", str(min(2 * (os.cpu_count() or 1), 16)), "--dist", "worksteal", "-q"]
+AT_ONCE = ["-n", str(min(3 * (os.cpu_count() or 1), 16)), "--dist", "worksteal", "-q"]
 QUICK = ["-m", "not thorough"]
 SWEEPS = ["-m", "thorough", "--timeout", "900"]
 ON_SERVER = ["-k", "server"]
