@@ -28,6 +28,6 @@ async def background() -> AsyncGenerator[TaskGroup, None]:
             except BaseException as error:
                 failure = error
     except BaseException as error:
-        raise sole(error) from error.__cause__
+        raise sole(error) from error.__cause__  # noqa: ASYNC104 - a cancellation is its own sole error
     if failure is not None:
         raise failure

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
-from anyio import to_thread
+import anyio.to_thread
 
 from .._ground.checks import check_int, check_text, refuse
 from .._ground.errors import LeaseLostError
@@ -136,7 +136,7 @@ class SqlStore(TransactionalStore, AbstractAsyncContextManager["SqlStore", None]
 
     async def aclose(self) -> None:
         """Close the store's own connection."""
-        await to_thread.run_sync(self._close, limiter=self._alone)
+        await anyio.to_thread.run_sync(self._close, limiter=self._alone)
 
     def _close(self) -> None:
         own, self._own = self._own, None
@@ -145,7 +145,7 @@ class SqlStore(TransactionalStore, AbstractAsyncContextManager["SqlStore", None]
 
     async def _run(self, do: Callable[[Work], T]) -> T:
         """Do something on the store's own connection."""
-        return await to_thread.run_sync(self._run_here, do, limiter=self._alone)
+        return await anyio.to_thread.run_sync(self._run_here, do, limiter=self._alone)
 
     def _run_here(self, do: Callable[[Work], T]) -> T:
         if self._own is None:
@@ -283,7 +283,7 @@ class SqlStore(TransactionalStore, AbstractAsyncContextManager["SqlStore", None]
             if isinstance(checked, SqlAlchemyAsyncConnection):
                 return await checked.run_sync(lambda plain: do(Work(plain, self._style)))
             work = Work(checked, self._style)
-            return await to_thread.run_sync(do, work, limiter=limiter)
+            return await anyio.to_thread.run_sync(do, work, limiter=limiter)
 
         if not await on(begin, self._beginnings):
             raise LeaseLostError(f"the claim of key {key!r} was taken over by another consumer")
@@ -298,7 +298,7 @@ class SqlStore(TransactionalStore, AbstractAsyncContextManager["SqlStore", None]
                 await on(Work.commit, self._endings)
             except BaseException:
                 with suppress(Exception):
-                    await on(Work.rollback, self._endings)
+                    await on(Work.rollback, self._endings)  # noqa: ASYNC102 - shielded; a thread cannot be stopped
                 raise
 
 

@@ -94,7 +94,7 @@ class Schedule:
             # It may have been the loop's last: if the owner has ended without ending this, nobody else will.
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(persist, partial(_until_abandoned, tasks.cancel_scope))
-                await persist(self._ticking.run)
+                await persist(self._ticking.run)  # noqa: ASYNC102 - after a stray cancellation, nothing is cancelled
                 tasks.cancel_scope.cancel()
 
     async def _run(self) -> None:

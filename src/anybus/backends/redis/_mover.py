@@ -127,7 +127,7 @@ class DueMover:
                             if isinstance(error, anyio.get_cancelled_exc_class()) or self._alarm is None:
                                 raise
                             self._alarm(sole(error))
-                            return
+                            return  # noqa: ASYNC104 - no cancellation: the alarm ends the bus with it
         finally:
             self._scope = None
 

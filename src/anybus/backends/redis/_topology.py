@@ -178,7 +178,7 @@ class Topology:
                 self._direct.pop(stream, None)
                 elsewhere: Node | None = None
                 with anyio.move_on_after(began + timeout - self._clock()):
-                    elsewhere = await self.follow(error, node, slot_of(stream), tries, asks=True)
+                    elsewhere = await self.follow(error, node, slot_of(stream), tries, asks=True)  # noqa: ASYNC120
                 left = began + timeout - self._clock()
                 if elsewhere is None or left <= 0:
                     raise
