@@ -35,9 +35,6 @@ from ...abc import (
     StoredEntry,
     StreamBackend,
     StreamInspector,
-    TickClaim,
-    TickResult,
-    TickStore,
     TimedPublisher,
     TransferItem,
 )
@@ -52,6 +49,7 @@ from ._server import ClusterModeError
 from ._settings import Settings, from_client, from_url
 from ._slots import slot_of
 from ._taking import Taking
+from ._ticks import TicksEverywhere
 from ._topology import Topology
 
 T = TypeVar("T")
@@ -77,7 +75,7 @@ class RedisBackend(
     RetentionEverywhere,
     CompletionKeeper,
     RedisScheduleStore,
-    TickStore,
+    TicksEverywhere,
 ):
     """Streams on Redis 6.2 and newer, and on Valkey.
 
@@ -461,46 +459,6 @@ class RedisBackend(
 
     async def remove_entries(self, stream: str, entry_ids: Sequence[str]) -> int:
         return await self._at(stream, lambda node: node.remove_entries(stream, entry_ids))
-
-    async def claim_schedule(
-        self,
-        stream: str,
-        name: str,
-        owner: str,
-        *,
-        definition: str,
-        generation: int | None,
-        lease: float,
-        grace: float,
-    ) -> TickClaim:
-        return await self._at(
-            stream,
-            lambda node: node.claim_schedule(
-                stream, name, owner, definition=definition, generation=generation, lease=lease, grace=grace
-            ),
-        )
-
-    async def publish_tick(
-        self,
-        stream: str,
-        name: str,
-        owner: str,
-        message: Message | None,
-        *,
-        generation: int,
-        tick: datetime,
-        lease: float,
-        grace: float | None,
-    ) -> TickResult:
-        return await self._at(
-            stream,
-            lambda node: node.publish_tick(
-                stream, name, owner, message, generation=generation, tick=tick, lease=lease, grace=grace
-            ),
-        )
-
-    async def leave_schedule(self, stream: str, name: str, owner: str) -> None:
-        await self._at(stream, lambda node: node.leave_schedule(stream, name, owner))
 
 
 _METHODS: Final = tuple(name for name in vars(RedisBackend) if not name.startswith("_") and hasattr(Node, name))

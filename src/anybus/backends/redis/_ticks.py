@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
-from typing import Final, get_args
+from typing import TYPE_CHECKING, Final, TypeVar, get_args
 
 from ..._messages.message import Message
 from ...abc import TickClaim, TickResult, TickStore
@@ -13,6 +14,11 @@ from . import _tick_scripts as scripts
 from ._client import Client
 from ._keys import schedule
 from ._protocol import Argument
+
+if TYPE_CHECKING:
+    from ._node import Node
+
+T = TypeVar("T")
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MILLISECOND: Final = timedelta(milliseconds=1)
@@ -76,3 +82,51 @@ def _duration(seconds: float) -> int:
 
 def _time(milliseconds: int) -> datetime:
     return _EPOCH + milliseconds * _MILLISECOND
+
+
+class TicksEverywhere(TickStore):
+    """The same for a backend that has one server, or a cluster of them."""
+
+    @abc.abstractmethod
+    async def _at(self, stream: str, do: Callable[[Node], Awaitable[T]], *, asks: bool = False) -> T:
+        """Do something on the server of a stream."""
+
+    async def claim_schedule(
+        self,
+        stream: str,
+        name: str,
+        owner: str,
+        *,
+        definition: str,
+        generation: int | None,
+        lease: float,
+        grace: float,
+    ) -> TickClaim:
+        return await self._at(
+            stream,
+            lambda node: node.claim_schedule(
+                stream, name, owner, definition=definition, generation=generation, lease=lease, grace=grace
+            ),
+        )
+
+    async def publish_tick(
+        self,
+        stream: str,
+        name: str,
+        owner: str,
+        message: Message | None,
+        *,
+        generation: int,
+        tick: datetime,
+        lease: float,
+        grace: float | None,
+    ) -> TickResult:
+        return await self._at(
+            stream,
+            lambda node: node.publish_tick(
+                stream, name, owner, message, generation=generation, tick=tick, lease=lease, grace=grace
+            ),
+        )
+
+    async def leave_schedule(self, stream: str, name: str, owner: str) -> None:
+        await self._at(stream, lambda node: node.leave_schedule(stream, name, owner))
